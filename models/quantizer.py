@@ -1,0 +1,177 @@
+"""Residual vector quantisation: a vector becomes one code a level, each level coding what the last one left over.
+
+Codebooks start from residual k-means and stay in use: dead codes are put back on data, and training may balance the
+assignment with Sinkhorn iterations (Cuturi 2013). Lee et al. 2022 (RQ-VAE), section 3.1, is the source of the scheme.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+COMMITMENT = 0.25  # weight of the commitment term, van den Oord et al. 2017, section 3.2
+BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """Shape and behaviour of the codebooks."""
+
+    width: int
+    """Width of the vectors."""
+    levels: int = 4
+    codebook_size: int = 1024
+    shared: bool = False
+    """One codebook reused at every level (as published), or one a level."""
+    sinkhorn_temperature: float = 0.0
+    """Above 0: balanced assignment during training, softer for larger values."""
+    sinkhorn_iterations: int = 50
+
+
+class Quantized(NamedTuple):
+    """What quantising gives."""
+
+    vectors: Tensor
+    """(batch, width) sum of the chosen codebook rows, with a straight-through gradient."""
+    codes: Tensor
+    """(batch, levels) int64."""
+    loss: Tensor
+    """Codebook and commitment loss, averaged over levels."""
+
+
+class ResidualQuantizer(nn.Module):
+    """Codebooks (levels or 1, codebook_size, width) and the greedy residual assignment."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        books = 1 if config.shared else config.levels
+        self.codebooks = nn.Parameter(torch.randn(books, config.codebook_size, config.width) / config.width**0.5)
+
+    def codebook(self, level: int) -> Tensor:
+        """(codebook_size, width) of one level."""
+        return self.codebooks[0 if self.config.shared else level]
+
+    def forward(self, vectors: Tensor) -> Quantized:
+        """Quantise (batch, width); straight-through gradient and losses of section 3 of the RQ-VAE paper."""
+        residual = vectors
+        total = torch.zeros_like(vectors)
+        loss = vectors.new_zeros(())
+        codes = []
+        for level in range(self.config.levels):
+            book = self.codebook(level)
+            chosen = self._assign(residual.detach(), book.detach())
+            entry = book[chosen]
+            loss = loss + F.mse_loss(entry, residual.detach()) + COMMITMENT * F.mse_loss(residual, entry.detach())
+            total = total + entry
+            residual = residual - entry.detach()
+            codes.append(chosen)
+        through = vectors + (total - vectors).detach()
+        return Quantized(through, torch.stack(codes, dim=1), loss / self.config.levels)
+
+    @torch.no_grad()
+    def encode(self, vectors: Tensor) -> Tensor:
+        """Plain nearest codes (batch, levels) of (batch, width), as used when codes are generated."""
+        residual = vectors
+        codes = []
+        for level in range(self.config.levels):
+            book = self.codebook(level)
+            chosen = nearest(residual, book)
+            residual = residual - book[chosen]
+            codes.append(chosen)
+        return torch.stack(codes, dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (batch, levels) to the sum of their codebook rows (batch, width)."""
+        return torch.stack([self.codebook(level)[codes[:, level]] for level in range(self.config.levels)]).sum(dim=0)
+
+    @torch.no_grad()
+    def start_from(self, vectors: Tensor, *, iterations: int, generator: torch.Generator) -> None:
+        """Set the codebooks by residual k-means over `vectors` (rows, width).
+
+        A shared codebook is fitted on the residuals of all levels, which are found one after the other.
+        """
+        if len(vectors) < self.config.codebook_size:
+            raise ValueError(f"{len(vectors)} vectors cannot start {self.config.codebook_size} codes")
+        residual = vectors
+        pooled = []
+        for level in range(self.config.levels):
+            book = kmeans(residual, self.config.codebook_size, iterations=iterations, generator=generator)
+            pooled.append(residual)
+            residual = residual - book[nearest(residual, book)]
+            if not self.config.shared:
+                self.codebooks[level] = book
+        if self.config.shared:
+            everything = torch.cat(pooled)
+            self.codebooks[0] = kmeans(
+                everything, self.config.codebook_size, iterations=iterations, generator=generator
+            )
+
+    @torch.no_grad()
+    def revive(self, vectors: Tensor, *, least: int, generator: torch.Generator) -> int:
+        """Put codes that fewer than `least` of `vectors` (rows, width) use onto random residuals. Returns how many."""
+        residual = vectors
+        revived = 0
+        usage = torch.zeros(self.codebooks.shape[:2], dtype=torch.long, device=vectors.device)
+        residuals = []
+        for level in range(self.config.levels):
+            book = self.codebook(level)
+            chosen = nearest(residual, book)
+            usage[0 if self.config.shared else level] += torch.bincount(chosen, minlength=len(book))
+            residuals.append(residual)
+            residual = residual - book[chosen]
+        for book_number in range(len(self.codebooks)):
+            dead = (usage[book_number] < least).nonzero().squeeze(1)
+            source = torch.cat(residuals) if self.config.shared else residuals[book_number]
+            picked = torch.randperm(len(source), generator=generator)[: len(dead)].to(source.device)
+            self.codebooks[book_number, dead[: len(picked)]] = source[picked]
+            revived += len(picked)
+        return revived
+
+    def _assign(self, vectors: Tensor, book: Tensor) -> Tensor:
+        if not self.training or self.config.sinkhorn_temperature <= 0:
+            return nearest(vectors, book)
+        distances = squared_distances(vectors, book)
+        spread = distances.std().clamp_min(torch.finfo(distances.dtype).tiny)
+        plan = sinkhorn(
+            -(distances - distances.mean()) / (spread * self.config.sinkhorn_temperature),
+            self.config.sinkhorn_iterations,
+        )
+        return plan.argmax(dim=1)
+
+
+def squared_distances(vectors: Tensor, book: Tensor) -> Tensor:
+    """(rows, width) against (codes, width): (rows, codes), up to a constant a row."""
+    return (book * book).sum(dim=1) - 2 * vectors @ book.T
+
+
+def nearest(vectors: Tensor, book: Tensor) -> Tensor:
+    """Row of the nearest code for each vector; the lowest row among equals."""
+    return torch.cat([squared_distances(block, book).argmin(dim=1) for block in vectors.split(BLOCK)])
+
+
+def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
+    """Logarithm of the transport plan (rows, codes) whose rows and columns are equally full."""
+    log_plan = scores
+    rows, columns = scores.shape
+    for _ in range(iterations):
+        log_plan = log_plan - log_plan.logsumexp(dim=0, keepdim=True) - torch.log(torch.tensor(float(columns)))
+        log_plan = log_plan - log_plan.logsumexp(dim=1, keepdim=True) - torch.log(torch.tensor(float(rows)))
+    return log_plan
+
+
+def kmeans(vectors: Tensor, clusters: int, *, iterations: int, generator: torch.Generator) -> Tensor:
+    """Lloyd's algorithm from random distinct rows: centres (clusters, width); empty clusters move to random rows."""
+    start = torch.randperm(len(vectors), generator=generator)[:clusters].to(vectors.device)
+    centres = vectors[start].clone()
+    for _ in range(iterations):
+        chosen = nearest(vectors, centres)
+        sums = torch.zeros_like(centres).index_add_(0, chosen, vectors)
+        counts = torch.bincount(chosen, minlength=clusters)
+        empty = (counts == 0).nonzero().squeeze(1)
+        centres = sums / counts.clamp_min(1).unsqueeze(1)
+        refill = torch.randint(len(vectors), (len(empty),), generator=generator).to(vectors.device)
+        centres[empty] = vectors[refill]
+    return centres

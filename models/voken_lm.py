@@ -1,0 +1,294 @@
+"""Language models that read a caption and write vokens: T5, or a pretrained text encoder with a small new decoder.
+
+Both are Hugging Face sequence-to-sequence models; this file adds the vokens to them, starts the vokens' embeddings from
+the codebooks, and gives training and search one interface.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from tools.errors import BadInput
+from tools.files import read_json, write_json
+from tools.vokens import VokenSpace
+
+Kind = Literal["seq2seq", "encoder-decoder"]
+VOKENS_NAME = "vokens.json"
+DECODER_SPECIALS = 3  # <pad>, <start>, <end> of a new decoder's vocabulary; the vokens follow
+PAD, START, END = range(DECODER_SPECIALS)
+START_LOGIT_SPREAD = 4.0  # standard deviation of a new decoder's logits at the start
+
+
+class Memory(NamedTuple):
+    """What the decoder reads: encoder states (batch, length, width) and their mask (batch, length), 1 for text."""
+
+    states: Tensor
+    mask: Tensor
+
+
+class VokenLM(nn.Module):
+    """A sequence-to-sequence model with vokens in its decoder's vocabulary.
+
+    Attributes:
+        space: levels, codebook size, and whether one codebook serves all levels.
+        first_voken: token id of the first voken; the others follow in the order of `space.tokens`.
+        start, end: decoder token ids that open and close a sequence.
+        frozen_encoder: the encoder keeps its weights; its states may be computed once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        kind: Kind,
+        space: VokenSpace,
+        first_voken: int,
+        start: int,
+        end: int,
+        max_source: int,
+        frozen_encoder: bool,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.kind, self.space = kind, space
+        self.first_voken, self.start, self.end = first_voken, start, end
+        self.max_source, self.frozen_encoder = max_source, frozen_encoder
+        if frozen_encoder:
+            self.model.get_encoder().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def state_width(self) -> int:
+        """Width of the encoder's states."""
+        return int(self.model.get_encoder().config.hidden_size)
+
+    def train(self, mode: bool = True) -> "VokenLM":
+        """A frozen encoder stays in eval mode: its states must not depend on dropout."""
+        super().train(mode)
+        if self.frozen_encoder:
+            self.model.get_encoder().eval()
+        return self
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut to `max_source`, without padding."""
+        ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_source)["input_ids"]
+        return ids
+
+    def encode(self, token_ids: Sequence[Sequence[int]]) -> Memory:
+        """Run the encoder on a batch, padded to its longest text and masked."""
+        lengths = torch.tensor([len(ids) for ids in token_ids])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        padded = torch.full(mask.shape, self.tokenizer.pad_token_id, dtype=torch.long)
+        padded[mask] = torch.tensor([token for ids in token_ids for token in ids])
+        padded, attention = padded.to(self.device), mask.long().to(self.device)
+        states = self.model.get_encoder()(input_ids=padded, attention_mask=attention).last_hidden_state
+        return Memory(states, attention)
+
+    def token_ids(self, codes: Tensor) -> Tensor:
+        """Codes (batch, levels) to decoder token ids (batch, levels)."""
+        return codes + self.level_offsets.to(codes.device)
+
+    @property
+    def level_offsets(self) -> Tensor:
+        """(levels,) token id of code 0 at each level."""
+        return torch.from_numpy(self.space.rows(np.zeros(self.space.levels, dtype=np.int64))) + self.first_voken
+
+    def forward(self, memory: Memory, codes: Tensor) -> Tensor:
+        """Logits (batch, levels + 1, vocabulary) at each position when `codes` (batch, levels) are written.
+
+        Position l predicts the voken of level l, the last one the end token.
+        """
+        written = self.token_ids(codes)
+        opening = torch.full_like(written[:, :1], self.start)
+        return self._decode(memory, torch.cat([opening, written], dim=1), cache=None)
+
+    def first_logits(self, memory: Memory) -> tuple[Tensor, Any]:
+        """Logits (batch, vocabulary) of the first voken, and the cache of keys and values."""
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        opening = torch.full((len(memory.states), 1), self.start, device=memory.states.device)
+        return self._decode(memory, opening, cache=cache)[:, -1], cache
+
+    def next_logits(self, memory: Memory, tokens: Tensor, cache: Any, rows: Tensor) -> Tensor:
+        """Logits (rows, vocabulary) after one more token each.
+
+        Args:
+            memory: of the batch that the cache began with, before any reordering, picked by the caller for each row.
+            tokens: (rows,) the tokens just written.
+            cache: as `first_logits` returned it; changed in place.
+            rows: (rows,) which cached row each token continues.
+        """
+        cache.reorder_cache(rows)
+        return self._decode(memory, tokens.unsqueeze(1), cache=cache)[:, -1]
+
+    def _decode(self, memory: Memory, tokens: Tensor, *, cache: Any) -> Tensor:
+        output = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=memory.states),
+            attention_mask=memory.mask,
+            decoder_input_ids=tokens,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a Hugging Face model folder with tokenizer, and `vokens.json`, last."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        write_json(
+            folder / VOKENS_NAME,
+            {
+                "kind": self.kind,
+                "space": self.space._asdict(),
+                "first_voken": self.first_voken,
+                "start": self.start,
+                "end": self.end,
+                "max_source": self.max_source,
+                "frozen_encoder": self.frozen_encoder,
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "VokenLM":
+        """Read what `save_pretrained` wrote; the model is in eval mode."""
+        facts = read_json(folder / VOKENS_NAME)
+        loader = EncoderDecoderModel if facts["kind"] == "encoder-decoder" else AutoModelForSeq2SeqLM
+        model = loader.from_pretrained(folder)
+        space = VokenSpace(**facts.pop("space"))
+        return cls(model, AutoTokenizer.from_pretrained(folder), space=space, **facts).eval()
+
+
+def build_seq2seq(
+    name: str, *, space: VokenSpace, codebooks: NDArray[np.float32], dropout: float, max_source: int
+) -> VokenLM:
+    """A pretrained sequence-to-sequence model (T5) with voken tokens added to its tokenizer and embeddings.
+
+    Args:
+        name: Hugging Face name or folder.
+        codebooks: (books, codebook_size, width), start of the vokens' embeddings; width must be the model's.
+
+    Raises:
+        BadInput: the model cannot be loaded, or the widths differ.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, dropout_rate=dropout)
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--language-model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if codebooks.shape[-1] != config.d_model:
+        raise BadInput(
+            f"the codebooks are {codebooks.shape[-1]} wide, {name} is {config.d_model}: "
+            f"train the RQ-VAE with --width {config.d_model} (scripts/05_train_rqvae.sh)"
+        )
+    tokenizer.add_tokens(space.tokens)
+    first = int(tokenizer.convert_tokens_to_ids(space.tokens[0]))
+    last = int(tokenizer.convert_tokens_to_ids(space.tokens[-1]))
+    if last - first + 1 != len(space.tokens):
+        raise BadInput(f"the tokenizer of {name} already has some vokens: their ids {first} to {last} are not in a row")
+    if last >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(last + 1)
+    _set_rows([model.get_input_embeddings().weight, model.get_output_embeddings().weight], first, codebooks)
+    return VokenLM(
+        model,
+        tokenizer,
+        kind="seq2seq",
+        space=space,
+        first_voken=first,
+        start=int(config.decoder_start_token_id),
+        end=int(config.eos_token_id),
+        max_source=max_source,
+        frozen_encoder=False,
+    )
+
+
+def build_encoder_decoder(
+    encoder: str,
+    *,
+    space: VokenSpace,
+    codebooks: NDArray[np.float32],
+    layers: int,
+    heads: int,
+    dropout: float,
+    max_source: int,
+) -> VokenLM:
+    """A frozen pretrained text encoder and a new decoder whose vocabulary is the vokens alone.
+
+    The decoder is as wide as the codebooks, and its tied embeddings start from them, scaled so that its first logits
+    have a standard deviation of about four.
+
+    Args:
+        encoder: Hugging Face name or folder of an encoder such as BERT or MiniLM.
+        codebooks: (books, codebook_size, width).
+
+    Raises:
+        BadInput: the encoder cannot be loaded, or the width does not divide into heads.
+    """
+    width = codebooks.shape[-1]
+    if width % heads:
+        raise BadInput(f"--decoder-heads {heads} does not divide the codebooks' width {width}")
+    try:
+        text_encoder = AutoModel.from_pretrained(encoder, add_pooling_layer=False)
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"--language-model {encoder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    config = GPT2Config(
+        vocab_size=DECODER_SPECIALS + len(space.tokens),
+        n_positions=space.levels + 2,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=START,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    joint = EncoderDecoderConfig.from_encoder_decoder_configs(text_encoder.config, config)
+    model = EncoderDecoderModel(config=joint, encoder=text_encoder, decoder=GPT2LMHeadModel(config))
+    model.config.decoder_start_token_id, model.config.pad_token_id = START, PAD
+    spread = START_LOGIT_SPREAD / width**0.5
+    _set_rows([model.decoder.get_input_embeddings().weight], DECODER_SPECIALS, codebooks / codebooks.std() * spread)
+    return VokenLM(
+        model,
+        tokenizer,
+        kind="encoder-decoder",
+        space=space,
+        first_voken=DECODER_SPECIALS,
+        start=START,
+        end=END,
+        max_source=min(max_source, int(text_encoder.config.max_position_embeddings)),
+        frozen_encoder=True,
+    )
+
+
+@torch.no_grad()
+def _set_rows(matrices: Sequence[Tensor], first: int, codebooks: NDArray[np.float32]) -> None:
+    """Copy the codebooks (books, codebook_size, width) into consecutive rows."""
+    rows = torch.from_numpy(np.ascontiguousarray(codebooks.reshape(-1, codebooks.shape[-1])))
+    for matrix in matrices:
+        matrix[first : first + len(rows)] = rows.to(matrix.dtype)

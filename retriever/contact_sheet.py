@@ -1,0 +1,63 @@
+"""A picture of searches: a row a query, its best pictures from left to right, the right one framed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from tools.files import replacing
+
+THUMBNAIL = 96
+GAP = 8
+TEXT_HEIGHT = 22
+FRAME = 4
+RIGHT, BACKGROUND, INK, FAINT = "#1a9850", "#ffffff", "#222222", "#888888"
+
+
+class SheetRow(NamedTuple):
+    """One query: its text, the files found, best first, and the file asked for (None in a free search)."""
+
+    query: str
+    found: list[Path]
+    wanted: Path | None
+
+
+def draw_sheet(path: Path, rows: Sequence[SheetRow], *, title: str, columns: int = 10) -> None:
+    """Draw the rows to a PNG; where the right picture was not found, it stands at the end, apart."""
+    extra = 1 if any(row.wanted is not None for row in rows) else 0
+    width = GAP + (columns + extra) * (THUMBNAIL + GAP) + extra * 2 * GAP
+    row_height = TEXT_HEIGHT + THUMBNAIL + 2 * GAP
+    sheet = Image.new("RGB", (width, TEXT_HEIGHT + GAP + len(rows) * row_height), BACKGROUND)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP // 2), title, fill=INK, font=ImageFont.load_default(15))
+    for number, row in enumerate(rows):
+        top = TEXT_HEIGHT + GAP + number * row_height
+        rank = row.found.index(row.wanted) + 1 if row.wanted in row.found else None
+        note = (
+            ""
+            if row.wanted is None
+            else f"   (right picture at rank {rank})"
+            if rank
+            else "   (not found; shown right)"
+        )
+        pen.text((GAP, top), row.query, fill=INK, font=ImageFont.load_default(14))
+        offset = pen.textlength(row.query, font=ImageFont.load_default(14))
+        pen.text((GAP + offset, top), note, fill=FAINT, font=ImageFont.load_default(14))
+        for column, file in enumerate(row.found[:columns]):
+            left = GAP + column * (THUMBNAIL + GAP)
+            _paste(sheet, file, left, top + TEXT_HEIGHT, frame=RIGHT if file == row.wanted else None)
+        if row.wanted is not None and rank is None:
+            _paste(sheet, row.wanted, width - GAP - THUMBNAIL, top + TEXT_HEIGHT, frame=FAINT)
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def _paste(sheet: Image.Image, file: Path, left: int, top: int, *, frame: str | None) -> None:
+    with Image.open(file) as picture:
+        thumbnail = picture.convert("RGB")
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    box = (left - FRAME, top - FRAME, left + THUMBNAIL + FRAME - 1, top + THUMBNAIL + FRAME - 1)
+    if frame is not None:
+        ImageDraw.Draw(sheet).rectangle(box, outline=frame, width=FRAME)
+    sheet.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + (THUMBNAIL - thumbnail.height) // 2))

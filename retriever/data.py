@@ -1,0 +1,90 @@
+"""The retriever's dataset: who asks for which picture, and the codes of all pictures.
+
+pool.jsonl                    {"image", "file", "split"} a line a picture, in the order of codes.npy
+train.jsonl, val.jsonl, test.jsonl  {"query", "picture"} a line a caption; `picture` is a row of the pool
+codes.npy, latents.npy, codebooks.npy  as RQ-VAE.generate_codes wrote them
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.captions import Split
+from tools.errors import BadInput
+from tools.files import read_array, read_json_lines
+from tools.runs import Manifest, read_manifest
+from tools.vokens import VokenSpace
+
+POOL = "pool.jsonl"
+ARRAYS = ("codes.npy", "latents.npy", "codebooks.npy")
+
+
+class Queries(NamedTuple):
+    """Texts of one split and the pool row of the picture each asks for."""
+
+    texts: list[str]
+    pictures: NDArray[np.int64]
+
+
+class RetrieverData(NamedTuple):
+    """A finished `retriever.prepare` folder."""
+
+    folder: Path
+    images: list[str]
+    files: list[str]
+    splits: list[Split]
+    codes: NDArray[np.int64]
+    """(pictures, levels)"""
+    space: VokenSpace
+    manifest: Manifest
+
+    @property
+    def codebooks(self) -> NDArray[np.float32]:
+        """(books, codebook_size, width)"""
+        return read_array(self.folder / "codebooks.npy")
+
+    @property
+    def latents(self) -> NDArray[np.float32]:
+        """(pictures, width) what the codes quantise"""
+        return read_array(self.folder / "latents.npy")
+
+    @property
+    def image_folder(self) -> Path:
+        return Path(self.manifest.facts["images"])
+
+    def rows(self, pool: str) -> NDArray[np.int64]:
+        """Pool rows of a split's pictures, or of all pictures for "all"."""
+        if pool == "all":
+            return np.arange(len(self.images))
+        return np.array([row for row, split in enumerate(self.splits) if split == pool], dtype=np.int64)
+
+    def queries(self, split: Split) -> Queries:
+        """The captions of one split; the other splits' files are not opened."""
+        path = self.folder / f"{split}.jsonl"
+        rows = [(row["query"], row["picture"]) for _, row in read_json_lines(path)]
+        return Queries([text for text, _ in rows], np.array([picture for _, picture in rows], dtype=np.int64))
+
+
+def read_data(folder: Path) -> RetrieverData:
+    """Read what `retriever.prepare` wrote.
+
+    Raises:
+        BadInput: the folder is not finished, or its parts do not fit together.
+    """
+    manifest = read_manifest(folder, "retriever.prepare")
+    pool = [row for _, row in read_json_lines(folder / POOL)]
+    codes = np.asarray(read_array(folder / "codes.npy"))
+    if len(pool) != len(codes):
+        raise BadInput(f"{folder}: {len(pool)} pictures in {POOL}, {len(codes)} in codes.npy: make it again")
+    facts = manifest.facts
+    return RetrieverData(
+        folder=folder,
+        images=[row["image"] for row in pool],
+        files=[row["file"] for row in pool],
+        splits=[row["split"] for row in pool],
+        codes=codes,
+        space=VokenSpace(facts["levels"], facts["codebook_size"], facts["shared"]),
+        manifest=manifest,
+    )

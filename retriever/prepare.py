@@ -1,0 +1,79 @@
+"""Join captions and codes into the retriever's dataset (retriever/data.py).
+
+In:  a `RQ-VAE.generate_codes` folder and the captions its pictures came with.
+Out: `<output>/pool.jsonl`, `train.jsonl`, `val.jsonl`, `test.jsonl`, and the arrays of the codes.
+Command: python -m retriever.prepare --codes DIR --output DIR
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools import runs
+from tools.captions import SPLITS, CaptionSet, Split, portable, read_captions
+from tools.commands import run_command
+from tools.errors import BadInput
+from tools.files import read_array, replacing, write_json_lines
+from tools.logs import table
+
+from .data import ARRAYS, POOL
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where the codes are and where the dataset goes."""
+
+    codes: Path
+    """Run folder of RQ-VAE.generate_codes."""
+    output: Path
+    """Run folder to write."""
+    overwrite: bool = False
+    """Throw away what the output folder holds and start again."""
+
+
+def pairs(captions: CaptionSet, split: Split) -> Iterator[dict[str, Any]]:
+    """(caption, picture) pairs of one split alone."""
+    for row, record in enumerate(captions.records):
+        if record.split == split:
+            yield from ({"query": caption, "picture": row} for caption in record.captions)
+
+
+def shared_queries(captions: CaptionSet) -> int:
+    """Distinct val and test captions whose very words are a train caption of another picture."""
+    texts: dict[Split, set[str]] = {split: set() for split in SPLITS}
+    for record in captions.records:
+        texts[record.split].update(record.captions)
+    return len(texts["train"] & (texts["val"] | texts["test"]))
+
+
+def main(config: Config) -> None:
+    manifest = runs.read_manifest(config.codes, "RQ-VAE.generate_codes")
+    captions = read_captions(Path(manifest.facts["captions"]))
+    if captions.manifest.fingerprint != manifest.facts["captions_fingerprint"]:
+        raise BadInput(f"{manifest.facts['captions']} has changed since {config.codes} was made: make it again")
+    inputs = {"codes": config.codes}
+    run = runs.begin("retriever.prepare", config, inputs=inputs)
+    if run is None:
+        return
+    codes = read_array(config.codes / "codes.npy")
+    if len(codes) != len(captions.records):
+        raise BadInput(f"{config.codes} has codes of {len(codes)} pictures, there are {len(captions.records)}")
+    for name in ARRAYS:
+        with replacing(run.folder / name) as temporary:
+            shutil.copyfile(config.codes / name, temporary)
+    rows: list[dict[str, Any]] = [
+        {"image": record.image, "file": record.file, "split": record.split} for record in captions.records
+    ]
+    write_json_lines(run.folder / POOL, rows)
+    counts = {split: write_json_lines(run.folder / f"{split}.jsonl", pairs(captions, split)) for split in SPLITS}
+    space = {key: manifest.facts[key] for key in ("levels", "codebook_size", "shared", "width", "features")}
+    overlap = shared_queries(captions)
+    run.finish(facts={**space, "images": portable(captions.images), "queries": counts, "setting": "inductive"})
+    print(table([{"split": split, "queries": counts[split]} for split in SPLITS]))
+    print(f"{overlap} captions of val or test also stand, word for word, under a train picture")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

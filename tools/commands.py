@@ -1,0 +1,41 @@
+"""Turning a configuration dataclass into a command line, and a `BadInput` into one clear line."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from .errors import BadInput
+
+ConfigT = TypeVar("ConfigT")
+
+EXIT_BAD_INPUT = 2
+
+
+def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT]) -> None:
+    """Parse the command line into `config_type` and call `main` with it.
+
+    Ends the process with status 2 and one line on standard error when the input is at fault, and with 130 on Ctrl-C.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
+    try:
+        main(tyro.cli(config_type, description=sys.modules[main.__module__].__doc__))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+
+
+def quiet_libraries() -> None:
+    """Keep library chatter that no user of these commands can act on off the screen."""
+    warnings.filterwarnings("ignore", message=".*nested tensors.*")
+    for name in ("open_clip", "transformers", "httpx", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,70 @@
+"""Features of pictures and captions: what `RQ-VAE.prepare_emb` and `RQ-VAE.train_heads` write and later stages read.
+
+images.npy  (pictures, width) float32, in the order of captions.jsonl
+texts.npy   (captions, width) float32, in the order of the captions in it
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .captions import Record, Split, query_owners, read_captions
+from .errors import BadInput
+from .files import read_array
+from .runs import Manifest, read_manifest
+
+IMAGES, TEXTS = "images.npy", "texts.npy"
+Floats = NDArray[np.float32]
+Rows = NDArray[np.int64]
+
+
+class Features(NamedTuple):
+    """Memory-mapped features with the records they belong to."""
+
+    images: Floats
+    texts: Floats
+    records: list[Record]
+    owners: Rows
+    """(captions,) row of each caption's picture."""
+    manifest: Manifest
+
+    def image_rows(self, split: Split) -> Rows:
+        """Rows of a split's pictures."""
+        return np.array([row for row, record in enumerate(self.records) if record.split == split], dtype=np.int64)
+
+    def text_rows(self, split: Split) -> Rows:
+        """Rows of a split's captions."""
+        chosen = [row for row, owner in enumerate(self.owners) if self.records[owner].split == split]
+        return np.array(chosen, dtype=np.int64)
+
+
+def read_features(folder: Path, *, layer: str = "embedding") -> Features:
+    """Read a finished feature folder and the captions it was made from.
+
+    Args:
+        layer: "embedding" for the shared space, "tower" for what the projection heads read.
+
+    Raises:
+        BadInput: not a finished feature folder, of the other layer, or the captions have changed since.
+    """
+    manifest = read_manifest(folder, "RQ-VAE.prepare_emb", "RQ-VAE.train_heads")
+    facts: dict[str, Any] = manifest.facts
+    if facts["layer"] != layer:
+        hint = (
+            "run scripts/04_train_heads.sh" if layer == "embedding" else "run scripts/03_prepare_emb.sh --layer tower"
+        )
+        raise BadInput(f"{folder} holds {facts['layer']} features, {layer} features are needed: {hint}")
+    captions = read_captions(Path(facts["captions"]))
+    if captions.manifest.fingerprint != facts["captions_fingerprint"]:
+        raise BadInput(f"{facts['captions']} has changed since {folder} was made: make it again with --overwrite")
+    images, texts = read_array(folder / IMAGES), read_array(folder / TEXTS)
+    return Features(images, texts, captions.records, np.array(query_owners(captions.records), np.int64), manifest)
+
+
+def normalized(vectors: Floats) -> Floats:
+    """Rows divided by their L2 norm; zero rows stay zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    result: Floats = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+    return result

@@ -1,0 +1,147 @@
+"""What a person sees of a run: progress bars, tables, and Weights & Biases.
+
+W&B never stands in the way: without a login it logs offline (`wandb sync` sends it later), `WANDB_MODE=disabled`
+switches it off, and any failure of it becomes one line on standard error.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+ItemT = TypeVar("ItemT")
+
+PROJECT = "avg"
+INIT_TIMEOUT_SECONDS = 20
+QUIET_INTERVAL_SECONDS = 20.0  # between two lines of a progress bar that goes to a file
+
+
+def progress(
+    items: Iterable[ItemT], label: str, *, total: int | None = None, unit: str = "batch", initial: int = 0
+) -> "tqdm[ItemT]":
+    """A progress bar over `items`: live on a terminal, a line now and then in a log file."""
+    interval = 0.1 if sys.stderr.isatty() else QUIET_INTERVAL_SECONDS
+    return tqdm(
+        items, desc=label, total=total, unit=f" {unit}", initial=initial, mininterval=interval, dynamic_ncols=True
+    )
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of equal keys as aligned text: words to the left, numbers to the right, None as a dash.
+
+    >>> print(table([{"system": "two-tower", "R@1": 0.5}, {"system": "x", "R@1": None}]))
+    system       R@1
+    two-tower  0.500
+    x              -
+    """
+    header = list(rows[0])
+    cells = [[_cell(row[key]) for key in header] for row in rows]
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    left = [isinstance(rows[0][key], str) for key in header]
+
+    def line(values: list[str]) -> str:
+        padded = (
+            value.ljust(width) if is_left else value.rjust(width)
+            for value, width, is_left in zip(values, widths, left, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(line(values) for values in [header, *cells])
+
+
+class Tracker:
+    """One W&B run that belongs to a run folder; a resumed run continues its curves.
+
+    Args:
+        folder: the run folder; its path names the run, and `resume/wandb_id` in it keeps the id.
+        config: shown beside the curves.
+    """
+
+    def __init__(self, folder: Path, *, job: str, config: dict[str, Any]) -> None:
+        self._run: Any = None
+        if os.environ.get("WANDB_MODE") == "disabled":
+            return
+        try:
+            self._run = self._start(folder, job, config)
+        except Exception as error:
+            print(f"wandb is off for this run: {error}", file=sys.stderr)
+
+    def _start(self, folder: Path, job: str, config: dict[str, Any]) -> Any:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb  # here, and not above: slow to import, and not needed by the core
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
+        id_file = folder / "resume" / "wandb_id"
+        run_id = id_file.read_text() if id_file.is_file() else wandb.util.generate_id()
+        options: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", PROJECT),
+            "name": str(folder),
+            "job_type": job,
+            "config": config,
+            "id": run_id,
+            "resume": "allow",
+        }
+        settings = wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS)
+        try:
+            run = wandb.init(mode=mode, settings=settings, **options)
+        except Exception:
+            if mode != "online":
+                raise
+            print("wandb: no answer from the server, logging offline", file=sys.stderr)
+            run = wandb.init(mode="offline", settings=settings, **options)
+        id_file.parent.mkdir(exist_ok=True)
+        id_file.write_text(run_id)
+        return run
+
+    def log(self, values: dict[str, Any], *, step: int | None = None) -> None:
+        """Add one point to the curves."""
+        self._call("log", values, step=step)
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Set the figures shown in the list of runs."""
+        if self._run is not None:
+            self._call_on(self._run.summary, "update", values)
+
+    def table(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Log rows of equal keys as a W&B table."""
+        if self._run is not None and rows:
+            import wandb
+
+            columns = list(rows[0])
+            self.log({name: wandb.Table(columns=columns, data=[[str(row[key]) for key in columns] for row in rows])})
+
+    def image(self, name: str, path: Path) -> None:
+        """Log a picture file."""
+        if self._run is not None:
+            import wandb
+
+            self.log({name: wandb.Image(str(path))})
+
+    def finish(self) -> None:
+        """Flush and close."""
+        self._call("finish")
+        self._run = None
+
+    def _call(self, method: str, *args: Any, **options: Any) -> None:
+        if self._run is not None:
+            self._call_on(self._run, method, *args, **options)
+
+    def _call_on(self, target: Any, method: str, *args: Any, **options: Any) -> None:
+        try:
+            getattr(target, method)(*args, **options)
+        except Exception as error:
+            print(f"wandb is off for the rest of this run: {error}", file=sys.stderr)
+            self._run = None
+
+
+def _logged_in(wandb: Any) -> bool:
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

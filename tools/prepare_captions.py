@@ -1,0 +1,306 @@
+"""Write the one caption format (tools/captions.py) from what the data came as, checked before anything is written.
+
+In:  a folder of pictures and one source: a Karpathy JSON, a published `<dataset>_split_captions.json`, COCO
+     `captions_*.json`, a CSV or JSONL table of image, caption(s) and optionally split, or nothing but the pictures.
+Out: `<output>/captions.jsonl`, `<output>/manifest.json`.
+Command: python -m tools.prepare_captions --images DIR --source FILE --output RQ-VAE/data/<dataset>/01_captions
+"""
+
+import csv
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+from PIL import Image
+
+from . import runs
+from .captions import FILE_NAME, SPLITS, Record, Split, portable, write_captions
+from .commands import run_command
+from .errors import BadInput
+from .files import read_json, read_json_lines
+from .logs import progress, table
+
+Format = Literal["karpathy", "published", "coco", "table", "folder"]
+PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+NAMED_PROBLEMS = 10
+CHECK_SIZE = (64, 64)  # JPEGs are decoded at about this size when checked: the whole file is read, a tenth of the work
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where the pictures and captions are, and how pictures without a split are divided."""
+
+    images: Path
+    """Folder of the pictures; file names are relative to it."""
+    output: Path
+    """Run folder to write."""
+    source: tuple[Path, ...] = ()
+    """Caption file, or several for COCO; none for a bare folder of pictures."""
+    format: Format | None = None
+    """Format of the source; by default recognised from the file."""
+    split_rule: str = "random:0.8,0.1,0.1"
+    """For sources without splits: "random:TRAIN,VAL,TEST" shares (by a hash of the image id, so that a picture keeps
+    its split when others come or go), one split name, or for COCO one "FILE=SPLIT or rule" per source, joined by
+    semicolons."""
+    skip_bad: bool = False
+    """Leave out what is wrong with the data, and go on."""
+    workers: int = 4
+    """Processes that open the pictures."""
+    overwrite: bool = False
+    """Throw away what the output folder holds and start again."""
+
+    def __post_init__(self) -> None:
+        if not self.images.is_dir():
+            raise BadInput(f"--images {self.images} is not a folder")
+        for path in self.source:
+            if not path.is_file():
+                raise BadInput(f"--source {path} does not exist")
+        if len(self.source) > 1 and self.format not in (None, "coco"):
+            raise BadInput(f"--format {self.format} takes one --source, not {len(self.source)}")
+        if self.format == "folder" and self.source:
+            raise BadInput("--format folder takes no --source")
+
+
+class Found(NamedTuple):
+    """A picture as its source names it, before any check; split None is decided by the rule."""
+
+    image: str
+    file: str
+    split: str | None
+    captions: list[str]
+    where: str
+
+
+class Problem(NamedTuple):
+    """What is wrong with one picture or caption, and where."""
+
+    kind: str
+    where: str
+
+
+def read_karpathy(path: Path, value: Any) -> Iterator[Found]:
+    """Karpathy and Fei-Fei's `dataset_flickr30k.json`, `dataset_coco.json`; `restval` counts as train."""
+    for number, row in enumerate(value["images"]):
+        try:
+            file = str(Path(row.get("filepath", "")) / row["filename"])
+            captions = [sentence["raw"] for sentence in row["sentences"]]
+            split = {"restval": "train"}.get(row["split"], row["split"])
+        except (KeyError, TypeError) as error:
+            raise BadInput(f"{path}, images[{number}]: no {error} in it; is this a Karpathy file?") from None
+        yield Found(row["filename"], file, split, captions, f"{path.name}, images[{number}]")
+
+
+def read_published(path: Path, value: Any) -> Iterator[Found]:
+    """The `<dataset>_split_captions.json` of the method's authors: file name -> {"split", "caption": [...]}."""
+    for file, row in value.items():
+        captions = row.get("caption", row.get("captions")) if isinstance(row, dict) else None
+        if captions is None or "split" not in row:
+            raise BadInput(f'{path}, entry "{file}": expected {{"split": ..., "caption": [...]}}')
+        captions = [captions] if isinstance(captions, str) else captions
+        yield Found(file, file, row["split"], captions, f'{path.name}, entry "{file}"')
+
+
+def read_coco(path: Path, value: Any) -> Iterator[Found]:
+    """COCO's `captions_*.json`: `images` (id, file_name) and `annotations` (image_id, caption)."""
+    captions: dict[int, list[str]] = {row["id"]: [] for row in value["images"]}
+    for number, row in enumerate(value["annotations"]):
+        if row["image_id"] not in captions:
+            raise BadInput(f"{path}, annotations[{number}]: image_id {row['image_id']} is not among the images")
+        captions[row["image_id"]].append(row["caption"])
+    for number, row in enumerate(value["images"]):
+        yield Found(row["file_name"], row["file_name"], None, captions[row["id"]], f"{path.name}, images[{number}]")
+
+
+def read_table(path: Path) -> Iterator[Found]:
+    """A CSV, TSV or JSONL of `image` and `caption` (or `captions`) and optionally `split`; one row a caption is fine."""
+    found: dict[str, Found] = {}
+    for number, row in _table_rows(path):
+        where = f"{path.name}, line {number}"
+        captions = row.get("captions", row.get("caption"))
+        if not row.get("image") or captions is None:
+            raise BadInput(f"{path}, line {number}: needs `image` and `caption` (or `captions`), has {', '.join(row)}")
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        image, split = str(row["image"]), row.get("split") or None
+        known = found.get(image)
+        if known is None:
+            found[image] = Found(image, str(row.get("file") or image), split, captions, where)
+        elif known.split == split:
+            known.captions.extend(captions)
+        else:  # two splits: kept apart, so that the check names it
+            found[f"{image} {split}"] = Found(image, image, split, captions, where)
+    yield from found.values()
+
+
+def read_folder(images: Path) -> Iterator[Found]:
+    """Every picture below a folder, without captions: in split test, so that it can be found but trains nothing."""
+    for path in sorted(images.rglob("*")):
+        if path.suffix.lower() in PICTURE_ENDINGS and path.is_file():
+            file = str(path.relative_to(images))
+            yield Found(file, file, "test", [], file)
+
+
+def recognise(path: Path, value: Any) -> Format:
+    """Tell a JSON source's format by its keys."""
+    if isinstance(value, dict) and "annotations" in value and "images" in value:
+        return "coco"
+    if isinstance(value, dict) and isinstance(value.get("images"), list):
+        return "karpathy"
+    if isinstance(value, dict):
+        return "published"
+    raise BadInput(f"{path}: not one of {', '.join(get_args(Format))}: name its --format")
+
+
+def read_sources(config: Config) -> list[Found]:
+    """Read all sources, splits decided."""
+    if not config.source:
+        return list(read_folder(config.images))
+    found = []
+    for path in config.source:
+        rule = _rule_for(path, config.split_rule)
+        found += [row if row.split else row._replace(split=rule(row.image)) for row in _read_source(path, config)]
+    return found
+
+
+def check(found: list[Found], config: Config) -> tuple[list[Record], list[Problem]]:
+    """Split what was found into good records and problems; every picture is opened and decoded."""
+    problems: list[Problem] = []
+    splits: dict[str, set[str]] = {}
+    for row in found:
+        splits.setdefault(row.image, set()).add(str(row.split))
+    files = sorted({row.file for row in found})
+    with ProcessPoolExecutor(config.workers) as pool:
+        opened = pool.map(partial(_cannot_open, config.images), files, chunksize=32)
+        unreadable = dict(zip(files, progress(opened, "checking", total=len(files), unit="picture"), strict=True))
+    records: dict[str, Record] = {}
+    for row in found:
+        captions = tuple(" ".join(caption.split()) for caption in row.captions if isinstance(caption, str))
+        empty = len(row.captions) - sum(1 for caption in captions if caption)
+        problems += [Problem("empty caption", row.where)] * empty
+        reason = unreadable[row.file]
+        if row.split not in SPLITS:
+            problems.append(Problem(f"split is not one of {', '.join(SPLITS)}", f"{row.where}: {row.split!r}"))
+        elif len(splits[row.image]) > 1:
+            problems.append(Problem("picture in two splits", f"{row.where}: {row.image}"))
+        elif row.image in records:
+            problems.append(Problem("duplicate id", f"{row.where}: {row.image}"))
+        elif reason:
+            problems.append(Problem(reason, f"{row.where}: {row.file}"))
+        elif row.captions and not any(captions):
+            problems.append(Problem("picture without a caption", f"{row.where}: {row.image}"))
+        else:
+            kept = tuple(caption for caption in captions if caption)
+            records[row.image] = Record(row.image, row.file, cast(Split, row.split), kept)
+    return list(records.values()), problems
+
+
+def report(problems: list[Problem], images: Path) -> str:
+    """Counts by kind and the first ten of them, with the way out."""
+    counts = Counter(problem.kind for problem in problems)
+    lines = [f"{sum(counts.values())} problems in the data ({images}):"]
+    lines += [f"  {count:,} × {kind}" for kind, count in counts.most_common()]
+    lines += [f"  {problem.kind}: {problem.where}" for problem in problems[:NAMED_PROBLEMS]]
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    sources = {f"source{number}": path for number, path in enumerate(config.source)}
+    run = runs.begin("tools.prepare_captions", config, inputs=sources)
+    if run is None:
+        return
+    records, problems = check(read_sources(config), config)
+    if problems and not config.skip_bad:
+        raise BadInput(report(problems, config.images) + "\nMend them, or go on without them with --skip-bad.")
+    if problems:
+        print(report(problems, config.images) + "\nLeft out (--skip-bad).")
+    if not records:
+        raise BadInput(f"no usable picture: nothing in {config.images} matches the source")
+    write_captions(run.folder / FILE_NAME, records)
+    pictures = Counter(record.split for record in records)
+    captions = Counter({split: 0 for split in SPLITS})
+    for record in records:
+        captions[record.split] += len(record.captions)
+    rows = [{"split": split, "pictures": pictures[split], "captions": captions[split]} for split in SPLITS]
+    run.finish(
+        facts={"images": portable(config.images), "pictures": pictures, "captions": captions},
+        metrics={"problems": len(problems)},
+    )
+    print(table(rows))
+
+
+def _read_source(path: Path, config: Config) -> Iterator[Found]:
+    kind = config.format
+    if kind == "table" or path.suffix.lower() in (".csv", ".tsv", ".jsonl"):
+        return read_table(path)
+    value = read_json(path)
+    readers: dict[Format, Callable[[Path, Any], Iterator[Found]]] = {
+        "karpathy": read_karpathy,
+        "published": read_published,
+        "coco": read_coco,
+    }
+    kind = kind or recognise(path, value)
+    if kind not in readers:
+        raise BadInput(f"--format {kind} does not read {path}")
+    return readers[kind](path, value)
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix.lower() == ".jsonl":
+        yield from read_json_lines(path)
+        return
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        for row in rows:
+            yield rows.line_num, {key: value for key, value in row.items() if key and value is not None}
+
+
+def _rule_for(path: Path, rules: str) -> Callable[[str], str]:
+    """The split rule of one source, as a function of the image id."""
+    rule = rules
+    for part in rules.split(";"):
+        name, equals, own = part.partition("=")
+        if equals and name.strip() in (path.name, path.stem):
+            rule = own.strip()
+        elif equals and rule == rules:
+            rule = ""
+    if rule in SPLITS:
+        return lambda image: rule
+    kind, _, shares = rule.partition(":")
+    try:
+        train, val, test = (float(share) for share in shares.split(","))
+    except ValueError:
+        kind = ""
+    if kind != "random" or not abs(train + val + test - 1) < 1e-6 or min(train, val, test) < 0:
+        raise BadInput(
+            f"--split-rule {rules!r} gives no rule for {path.name}: write train, val or test, or "
+            '"random:0.8,0.1,0.1" with shares that sum to 1, or "FILE=RULE;FILE=RULE"'
+        )
+    return partial(_random_split, bounds=(train, train + val))
+
+
+def _random_split(image: str, bounds: tuple[float, float]) -> str:
+    draw = int.from_bytes(hashlib.blake2b(image.encode(), digest_size=8).digest(), "big") / 2**64
+    return "train" if draw < bounds[0] else "val" if draw < bounds[1] else "test"
+
+
+def _cannot_open(images: Path, file: str) -> str:
+    """Why the picture cannot be used, or nothing."""
+    path = images / file
+    if not os.path.isfile(path):
+        return "picture missing"
+    try:
+        with Image.open(path) as picture:
+            picture.draft("RGB", CHECK_SIZE)
+            picture.load()
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        return f"picture unreadable ({type(error).__name__})"
+    return ""
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

@@ -1,0 +1,268 @@
+"""Run folders: each command leaves one, and `manifest.json`, written last, says that it is complete.
+
+    run = begin("RQ-VAE.generate_codes", config, inputs={"rqvae": config.rqvae})
+    if run is None:      # the same command with the same configuration and inputs is already there
+        return
+    ...                  # write files into run.folder
+    run.finish(facts={"levels": 4}, metrics={"collisions": 0.002})
+
+The next command asks `read_manifest(folder, "RQ-VAE.generate_codes")` and is refused when the folder is not complete.
+`started.json`, written first, holds the configuration of a run that has not finished: the same command then resumes.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from .errors import BadInput
+from .files import hash_file, read_json, write_json
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+LOCK = ".lock"
+RESUME = "resume"  # a folder for what only a resumed run needs; removed when the run finishes
+RUNTIME_FIELDS = frozenset({"output", "overwrite", "workers", "device"})  # these do not change what is computed
+
+# Which script makes the folder of which command: the answer to "there is no manifest".
+MADE_BY = {
+    "tools.fetch_emoji": "scripts/00_fetch_emoji.sh",
+    "tools.prepare_captions": "scripts/01_prepare_captions.sh",
+    "RQ-VAE.assemble_clip": "scripts/02_assemble_clip.sh",
+    "RQ-VAE.prepare_emb": "scripts/03_prepare_emb.sh",
+    "RQ-VAE.train_heads": "scripts/04_train_heads.sh",
+    "RQ-VAE.train": "scripts/05_train_rqvae.sh",
+    "RQ-VAE.generate_codes": "scripts/06_generate_codes.sh",
+    "retriever.prepare": "scripts/07_prepare_retriever_dataset.sh",
+    "retriever.train": "scripts/08_train_retriever_t5.sh",
+    "retriever.retrieve": "scripts/09_retrieve.sh",
+    "retriever.test": "scripts/10_test_retriever.sh",
+}
+
+
+class StageConfig(Protocol):
+    """What every command's configuration has: a dataclass with an output folder and the overwrite flag."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def overwrite(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished run, read back."""
+
+    folder: Path
+    command: str
+    config: dict[str, Any]
+    inputs: dict[str, dict[str, str]]
+    outputs: dict[str, str]
+    facts: dict[str, Any]
+    metrics: dict[str, Any]
+    seconds: float
+    commit: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the content of the folder: equal outputs and facts, equal fingerprint."""
+        return _hash_value([self.outputs, self.facts])
+
+
+@dataclass
+class Run:
+    """A run under way. Files go into `folder`; what only a resumed run needs goes into `resume_folder`."""
+
+    folder: Path
+    started: dict[str, Any]
+    began: float
+    lock: int
+
+    @property
+    def resume_folder(self) -> Path:
+        folder = self.folder / RESUME
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def finish(self, *, facts: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None) -> Manifest:
+        """Drop the resume folder, hash every file and write the manifest, last."""
+        shutil.rmtree(self.folder / RESUME, ignore_errors=True)
+        outputs = {str(path.relative_to(self.folder)): hash_file(path) for path in _output_files(self.folder)}
+        earlier = float(self.started.get("seconds", 0.0))
+        manifest = {
+            **{key: self.started[key] for key in ("command", "config", "inputs")},
+            "outputs": outputs,
+            "facts": facts or {},
+            "metrics": metrics or {},
+            "seconds": round(earlier + time.monotonic() - self.began, 2),
+            "commit": current_commit(),
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        (self.folder / STARTED).unlink()
+        os.close(self.lock)
+        return read_manifest(self.folder, self.started["command"])
+
+    def note_time(self) -> None:
+        """Add the seconds so far to `started.json`, so that a resumed run reports its whole time."""
+        now = time.monotonic()
+        self.started["seconds"] = float(self.started.get("seconds", 0.0)) + now - self.began
+        self.began = now
+        write_json(self.folder / STARTED, self.started)
+
+
+def begin(command: str, config: StageConfig, *, inputs: dict[str, Path]) -> Run | None:
+    """Open the run folder `config.output`: new, resumed, or None when it is already finished.
+
+    Args:
+        command: the module that runs, for example "RQ-VAE.train".
+        inputs: field name of `config` -> file or run folder; compared by content, not by path.
+
+    Raises:
+        BadInput: the folder holds another configuration or other inputs and `overwrite` is off, or is in use.
+    """
+    folder = config.output
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    started = {
+        "command": command,
+        "config": _config_values(config),
+        "inputs": {
+            name: {"path": str(path), "fingerprint": fingerprint(path)} for name, path in sorted(inputs.items())
+        },
+    }
+    if config.overwrite:
+        _clear(folder)
+    found = _found(folder)
+    if found is not None and not (folder / MANIFEST).exists() and not _output_files(folder):
+        found = None  # it stopped before it wrote anything: nothing to resume, nothing to lose
+    if found is not None:
+        _refuse_difference(folder, found, started, inputs)
+        if (folder / MANIFEST).exists():
+            print(f"{command}: {folder} is finished; nothing to do.")
+            os.close(lock)
+            return None
+        print(f"{command}: resuming in {folder}.")
+        started = found
+        for part in folder.rglob(".*.part"):  # half a file of a killed process
+            part.unlink()
+    elif unknown := [path.name for path in folder.iterdir() if path.name not in (LOCK, STARTED)]:
+        raise BadInput(f"{folder} holds files no run of this project left ({unknown[0]}, ...): name another --output")
+    write_json(folder / STARTED, started)
+    return Run(folder=folder, started=started, began=time.monotonic(), lock=lock)
+
+
+def read_manifest(folder: Path, *commands: str) -> Manifest:
+    """Read a finished run folder that one of `commands` made.
+
+    Raises:
+        BadInput: there is no manifest, or another command made the folder; the message names the script to run.
+    """
+    scripts = " or ".join(MADE_BY.get(command, command) for command in commands)
+    if not (folder / MANIFEST).is_file():
+        state = "was not finished" if (folder / STARTED).is_file() else "has no manifest.json"
+        raise BadInput(f"{folder} {state}: run {scripts} first")
+    values = read_json(folder / MANIFEST)
+    if values["command"] not in commands:
+        raise BadInput(f"{folder} was made by {values['command']}, not by {' or '.join(commands)}: run {scripts}")
+    return Manifest(folder=folder, **values)
+
+
+def fingerprint(path: Path) -> str:
+    """Content of a run folder (through its manifest), a file, or a plain folder, as a short hex string."""
+    if (path / MANIFEST).is_file():
+        values = read_json(path / MANIFEST)
+        return _hash_value([values["outputs"], values["facts"]])
+    if path.is_file():
+        return hash_file(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return _hash_value([[str(file.relative_to(path)), hash_file(file)] for file in files])
+    raise BadInput(f"{path} does not exist")
+
+
+def current_commit() -> str:
+    """The commit of the checkout, with "+changes" when it is dirty; "unknown" outside git."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _config_values(config: StageConfig) -> dict[str, Any]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return {name: value for name, value in plain.items() if name not in RUNTIME_FIELDS}
+
+
+def _found(folder: Path) -> dict[str, Any] | None:
+    for name in (MANIFEST, STARTED):
+        if (folder / name).is_file():
+            values: dict[str, Any] = read_json(folder / name)
+            return values
+    return None
+
+
+def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, Any], inputs: dict[str, Path]) -> None:
+    if found["command"] != wanted["command"]:
+        raise BadInput(f"{folder} was made by {found['command']}: name another --output")
+    differences = [
+        f"--{name.replace('_', '-')} was {found['config'].get(name)}, now {value}"
+        for name, value in wanted["config"].items()
+        if name not in inputs and found["config"].get(name) != value
+    ]
+    differences += [
+        f"{name} ({value['path']}) has changed since"
+        for name, value in wanted["inputs"].items()
+        if found["inputs"].get(name, {}).get("fingerprint") != value["fingerprint"]
+    ]
+    differences += [f"{name} was given" for name in found["inputs"] if name not in wanted["inputs"]]
+    if differences:
+        raise BadInput(
+            f"{folder} holds another run ({'; '.join(differences)}): add --overwrite or name another --output"
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier run's files; the record that names it goes first, so that no reader trusts a torn folder."""
+    if _found(folder) is None and any(path.name != LOCK for path in folder.iterdir()):
+        raise BadInput(f"{folder} holds files that no run of this project left: --overwrite will not remove them")
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name in (LOCK, STARTED):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (folder / STARTED).unlink(missing_ok=True)
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BadInput(f"{folder} is in use by another process: wait for it or name another --output") from None
+    return descriptor
+
+
+def _output_files(folder: Path) -> list[Path]:
+    own = {MANIFEST, STARTED, LOCK}
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in own)
+
+
+def _hash_value(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
