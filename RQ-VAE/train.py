@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.compute import load_state, make_optimizer, pick_device, save_state, seed_everything, warmup_share
-from models.rqvae import Alignment, AlignAt, RqVae, RqVaeConfig
+from models.rqvae import AlignAt, Alignment, RqVae, RqVaeConfig
 from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput

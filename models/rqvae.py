@@ -6,6 +6,7 @@ published addition of AVG (SIGIR 2025).
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -189,7 +190,7 @@ def _mlp(widths: list[int], config: RqVaeConfig) -> nn.Sequential:
     """Linear layers with dropout before and, but for the last, batch norm and ReLU behind; zero at the start of a
     skip path's side."""
     layers: list[nn.Module] = []
-    for number, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for number, (width_in, width_out) in enumerate(pairwise(widths)):
         last = number == len(widths) - 2
         linear = nn.Linear(width_in, width_out)
         layers += [nn.Dropout(config.dropout), linear]

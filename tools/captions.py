@@ -6,7 +6,6 @@
 that can be found but not trained on.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -73,5 +72,5 @@ def query_owners(records: list[Record]) -> list[int]:
 def portable(path: Path) -> str:
     """A path as it goes into a manifest: relative to the current folder when it lies below it."""
     absolute = path.resolve()
-    root = Path(os.getcwd()).resolve()
+    root = Path.cwd().resolve()
     return str(absolute.relative_to(root)) if absolute.is_relative_to(root) else str(absolute)

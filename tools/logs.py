@@ -5,6 +5,7 @@ switches it off, and any failure of it becomes one line on standard error.
 """
 
 import os
+import secrets
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ class Tracker:
 
         mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
         id_file = folder / "resume" / "wandb_id"
-        run_id = id_file.read_text() if id_file.is_file() else wandb.util.generate_id()
+        run_id = id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
         options: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", PROJECT),
             "name": str(folder),
@@ -138,7 +139,7 @@ class Tracker:
 
 
 def _logged_in(wandb: Any) -> bool:
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    return bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.login(prompt=False))
 
 
 def _cell(value: Any) -> str:

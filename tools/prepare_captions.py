@@ -8,7 +8,6 @@ Command: python -m tools.prepare_captions --images DIR --source FILE --output RQ
 
 import csv
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -118,7 +117,7 @@ def read_coco(path: Path, value: Any) -> Iterator[Found]:
 
 
 def read_table(path: Path) -> Iterator[Found]:
-    """A CSV, TSV or JSONL of `image` and `caption` (or `captions`) and optionally `split`; one row a caption is fine."""
+    """A CSV, TSV or JSONL of `image`, `caption` (or `captions`) and optionally `split`; one row a caption is fine."""
     found: dict[str, Found] = {}
     for number, row in _table_rows(path):
         where = f"{path.name}, line {number}"
@@ -222,7 +221,7 @@ def main(config: Config) -> None:
         raise BadInput(f"no usable picture: nothing in {config.images} matches the source")
     write_captions(run.folder / FILE_NAME, records)
     pictures = Counter(record.split for record in records)
-    captions = Counter({split: 0 for split in SPLITS})
+    captions = Counter(dict.fromkeys(SPLITS, 0))
     for record in records:
         captions[record.split] += len(record.captions)
     rows = [{"split": split, "pictures": pictures[split], "captions": captions[split]} for split in SPLITS]
@@ -291,7 +290,7 @@ def _random_split(image: str, bounds: tuple[float, float]) -> str:
 def _cannot_open(images: Path, file: str) -> str:
     """Why the picture cannot be used, or nothing."""
     path = images / file
-    if not os.path.isfile(path):
+    if not path.is_file():
         return "picture missing"
     try:
         with Image.open(path) as picture:

@@ -1,0 +1,87 @@
+"""The rules of the house: import direction, short functions, scripts and command names."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("RQ-VAE", "retriever", "reranker")
+MAY_IMPORT = {"tools": {"tools"}, "models": {"models", "tools"}} | {
+    stage: {stage, "models", "tools"} if stage != "RQ-VAE" else {"models", "tools"} for stage in STAGES
+}
+ROOMS = set(MAY_IMPORT)
+PUBLISHED_NAMES = (
+    "RQ-VAE/scripts/prepare_emb.sh",
+    "RQ-VAE/scripts/train_rqvae.sh",
+    "RQ-VAE/scripts/generate_codes.sh",
+    "scripts/prepare_retriever_dataset.sh",
+    "scripts/train_retriever_t5.sh",
+)
+NUMBERED = sorted((ROOT / "scripts").glob("[0-9][0-9]_*.sh"))
+
+
+def imported_rooms(source: str, room: str) -> Iterator[str]:
+    """Rooms that a file of `room` imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            name = room if node.level else (node.module or "")
+            yield name.split(".")[0]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_go_stage_models_tools(room: str) -> None:
+    for path in (ROOT / room).glob("**/*.py"):
+        found = set(imported_rooms(path.read_text(), room)) & ROOMS
+        assert found <= MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {found - MAY_IMPORT[room]}"
+
+
+def test_the_rule_is_seen_when_broken() -> None:
+    assert set(imported_rooms("from retriever.beam import x\nimport models.clip\nfrom .y import z", "tools")) == {
+        "retriever",
+        "models",
+        "tools",
+    }
+
+
+def test_rq_vae_is_a_folder_of_commands() -> None:
+    assert not (ROOT / "RQ-VAE" / "__init__.py").exists()
+
+
+def test_core_needs_no_open_clip_wandb_or_faiss() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('open_clip', 'wandb', 'faiss'): sys.modules[name] = None\n"
+        "import models.voken_lm, retriever.beam, retriever.train, retriever.retrieve, retriever.search"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_NAMES)
+def test_published_command_names_lead_to_numbered_scripts(name: str) -> None:
+    path = ROOT / name
+    assert path.is_symlink()
+    assert path.resolve() in NUMBERED
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.name)
+def test_numbered_scripts_are_one_sentence_one_source_one_command(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert re.fullmatch(r"# [A-Z].*\.", lines[1])
+    assert lines[2].startswith("source ")
+    assert lines[-1].startswith("python -m ")
+    assert lines[-1].endswith('"$@"')
+    assert os.access(path, os.X_OK)
+
+
+def test_every_script_parses() -> None:
+    for path in [*(ROOT / "scripts").glob("**/*.sh"), ROOT / ".ci" / "run"]:
+        subprocess.run(["bash", "-n", str(path)], check=True)

@@ -1,0 +1,173 @@
+"""Every caption source becomes the one format, and bad data is named before anything is written."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tools import prepare_captions
+from tools.captions import Record, read_captions
+from tools.errors import BadInput
+from tools.prepare_captions import Config, main
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    for name in ("a.jpg", "b.jpg", "c.jpg", "val2014/d.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), "red").save(folder / name)
+    return folder
+
+
+def write(path: Path, value: Any) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def prepare(images: Path, *sources: Path, **options: Any) -> list[Record]:
+    config = Config(images=images, source=sources, output=images.parent / "out", workers=1, **options)
+    main(config)
+    return read_captions(config.output).records
+
+
+def test_karpathy_with_restval_and_folders(images: Path) -> None:
+    rows = [
+        {"filename": "a.jpg", "split": "train", "sentences": [{"raw": "one "}, {"raw": "two\nlines"}]},
+        {"filename": "b.jpg", "split": "restval", "sentences": [{"raw": "three"}]},
+        {"filename": "d.jpg", "filepath": "val2014", "split": "test", "sentences": [{"raw": "four"}]},
+    ]
+    source = write(images.parent / "dataset_coco.json", {"images": rows, "dataset": "coco"})
+    assert prepare(images, source) == [
+        Record("a.jpg", "a.jpg", "train", ("one", "two lines")),
+        Record("b.jpg", "b.jpg", "train", ("three",)),
+        Record("d.jpg", "val2014/d.jpg", "test", ("four",)),
+    ]
+
+
+def test_published_split_captions(images: Path) -> None:
+    value = {"a.jpg": {"split": "val", "caption": ["x", "y"]}, "b.jpg": {"split": "train", "captions": "z"}}
+    source = write(images.parent / "flickr30k_split_captions.json", value)
+    assert prepare(images, source) == [
+        Record("a.jpg", "a.jpg", "val", ("x", "y")),
+        Record("b.jpg", "b.jpg", "train", ("z",)),
+    ]
+
+
+def coco(images: Path, name: str, files: dict[int, str]) -> Path:
+    value = {
+        "images": [{"id": number, "file_name": file} for number, file in files.items()],
+        "annotations": [{"image_id": number, "caption": f"of {file}"} for number, file in files.items()],
+    }
+    return write(images.parent / name, value)
+
+
+def test_coco_with_a_rule_for_each_file(images: Path) -> None:
+    train = coco(images, "captions_train2014.json", {1: "a.jpg", 2: "b.jpg"})
+    val = coco(images, "captions_val2014.json", {3: "c.jpg"})
+    records = prepare(images, train, val, split_rule="captions_train2014=train;captions_val2014=test")
+    assert [(record.image, record.split, record.captions) for record in records] == [
+        ("a.jpg", "train", ("of a.jpg",)),
+        ("b.jpg", "train", ("of b.jpg",)),
+        ("c.jpg", "test", ("of c.jpg",)),
+    ]
+
+
+def test_csv_one_row_a_caption(images: Path) -> None:
+    source = write(
+        images.parent / "t.csv", 'image,caption,split\na.jpg,"one, two",train\na.jpg,three,train\nb.jpg,x,val\n'
+    )
+    assert prepare(images, source) == [
+        Record("a.jpg", "a.jpg", "train", ("one, two", "three")),
+        Record("b.jpg", "b.jpg", "val", ("x",)),
+    ]
+
+
+def test_jsonl_without_splits_is_divided_the_same_way_every_time(images: Path) -> None:
+    rows = [json.dumps({"image": name, "captions": ["x"]}) for name in ("a.jpg", "b.jpg", "c.jpg")]
+    source = write(images.parent / "t.jsonl", "\n".join(rows))
+    first = prepare(images, source)
+    source.write_text("\n".join(rows[:2]))
+    assert prepare(images, source, overwrite=True) == first[:2]
+
+
+def test_random_rule_has_its_shares() -> None:
+    bounds = (0.8, 0.9)
+    splits = [prepare_captions._random_split(f"{number}.jpg", bounds) for number in range(5000)]
+    assert 0.78 < splits.count("train") / 5000 < 0.82
+    assert 0.09 < splits.count("val") / 5000 < 0.11
+
+
+def test_a_bare_folder_is_searchable_and_not_trainable(images: Path) -> None:
+    records = prepare(images)
+    assert [(record.image, record.split, record.captions) for record in records] == [
+        (name, "test", ()) for name in ("a.jpg", "b.jpg", "c.jpg", "val2014/d.jpg")
+    ]
+
+
+def bad_source(images: Path) -> Path:
+    (images / "torn.jpg").write_bytes((images / "a.jpg").read_bytes()[:200])
+    rows = ["image,caption,split", "a.jpg,fine,train", "b.jpg,,train", "gone.jpg,x,train", "torn.jpg,x,val"]
+    rows += ["c.jpg,x,train", "c.jpg,x,test", "val2014/d.jpg,x,holdout"]
+    return write(images.parent / "bad.csv", "\n".join(rows))
+
+
+def test_bad_data_is_counted_and_named_and_nothing_is_written(images: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        prepare(images, bad_source(images))
+    message = str(caught.value)
+    for part in (
+        "1 × picture missing",
+        "picture missing: bad.csv, line 4: gone.jpg",
+        "picture unreadable (OSError): bad.csv, line 5: torn.jpg",
+        "empty caption: bad.csv, line 3",
+        "picture in two splits: bad.csv, line 6: c.jpg",
+        "split is not one of train, val, test: bad.csv, line 8: 'holdout'",
+        "--skip-bad",
+    ):
+        assert part in message
+    assert not (images.parent / "out" / "captions.jsonl").exists()
+
+
+def test_skip_bad_goes_on_without_them(images: Path) -> None:
+    source = bad_source(images)
+    with pytest.raises(BadInput):
+        prepare(images, source)
+    assert prepare(images, source, skip_bad=True) == [Record("a.jpg", "a.jpg", "train", ("fine",))]
+
+
+def test_duplicate_ids(images: Path) -> None:
+    row = {"filename": "a.jpg", "split": "train", "sentences": [{"raw": "x"}]}
+    source = write(images.parent / "k.json", {"images": [row, row]})
+    with pytest.raises(BadInput, match=r"duplicate id: k\.json, images\[1\]: a\.jpg"):
+        prepare(images, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", '{"images": [', r"x\.json, line 1: not valid JSON"),
+        ("x.json", '{"images": [{"filename": "a.jpg"}]}', r"images\[0\]: no 'sentences'"),
+        ("x.json", "[1, 2]", "name its --format"),
+        ("x.json", '{"a.jpg": ["one"]}', 'entry "a.jpg"'),
+        ("x.csv", "file,text\na.jpg,x\n", "line 2: needs `image` and `caption`"),
+        ("x.csv", "image,caption\n", "no usable picture"),
+    ],
+)
+def test_a_source_of_another_kind(images: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        prepare(images, write(images.parent / name, content))
+
+
+def test_contradicting_options(images: Path, tmp_path: Path) -> None:
+    base = Config(images=images, output=tmp_path / "out")
+    with pytest.raises(BadInput, match="does not exist"):
+        replace(base, source=(tmp_path / "none.csv",))
+    with pytest.raises(BadInput, match="is not a folder"):
+        replace(base, images=tmp_path / "none")
+    source = write(tmp_path / "x.csv", "image,caption\na.jpg,x\n")
+    with pytest.raises(BadInput, match="gives no rule"):
+        prepare(images, source, split_rule="random:0.5,0.1,0.1")

@@ -1,0 +1,203 @@
+"""The tokenizer: quantizer against naive loops, losses by hand, starts, round trips, and the report."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.compute import make_optimizer
+from models.quantizer import QuantizerConfig, ResidualQuantizer, kmeans, nearest, sinkhorn
+from models.rqvae import AlignAt, Alignment, RqVae, RqVaeConfig, alignment_loss
+from tests.tiny import generate_codes
+from tools.errors import BadInput
+from tools.tokenizer_report import code_use, collision_groups
+
+CONFIG = RqVaeConfig(features=12, width=8, hidden=(16,), levels=3, codebook_size=6, dropout=0.0)
+
+
+def features(rows: int = 64, seed: int = 0) -> Tensor:
+    return torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_codes(vector: Tensor, books: list[Tensor]) -> list[int]:
+    """Section 3 of the RQ-VAE paper, one vector and one code at a time."""
+    codes = []
+    for book in books:
+        distances = [float(((vector - entry) ** 2).sum()) for entry in book]
+        codes.append(distances.index(min(distances)))
+        vector = vector - book[codes[-1]]
+    return codes
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_quantizer_equals_the_naive_one(shared: bool) -> None:
+    quantizer = ResidualQuantizer(QuantizerConfig(width=4, levels=3, codebook_size=5, shared=shared)).eval()
+    vectors = torch.randn(20, 4)
+    books = [quantizer.codebook(level).detach() for level in range(3)]
+    expected = [naive_codes(vector, books) for vector in vectors]
+    assert quantizer.encode(vectors).tolist() == expected
+    result = quantizer(vectors)
+    assert result.codes.tolist() == expected
+    assert torch.allclose(result.vectors, quantizer.decode(result.codes), atol=1e-6)
+
+
+def test_quantizer_loss_by_hand() -> None:
+    quantizer = ResidualQuantizer(QuantizerConfig(width=2, levels=1, codebook_size=2))
+    with torch.no_grad():
+        quantizer.codebooks.copy_(torch.tensor([[[0.0, 0.0], [10.0, 0.0]]]))
+    vectors = torch.tensor([[1.0, 1.0]], requires_grad=True)
+    result = quantizer(vectors)
+    assert result.loss.item() == pytest.approx(1.0 + 0.25 * 1.0)
+    result.loss.backward()
+    assert vectors.grad is not None
+    assert torch.allclose(vectors.grad, torch.tensor([[0.25, 0.25]]))  # commitment alone
+    assert quantizer.codebooks.grad is not None
+    assert torch.allclose(quantizer.codebooks.grad[0, 0], torch.tensor([-1.0, -1.0]))
+
+
+def test_straight_through_gradient() -> None:
+    quantizer = ResidualQuantizer(QuantizerConfig(width=4, levels=2, codebook_size=5))
+    vectors = torch.randn(3, 4, requires_grad=True)
+    quantizer(vectors).vectors.sum().backward()
+    assert vectors.grad is not None
+    assert torch.equal(vectors.grad, torch.ones(3, 4))
+
+
+def test_kmeans_finds_separated_clusters_and_fills_empty_ones() -> None:
+    centres = torch.eye(4) * 10
+    vectors = centres.repeat_interleave(20, 0) + 0.1 * torch.randn(80, 4)
+    found = kmeans(vectors, 4, iterations=20, generator=torch.Generator().manual_seed(3))
+    spread = torch.cdist(vectors, found).min(dim=1).values.max()
+    assert spread < 12  # every vector lies within its own or one other cluster
+    repeated = torch.cat([torch.zeros(50, 2), torch.ones(1, 2)])
+    assert torch.isfinite(kmeans(repeated, 3, iterations=5, generator=torch.Generator().manual_seed(0))).all()
+
+
+def test_sinkhorn_fills_rows_and_columns_equally() -> None:
+    plan = sinkhorn(torch.randn(12, 4), 100).exp()
+    assert torch.allclose(plan.sum(dim=1), torch.full((12,), 1 / 12), atol=1e-5)
+    assert torch.allclose(plan.sum(dim=0), torch.full((4,), 1 / 4), atol=1e-3)
+
+
+def test_sinkhorn_balances_training_and_not_evaluation() -> None:
+    config = QuantizerConfig(width=2, levels=1, codebook_size=4, sinkhorn_temperature=0.05)
+    quantizer = ResidualQuantizer(config)
+    with torch.no_grad():
+        quantizer.codebooks.copy_(torch.tensor([[[0.0, 0.0], [5.0, 0.0], [0.0, 5.0], [5.0, 5.0]]]))
+    vectors = 0.1 * torch.randn(40, 2)  # all next to code 0
+    assert len(quantizer(vectors).codes.unique()) == 4
+    assert quantizer.eval()(vectors).codes.unique().tolist() == [0]
+
+
+def test_dead_codes_are_revived() -> None:
+    quantizer = ResidualQuantizer(QuantizerConfig(width=4, levels=2, codebook_size=8))
+    with torch.no_grad():
+        quantizer.codebooks[:, 1:] = 1e4
+    vectors = torch.randn(100, 4)
+    assert quantizer.revive(vectors, least=1, generator=torch.Generator().manual_seed(0)) == 14
+    assert len(quantizer.encode(vectors)[:, 0].unique()) > 4
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_start_is_residual_kmeans_on_the_features(shared: bool) -> None:
+    """With the skip path the untrained autoencoder already quantises: better with each level, all codes in use."""
+    data = features(400)
+    model = RqVae(dataclasses.replace(CONFIG, width=12, levels=4, codebook_size=16, shared=shared))
+    model.start_from(data, iterations=20, seed=0)
+    model.eval()
+    codes = model.codes(data)
+    errors = []
+    for level in range(1, 5):
+        vectors = torch.stack([model.quantizer.codebook(i)[codes[:, i]] for i in range(level)]).sum(0)
+        errors.append(float(((model.decode(vectors) - model.prepare(data)) ** 2).mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * float(((model.prepare(data) - model.mean) ** 2).mean())
+    if not shared:
+        assert all(use.used == 1.0 for use in code_use(codes.numpy(), 16))
+
+
+@pytest.mark.parametrize("alignment", ["none", "mse", "l1", "contrastive"])
+@pytest.mark.parametrize("align_at", ["before", "after"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_every_parameter_learns(alignment: Alignment, align_at: AlignAt, skip: bool) -> None:
+    config = dataclasses.replace(CONFIG, width=12, alignment=alignment, align_at=align_at, skip=skip)
+    model = RqVae(config)
+    model.start_from(features(), iterations=5, seed=0)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = make_optimizer("sgd", model, lr=0.1, weight_decay=0.0)
+    first = last = 0.0
+    for step in range(30):
+        loss = model.losses(features(), features(seed=1)).total(0.1)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        first, last = (loss.item() if step == 0 else first), loss.item()
+    assert last < first
+    still = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    assert still == []
+
+
+def test_alignment_losses_by_hand() -> None:
+    output, captions = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    assert alignment_loss("mse", output, captions).item() == pytest.approx(1.0)
+    assert alignment_loss("l1", output, captions).item() == pytest.approx(0.5)
+    expected = -np.log(np.e / (np.e + 1))  # cosines 1 and 0, temperature 1
+    assert alignment_loss("contrastive", output, captions).item() == pytest.approx(expected)
+    assert alignment_loss("none", output, captions).item() == 0.0
+
+
+def test_align_before_needs_equal_widths() -> None:
+    with pytest.raises(BadInput, match="--align-at before"):
+        dataclasses.replace(CONFIG, alignment="mse", align_at="before")
+
+
+def test_save_and_load_give_equal_codes(tmp_path: Path) -> None:
+    model = RqVae(CONFIG)
+    model.start_from(features(), iterations=3, seed=0)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(RqVae.from_pretrained(tmp_path).codes(features()), model.eval().codes(features()))
+
+
+def test_optimizers_by_name() -> None:
+    model = RqVae(CONFIG)
+    for name in ("adamw", "Adagrad", "SGD", "RMSprop", "NAdam"):
+        assert type(make_optimizer(name, model, lr=0.1, weight_decay=0.0)).__name__.lower() == name.lower()
+    with pytest.raises(BadInput, match="--optimizer adamm is not in torch.optim"):
+        make_optimizer("adamm", model, lr=0.1, weight_decay=0.0)
+
+
+def test_code_use_by_hand() -> None:
+    codes = np.array([[0, 1], [0, 2], [0, 3], [0, 3]])
+    first, second = code_use(codes, 4)
+    assert (first.used, first.perplexity) == (0.25, 1.0)
+    assert second.used == 0.75
+    assert second.perplexity == pytest.approx(round(2**1.5, 1))
+    assert collision_groups(codes).tolist() == [1, 1, 2, 2]
+
+
+def test_resolving_collisions_keeps_the_nearest_and_moves_the_others() -> None:
+    config = dataclasses.replace(CONFIG, features=2, width=2, levels=2, codebook_size=4, skip=False)
+    model = RqVae(config).eval()
+    with torch.no_grad():
+        model.quantizer.codebooks[0] = torch.tensor([[0.0, 0.0], [9.0, 9.0], [99.0, 0.0], [0.0, 99.0]])
+        model.quantizer.codebooks[1] = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    latents = np.array([[0.3, 0.0], [0.1, 0.0], [0.2, 0.0], [1.0, 0.0], [9.0, 9.0]], dtype=np.float32)
+    codes = model.quantizer.encode(torch.from_numpy(latents)).numpy()
+    assert codes.tolist() == [[0, 0], [0, 0], [0, 0], [0, 1], [1, 0]]
+    resolved = generate_codes.resolve_collisions(codes, latents, model)
+    assert resolved.tolist() == [[0, 3], [0, 0], [0, 2], [0, 1], [1, 0]]  # nearest first: 0.1, 0.2, 0.3
+
+
+def test_a_group_larger_than_the_codebook_keeps_collisions() -> None:
+    model = RqVae(dataclasses.replace(CONFIG, features=2, width=2, levels=1, codebook_size=2, skip=False)).eval()
+    latents = np.zeros((3, 2), dtype=np.float32)
+    codes = generate_codes.resolve_collisions(np.zeros((3, 1), dtype=np.int64), latents, model)
+    assert sorted(codes.ravel().tolist()) == [0, 0, 1]
+
+
+def test_nearest_breaks_ties_downwards() -> None:
+    assert nearest(torch.zeros(1, 2), torch.ones(3, 2)).tolist() == [0]

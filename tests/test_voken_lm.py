@@ -1,0 +1,184 @@
+"""Language models with vokens: tokens, starts, losses, learning, saving."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.compute import make_optimizer
+from models.voken_lm import DECODER_SPECIALS, VokenLM, build_encoder_decoder, build_seq2seq
+from retriever.losses import Targets, generative_loss, soft_targets
+from retriever.queries import LiveQueries, StoredQueries, bucketed_batches
+from tests.tiny import COLOURS, bert_folder, codebooks, t5_folder, tiny_encoder_decoder, tiny_t5
+from tools.errors import BadInput
+from tools.vokens import VokenSpace
+
+SPACE = VokenSpace(3, 5, shared=False)
+SHARED = VokenSpace(3, 5, shared=True)
+
+
+def test_voken_names_and_rows() -> None:
+    assert SPACE.tokens[:2] == ["<v0_0>", "<v0_1>"]
+    assert len(SPACE.tokens) == 15
+    assert SPACE.rows(np.array([[0, 0, 4]])).tolist() == [[0, 5, 14]]
+    assert SHARED.tokens == [f"<v_{code}>" for code in range(5)]
+    assert SHARED.rows(np.array([[0, 0, 4]])).tolist() == [[0, 0, 4]]
+    assert (SPACE.level_rows(2), SHARED.level_rows(2)) == (slice(10, 15), slice(0, 5))
+
+
+@pytest.mark.parametrize("space", [SPACE, SHARED])
+def test_t5_vokens_follow_the_tokenizer_and_start_from_the_codebooks(space: VokenSpace, tmp_path: Path) -> None:
+    lm = tiny_t5(tmp_path, space)
+    books = codebooks(space, 16)
+    codes = torch.tensor([[1, 2, 4]])
+    ids = lm.token_ids(codes)[0]
+    names = [space.tokens[row] for row in space.rows(codes.numpy())[0]]
+    assert lm.tokenizer.convert_tokens_to_ids(names) == ids.tolist()
+    for level, code in enumerate(codes[0]):
+        book = books[0 if space.shared else level]
+        assert torch.equal(lm.model.get_input_embeddings().weight[ids[level]], torch.from_numpy(book[code]))
+
+
+def test_a_new_decoder_starts_from_the_scaled_codebooks(tmp_path: Path) -> None:
+    lm = tiny_encoder_decoder(tmp_path, SPACE)
+    rows = lm.model.decoder.get_input_embeddings().weight[DECODER_SPECIALS:].detach().numpy()
+    books = codebooks(SPACE, 16).reshape(-1, 16)
+    scale = rows[0, 0] / books[0, 0]
+    assert np.allclose(rows, books * scale, atol=1e-6)
+    assert rows.std() == pytest.approx(4 / 16**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder])
+def test_save_and_load_give_equal_logits(build: type, tmp_path: Path) -> None:
+    lm: VokenLM = build(tmp_path / "base", SPACE)
+    lm.save_pretrained(tmp_path / "saved")
+    again = VokenLM.from_pretrained(tmp_path / "saved")
+    assert again.space == SPACE
+    codes = torch.tensor([[1, 2, 3], [0, 0, 0]])
+    texts = ["a red circle", "blue"]
+    with torch.inference_mode():
+        first = lm(lm.encode(lm.tokenize(texts)), codes)
+        second = again(again.encode(again.tokenize(texts)), codes)
+    assert torch.allclose(first, second, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder])
+def test_padding_is_masked(build: type, tmp_path: Path) -> None:
+    lm: VokenLM = build(tmp_path, SPACE)
+    codes = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        alone = lm(lm.encode(lm.tokenize(["blue"])), codes)
+        padded = lm(lm.encode(lm.tokenize(["blue", "a small drawing of a red circle"])), codes.repeat(2, 1))
+    assert torch.allclose(alone[0], padded[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder])
+def test_overfits_eight_pairs_and_moves_every_trainable_parameter(build: type, tmp_path: Path) -> None:
+    lm: VokenLM = build(tmp_path, SPACE)
+    before = {name: value.clone() for name, value in lm.named_parameters()}
+    torch.manual_seed(0)
+    codes = torch.randint(0, 5, (8, 3))
+    tokens = lm.tokenize([f"a {colour} circle" for colour in COLOURS])
+    optimizer = make_optimizer("adam", lm, lr=0.02, weight_decay=0.0)
+    for _ in range(120):
+        loss = generative_loss(lm(lm.encode(tokens), codes), Targets(codes, None), lm, temperature=1.0, end=True)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert loss.item() < 0.1
+    lm.eval()
+    with torch.inference_mode():
+        logits = lm(lm.encode(tokens), codes)
+    assert torch.equal(logits[:, :3].argmax(dim=-1), lm.token_ids(codes))
+    for name, value in lm.named_parameters():
+        assert torch.equal(value, before[name]) != value.requires_grad, name
+
+
+def test_a_frozen_encoder_stays_in_eval_mode(tmp_path: Path) -> None:
+    lm = tiny_encoder_decoder(tmp_path, SPACE).train()
+    assert lm.model.decoder.training
+    assert not lm.model.encoder.training
+    assert not any(value.requires_grad for value in lm.model.encoder.parameters())
+
+
+def test_hard_loss_by_hand(tmp_path: Path) -> None:
+    lm = tiny_encoder_decoder(tmp_path, SPACE)
+    codes = torch.tensor([[0, 1, 2]])
+    logits = torch.zeros(1, 4, 18)
+    logits[0, 0, DECODER_SPECIALS + 0] = 2.0
+    log_uniform = np.log(18)
+    first = -(4.0 - np.log(np.exp(4.0) + 17))  # temperature 0.5 doubles the logit
+    loss = generative_loss(logits, Targets(codes, None), lm, temperature=0.5, end=False)
+    assert loss.item() == pytest.approx((first + 2 * log_uniform) / 3, rel=1e-5)
+    loss = generative_loss(logits, Targets(codes, None), lm, temperature=0.5, end=True)
+    assert loss.item() == pytest.approx((first + 3 * log_uniform) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("space", [SPACE, SHARED])
+def test_soft_targets_at_low_temperature_are_the_codes(space: VokenSpace, tmp_path: Path) -> None:
+    lm = tiny_encoder_decoder(tmp_path, space)
+    books = torch.from_numpy(codebooks(space, 16))
+    codes = torch.tensor([[0, 1, 2], [4, 4, 4]])
+    latents = torch.stack([books[level % len(books)][codes[:, level]] for level in range(3)]).sum(0)
+    targets = soft_targets(latents, books, 3, 1e-6)
+    residual = latents
+    for level in range(3):  # the greedy codes of the latents, not always the ones they were made of
+        book = books[level % len(books)]
+        chosen = torch.cdist(residual, book).argmin(dim=1)
+        assert torch.equal(targets.codes[:, level], chosen)
+        residual = residual - book[chosen]
+    assert targets.shares is not None
+    logits = torch.randn(2, 4, DECODER_SPECIALS + len(space.tokens))
+    hard = generative_loss(logits, Targets(targets.codes, None), lm, temperature=1.0, end=True)
+    soft = generative_loss(logits, targets, lm, temperature=1.0, end=True)
+    assert soft.item() == pytest.approx(hard.item(), rel=1e-5)
+
+
+def test_soft_targets_are_drawn_as_often_as_they_say() -> None:
+    torch.manual_seed(0)
+    books = torch.tensor([[[0.0], [1.0]]])
+    targets = soft_targets(torch.full((4000, 1), 0.4), books, 1, 0.5)
+    expected = np.exp(-0.16 / 0.5) / (np.exp(-0.16 / 0.5) + np.exp(-0.36 / 0.5))
+    assert targets.shares is not None
+    assert targets.shares[0, 0, 0].item() == pytest.approx(expected, rel=1e-4)
+    assert (targets.codes == 0).float().mean().item() == pytest.approx(expected, abs=0.03)
+
+
+def test_stored_states_equal_live_ones(tmp_path: Path) -> None:
+    lm = tiny_encoder_decoder(tmp_path / "lm", SPACE)
+    texts = ["a red circle", "blue", "drawing of a small green square"]
+    live = LiveQueries(lm, texts)
+    stored = StoredQueries(lm, texts, folder=tmp_path, name="val", dtype=torch.float32)
+    again = StoredQueries(lm, texts, folder=tmp_path, name="val", dtype=torch.float32)  # finds the file
+    chosen = np.array([2, 0])
+    with torch.inference_mode():
+        expected = live.memory(chosen)
+    for memory in (stored.memory(chosen), again.memory(chosen)):
+        assert torch.equal(memory.mask, expected.mask)
+        assert torch.allclose(memory.states, expected.states * expected.mask[:, :, None], atol=2e-3)  # float16
+
+
+def test_bucketed_batches_hold_every_text_once_with_little_padding() -> None:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(4, 30, size=1000)
+    batches = bucketed_batches(lengths, 16, generator)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(1000))
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.1 * lengths.sum()
+    assert [batch.tolist() for batch in batches] != [
+        batch.tolist() for batch in bucketed_batches(lengths, 16, generator)
+    ]
+
+
+def test_models_that_do_not_fit_are_one_clear_line(tmp_path: Path) -> None:
+    books = codebooks(SPACE, 12)
+    with pytest.raises(BadInput, match=r"codebooks are 12 wide.*--width 16"):
+        build_seq2seq(str(t5_folder(tmp_path / "t5")), space=SPACE, codebooks=books, dropout=0.0, max_source=8)
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        build_seq2seq(str(tmp_path / "none"), space=SPACE, codebooks=books, dropout=0.0, max_source=8)
+    with pytest.raises(BadInput, match="--decoder-heads 5 does not divide"):
+        build_encoder_decoder(
+            str(bert_folder(tmp_path / "bert")),
+            space=SPACE, codebooks=books, layers=1, heads=5, dropout=0.0, max_source=8,
+        )  # fmt: skip
