@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.compute import pick_device
-from models.rqvae import RqVae
+from models.rqvae import BLOCK, RqVae
 from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
@@ -96,7 +96,7 @@ def tokenize(model: RqVae, features: Features, config: Config) -> tuple[NDArray[
     """Codes (pictures, levels) and latents (pictures, width) of every picture."""
     images = torch.from_numpy(np.array(features.images)).to(next(model.parameters()).device)
     with torch.inference_mode():
-        latents = torch.cat([model.encode(model.prepare(block)) for block in images.split(8192)]).cpu().numpy()
+        latents = torch.cat([model.encode(model.prepare(block)) for block in torch.split(images, BLOCK)]).cpu().numpy()
         codes = model.codes(images).cpu().numpy()
     if config.resolve_collisions:
         codes = resolve_collisions(codes, latents, model.cpu())

@@ -114,7 +114,8 @@ def fill(
     """
     done = read_json(state)["batches"] if state.is_file() else 0
     array = open_memmap(path, mode="r+") if done else None
-    loader = DataLoader(dataset, batch_sampler=batches[done:], num_workers=workers if len(batches) - done > 1 else 0)
+    left: Any = batches[done:]
+    loader = DataLoader(dataset, batch_sampler=left, num_workers=workers if len(batches) - done > 1 else 0)
     bar = progress(loader, path.name, total=len(batches), initial=done)
     saved = time.monotonic()
     for number, (chosen, batch) in enumerate(zip(batches[done:], bar, strict=True), start=done + 1):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.compute import load_state, make_optimizer, pick_device, save_state, seed_everything, warmup_share
-from models.rqvae import AlignAt, Alignment, RqVae, RqVaeConfig
+from models.rqvae import BLOCK, AlignAt, Alignment, RqVae, RqVaeConfig
 from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
@@ -66,6 +66,8 @@ class Config:
     """Pictures that k-means sees at most."""
     kmeans_iterations: int = 100
     """Iterations of k-means."""
+    kmeans_balance: float = 0.05
+    """Above 0: clusters of equal size, softer for larger values; published: 0."""
     revive_every: int = 10
     """Epochs between moves of unused codes onto data; 0: never."""
     epochs: int = 3000
@@ -94,8 +96,8 @@ class Config:
             raise BadInput("--levels, --codebook-size, --width, --batch-size, --validate-every must be at least 1")
         if self.epochs < 0 or not 0 <= self.dropout < 1:
             raise BadInput("--epochs must not be negative, --dropout must be in [0, 1)")
-        if self.sinkhorn_temperature < 0:
-            raise BadInput("--sinkhorn-temperature must not be negative")
+        if self.sinkhorn_temperature < 0 or self.kmeans_balance < 0:
+            raise BadInput("--sinkhorn-temperature and --kmeans-balance must not be negative")
 
     def model(self, features: int) -> RqVaeConfig:
         """The model's part of this configuration."""
@@ -153,7 +155,7 @@ def revive(model: RqVae, data: TrainData, config: Config, epoch: int) -> int:
     """Move unused codes onto train latents."""
     model.eval()
     with torch.no_grad():
-        latents = torch.cat([model.encode(model.prepare(block)) for block in data.images.split(8192)])
+        latents = torch.cat([model.encode(model.prepare(block)) for block in torch.split(data.images, BLOCK)])
         revived = model.quantizer.revive(
             latents, least=1, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         )
@@ -192,7 +194,12 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> di
         if config.kmeans_start:
             print("residual k-means over the train split ...", flush=True)
             sample = torch.randperm(len(data.images))[: config.kmeans_sample]
-            model.start_from(data.images[sample], iterations=config.kmeans_iterations, seed=config.seed)
+            model.start_from(
+                data.images[sample],
+                iterations=config.kmeans_iterations,
+                seed=config.seed,
+                balance=config.kmeans_balance,
+            )
         validate(0)
     saved = time.monotonic()
     bar = progress(range(start, config.epochs), "training RQ-VAE", total=config.epochs, unit="epoch", initial=start)

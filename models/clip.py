@@ -27,7 +27,8 @@ HF_CONFIG_NAME = "config.json"
 class Clip(NamedTuple):
     """A two-tower model ready to encode."""
 
-    model: nn.Module
+    model: Any
+    """open_clip.CustomTextCLIP"""
     preprocess: Callable[[Any], Tensor]
     tokenizer: Callable[[Sequence[str]], Tensor]
     config: dict[str, Any]
@@ -274,7 +275,7 @@ def _efficientnet_lite_stages(weights: dict[str, Tensor]) -> list[str]:
 
 def _as_linear(projection: Tensor) -> nn.Linear:
     """A matrix (inputs, outputs) that multiplies from the right, as a linear layer without bias."""
-    linear = nn.Linear(*projection.shape, bias=False)
+    linear = nn.Linear(projection.shape[0], projection.shape[1], bias=False)
     linear.weight = nn.Parameter(projection.detach().T.contiguous().clone())
     return linear
 

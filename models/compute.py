@@ -74,9 +74,8 @@ def make_optimizer(
         {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer: torch.optim.Optimizer = OPTIMIZERS[name.lower()](
-        [group for group in groups if group["params"]], lr=lr, **options
-    )
+    make: Any = OPTIMIZERS[name.lower()]
+    optimizer: torch.optim.Optimizer = make([group for group in groups if group["params"]], lr=lr, **options)
     return optimizer
 
 

@@ -1,7 +1,8 @@
 """Residual vector quantisation: a vector becomes one code a level, each level coding what the last one left over.
 
-Codebooks start from residual k-means and stay in use: dead codes are put back on data, and training may balance the
-assignment with Sinkhorn iterations (Cuturi 2013). Lee et al. 2022 (RQ-VAE), section 3.1, is the source of the scheme.
+Codebooks start from residual k-means and stay in use: dead codes are put back on data, and both the start and training
+may balance the assignment with Sinkhorn iterations (Cuturi 2013). Lee et al. 2022 (RQ-VAE), section 3.1, is the source
+of the scheme.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 COMMITMENT = 0.25  # weight of the commitment term, van den Oord et al. 2017, section 3.2
+SINKHORN_ITERATIONS = 20
+UNBALANCED_ITERATIONS = 5  # of k-means, before the balanced ones: they only spread the centres
 BLOCK = 8192
 
 
@@ -27,7 +30,6 @@ class QuantizerConfig:
     """One codebook reused at every level (as published), or one a level."""
     sinkhorn_temperature: float = 0.0
     """Above 0: balanced assignment during training, softer for larger values."""
-    sinkhorn_iterations: int = 50
 
 
 class Quantized(NamedTuple):
@@ -88,26 +90,31 @@ class ResidualQuantizer(nn.Module):
         return torch.stack([self.codebook(level)[codes[:, level]] for level in range(self.config.levels)]).sum(dim=0)
 
     @torch.no_grad()
-    def start_from(self, vectors: Tensor, *, iterations: int, generator: torch.Generator) -> None:
+    def start_from(self, vectors: Tensor, *, iterations: int, generator: torch.Generator, balance: float = 0.0) -> None:
         """Set the codebooks by residual k-means over `vectors` (rows, width).
 
         A shared codebook is fitted on the residuals of all levels, which are found one after the other.
+
+        Args:
+            balance: as in `kmeans`.
         """
+
+        def fit(residual: Tensor) -> Tensor:
+            size = self.config.codebook_size
+            return kmeans(residual, size, iterations=iterations, generator=generator, balance=balance)
+
         if len(vectors) < self.config.codebook_size:
             raise ValueError(f"{len(vectors)} vectors cannot start {self.config.codebook_size} codes")
         residual = vectors
         pooled = []
         for level in range(self.config.levels):
-            book = kmeans(residual, self.config.codebook_size, iterations=iterations, generator=generator)
+            book = fit(residual)
             pooled.append(residual)
             residual = residual - book[nearest(residual, book)]
             if not self.config.shared:
                 self.codebooks[level] = book
         if self.config.shared:
-            everything = torch.cat(pooled)
-            self.codebooks[0] = kmeans(
-                everything, self.config.codebook_size, iterations=iterations, generator=generator
-            )
+            self.codebooks[0] = fit(torch.cat(pooled))
 
     @torch.no_grad()
     def revive(self, vectors: Tensor, *, least: int, generator: torch.Generator) -> int:
@@ -133,13 +140,7 @@ class ResidualQuantizer(nn.Module):
     def _assign(self, vectors: Tensor, book: Tensor) -> Tensor:
         if not self.training or self.config.sinkhorn_temperature <= 0:
             return nearest(vectors, book)
-        distances = squared_distances(vectors, book)
-        spread = distances.std().clamp_min(torch.finfo(distances.dtype).tiny)
-        plan = sinkhorn(
-            -(distances - distances.mean()) / (spread * self.config.sinkhorn_temperature),
-            self.config.sinkhorn_iterations,
-        )
-        return plan.argmax(dim=1)
+        return balanced_plan(vectors, book, self.config.sinkhorn_temperature).argmax(dim=1)
 
 
 def squared_distances(vectors: Tensor, book: Tensor) -> Tensor:
@@ -152,6 +153,17 @@ def nearest(vectors: Tensor, book: Tensor) -> Tensor:
     return torch.cat([squared_distances(block, book).argmin(dim=1) for block in vectors.split(BLOCK)])
 
 
+def balanced_plan(vectors: Tensor, book: Tensor, temperature: float) -> Tensor:
+    """Logarithm of a soft assignment (rows, codes) that gives every code the same share of the vectors.
+
+    Args:
+        temperature: in units of the distances' standard deviation; smaller is harder.
+    """
+    distances = squared_distances(vectors, book) + (vectors * vectors).sum(dim=1, keepdim=True)
+    spread = distances.std().clamp_min(torch.finfo(distances.dtype).tiny)
+    return sinkhorn(-distances / (spread * temperature), SINKHORN_ITERATIONS)
+
+
 def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
     """Logarithm of the transport plan (rows, codes) whose rows and columns are equally full."""
     log_plan = scores
@@ -162,11 +174,24 @@ def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
     return log_plan
 
 
-def kmeans(vectors: Tensor, clusters: int, *, iterations: int, generator: torch.Generator) -> Tensor:
-    """Lloyd's algorithm from random distinct rows: centres (clusters, width); empty clusters move to random rows."""
+def kmeans(
+    vectors: Tensor, clusters: int, *, iterations: int, generator: torch.Generator, balance: float = 0.0
+) -> Tensor:
+    """Lloyd's algorithm from random distinct rows: centres (clusters, width); empty clusters move to random rows.
+
+    Residuals of high dimension make plain k-means keep one vector for many a code and half of the vectors for one,
+    which says nothing of unseen pictures; balanced clusters hold the same number of vectors.
+
+    Args:
+        balance: above 0, most iterations average by `balanced_plan` at this temperature.
+    """
     start = torch.randperm(len(vectors), generator=generator)[:clusters].to(vectors.device)
     centres = vectors[start].clone()
-    for _ in range(iterations):
+    for iteration in range(iterations):
+        if balance > 0 and iteration >= UNBALANCED_ITERATIONS:
+            shares = balanced_plan(vectors, centres, balance).softmax(dim=0)
+            centres = shares.T @ vectors
+            continue
         chosen = nearest(vectors, centres)
         sums = torch.zeros_like(centres).index_add_(0, chosen, vectors)
         counts = torch.bincount(chosen, minlength=clusters)

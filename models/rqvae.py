@@ -135,12 +135,13 @@ class RqVae(nn.Module):
         return torch.cat([self.decode(self.quantizer.decode(block)) for block in codes.split(BLOCK)])
 
     @torch.no_grad()
-    def start_from(self, features: Tensor, *, iterations: int, seed: int) -> None:
+    def start_from(self, features: Tensor, *, iterations: int, seed: int, balance: float = 0.0) -> None:
         """Start from data: centre and principal components for the skip path, residual k-means for the codebooks.
 
         Args:
             features: (pictures, features), the whole train split or a large sample of it.
             iterations: of k-means.
+            balance: temperature of balanced k-means; 0 for the plain one.
         """
         generator = torch.Generator().manual_seed(seed)
         prepared = self.prepare(features)
@@ -152,7 +153,7 @@ class RqVae(nn.Module):
         was_training = self.training
         self.eval()
         latents = torch.cat([self.encode(block) for block in prepared.split(BLOCK)])
-        self.quantizer.start_from(latents, iterations=iterations, generator=generator)
+        self.quantizer.start_from(latents, iterations=iterations, generator=generator, balance=balance)
         self.train(was_training)
 
     def save_pretrained(self, folder: Path) -> None:

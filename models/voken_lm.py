@@ -55,7 +55,7 @@ class VokenLM(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer: Any,
         *,
         kind: Kind,
@@ -67,7 +67,8 @@ class VokenLM(nn.Module):
         frozen_encoder: bool,
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.kind, self.space = kind, space
         self.first_voken, self.start, self.end = first_voken, start, end
         self.max_source, self.frozen_encoder = max_source, frozen_encoder

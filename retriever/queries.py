@@ -92,5 +92,5 @@ def bucketed_batches(
         some = order[start : start + size * bucket]
         some = some[np.argsort(lengths[some], kind="stable")]
         batches += [some[begin : begin + size] for begin in range(0, len(some), size)]
-    generator.shuffle(batches)  # type: ignore[arg-type]
+    generator.shuffle(batches)
     return batches

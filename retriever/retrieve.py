@@ -136,7 +136,7 @@ def main(config: Config) -> None:
     queries = data.queries(config.split)
     if not queries.texts:
         raise BadInput(f"{config.dataset} has no {config.split} captions: choose another --split")
-    metrics = {}
+    metrics: dict[str, Any] = {}
     for pool in config.pools:
         began = time.monotonic()
         ranking = search_queries(

@@ -114,7 +114,7 @@ def two_tower_row(case: Case, features: Features, pictures: Floats, config: Conf
 def quantized_features(features: Features, rqvae: Path, codes: NDArray[np.int64]) -> Floats:
     """Picture features decoded from their codes, (pictures, width)."""
     runs.read_manifest(rqvae, "RQ-VAE.train")
-    decoded: Floats = RqVae.from_pretrained(rqvae).reconstruct(torch.from_numpy(codes)).numpy()
+    decoded: Floats = RqVae.from_pretrained(rqvae).reconstruct(torch.tensor(codes)).numpy()
     return decoded
 
 

@@ -101,6 +101,18 @@ def test_dead_codes_are_revived() -> None:
     assert len(quantizer.encode(vectors)[:, 0].unique()) > 4
 
 
+def test_balanced_kmeans_uses_every_code_alike() -> None:
+    vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+
+    def perplexity(balance: float) -> float:
+        generator = torch.Generator().manual_seed(0)
+        centres = kmeans(vectors, 32, iterations=20, generator=generator, balance=balance)
+        return code_use(nearest(vectors, centres).unsqueeze(1).numpy(), 32)[0].perplexity
+
+    assert perplexity(0.05) > 31
+    assert perplexity(0.05) > perplexity(0.0)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_start_is_residual_kmeans_on_the_features(shared: bool) -> None:
     """With the skip path the untrained autoencoder already quantises: better with each level, all codes in use."""
@@ -132,7 +144,7 @@ def test_every_parameter_learns(alignment: Alignment, align_at: AlignAt, skip: b
     for step in range(30):
         loss = model.losses(features(), features(seed=1)).total(0.1)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         first, last = (loss.item() if step == 0 else first), loss.item()
     assert last < first
@@ -166,7 +178,7 @@ def test_optimizers_by_name() -> None:
     model = RqVae(CONFIG)
     for name in ("adamw", "Adagrad", "SGD", "RMSprop", "NAdam"):
         assert type(make_optimizer(name, model, lr=0.1, weight_decay=0.0)).__name__.lower() == name.lower()
-    with pytest.raises(BadInput, match="--optimizer adamm is not in torch.optim"):
+    with pytest.raises(BadInput, match=r"--optimizer adamm is not in torch\.optim"):
         make_optimizer("adamm", model, lr=0.1, weight_decay=0.0)
 
 

@@ -65,7 +65,7 @@ def test_another_configuration_is_refused_until_overwrite(config: Config) -> Non
 def test_a_changed_input_is_noticed(config: Config) -> None:
     finish(config)
     config.source.write_text("two")
-    with pytest.raises(BadInput, match="source .* has changed"):
+    with pytest.raises(BadInput, match=r"source .* has changed"):
         begin(config)
 
 

@@ -1,6 +1,5 @@
 """The search against two oracles: Hugging Face `generate` with a Python trie, and scoring every picture of the pool."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,10 +64,10 @@ def generate(lm: VokenLM, codes: NDArray[np.int64], query: str, beams: int) -> l
         tokens = [*sequence, lm.end]
         for length in range(len(tokens)):
             allowed.setdefault(tuple(tokens[:length]), set()).add(tokens[length])
-    tokens = torch.tensor(lm.tokenize([query]))
+    source = torch.tensor(lm.tokenize([query]))
     output: Any = lm.model.generate(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
+        input_ids=source,
+        attention_mask=torch.ones_like(source),
         decoder_start_token_id=lm.start,
         eos_token_id=lm.end,
         pad_token_id=lm.model.config.pad_token_id,
@@ -121,7 +120,7 @@ def test_inside_a_collision_the_order_of_the_pool_counts(lm: VokenLM) -> None:
 def test_equal_scores_go_to_the_smaller_codes(lm: VokenLM) -> None:
     codes = random_codes(lm.space, 30)
     rows = slice(lm.first_voken, lm.first_voken + len(lm.space.tokens))
-    matrices = [lm.model.get_output_embeddings() or lm.model.decoder.get_output_embeddings()]
+    matrices: list[Any] = [lm.model.get_output_embeddings() or lm.model.decoder.get_output_embeddings()]
     kept = matrices[0].weight.detach().clone()
     try:
         with torch.no_grad():

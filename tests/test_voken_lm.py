@@ -84,7 +84,7 @@ def test_overfits_eight_pairs_and_moves_every_trainable_parameter(build: type, t
     for _ in range(120):
         loss = generative_loss(lm(lm.encode(tokens), codes), Targets(codes, None), lm, temperature=1.0, end=True)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
     lm.eval()

@@ -74,7 +74,7 @@ class Tracker:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # here, and not above: slow to import, and not needed by the core
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
         id_file = folder / "resume" / "wandb_id"
         run_id = id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
         options: dict[str, Any] = {

@@ -14,12 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from PIL import Image
 
 from . import runs
-from .captions import FILE_NAME, SPLITS, Record, Split, portable, write_captions
+from .captions import FILE_NAME, SPLITS, Record, portable, write_captions
 from .commands import run_command
 from .errors import BadInput
 from .files import read_json, read_json_lines
@@ -194,7 +194,7 @@ def check(found: list[Found], config: Config) -> tuple[list[Record], list[Proble
             problems.append(Problem("picture without a caption", f"{row.where}: {row.image}"))
         else:
             kept = tuple(caption for caption in captions if caption)
-            records[row.image] = Record(row.image, row.file, cast(Split, row.split), kept)
+            records[row.image] = Record(row.image, row.file, row.split, kept)
     return list(records.values()), problems
 
 

@@ -14,13 +14,12 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TextIO
 
 from .errors import BadInput
 from .files import hash_file, read_json, write_json
@@ -86,7 +85,7 @@ class Run:
     folder: Path
     started: dict[str, Any]
     began: float
-    lock: int
+    lock: TextIO
 
     @property
     def resume_folder(self) -> Path:
@@ -109,7 +108,7 @@ class Run:
         }
         write_json(self.folder / MANIFEST, manifest)
         (self.folder / STARTED).unlink()
-        os.close(self.lock)
+        self.lock.close()
         return read_manifest(self.folder, self.started["command"])
 
     def note_time(self) -> None:
@@ -149,7 +148,7 @@ def begin(command: str, config: StageConfig, *, inputs: dict[str, Path]) -> Run 
         _refuse_difference(folder, found, started, inputs)
         if (folder / MANIFEST).exists():
             print(f"{command}: {folder} is finished; nothing to do.")
-            os.close(lock)
+            lock.close()
             return None
         print(f"{command}: resuming in {folder}.")
         started = found
@@ -249,14 +248,15 @@ def _clear(folder: Path) -> None:
     (folder / STARTED).unlink(missing_ok=True)
 
 
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+def _lock(folder: Path) -> TextIO:
+    """Hold the folder until the file is closed, at the latest when the process ends."""
+    file = (folder / LOCK).open("a")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
+        file.close()
         raise BadInput(f"{folder} is in use by another process: wait for it or name another --output") from None
-    return descriptor
+    return file
 
 
 def _output_files(folder: Path) -> list[Path]:

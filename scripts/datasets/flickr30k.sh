@@ -56,7 +56,7 @@ RETRIEVE=(
 )
 
 if [ "$RECIPE" = faithful ]; then
-    TRAIN_RQVAE+=(--shared-codebook --no-normalize --no-skip --revive-every 0)
+    TRAIN_RQVAE+=(--shared-codebook --no-normalize --no-skip --kmeans-balance 0 --revive-every 0)
     GENERATE_CODES+=(--no-resolve-collisions)
     TRAIN_RETRIEVER+=(--label-temperature 0 --train-end --score-end)
     RETRIEVE+=(--score-end)

@@ -1,0 +1,372 @@
+"""The whole chain with the real commands on small pictures: files, figures, resuming, bad order."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.clip import encode_images, encode_tokens, load_clip
+from retriever import prepare, retrieve, search, train
+from retriever import test as final
+from retriever.data import Queries, RetrieverData
+from tests.tiny import (
+    assemble_clip,
+    bert_folder,
+    clip_folder,
+    generate_codes,
+    picture_set,
+    prepare_emb,
+    rqvae_train,
+    t5_folder,
+    train_heads,
+)
+from tools import prepare_captions, runs
+from tools.captions import Split
+from tools.errors import BadInput
+from tools.features import read_features
+from tools.files import read_json, read_json_lines
+
+
+class PowerCut(Exception):
+    """Stands for a killed process."""
+
+
+class Chain(NamedTuple):
+    """Folders of a finished chain up to the retriever's dataset."""
+
+    root: Path
+    captions: Path
+    towers: Path
+    features: Path
+    rqvae: Path
+    codes: Path
+    dataset: Path
+
+
+RQVAE: dict[str, Any] = {
+    "width": 16, "hidden": (24,), "levels": 3, "codebook_size": 8, "epochs": 12, "batch_size": 16, "lr": 1e-3,
+    "validate_every": 4, "kmeans_iterations": 10, "revive_every": 5, "device": "cpu",
+}  # fmt: skip
+TRAIN: dict[str, Any] = {
+    "epochs": 6, "batch_size": 16, "lr": 3e-3, "dropout": 0.1, "beams": 4, "validate_every": 2, "precision": "fp32",
+    "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    root = tmp_path_factory.mktemp("chain")
+    names = ("captions", "towers", "heads", "rqvae", "codes", "dataset")
+    folders = Chain(root, *(root / name for name in names))
+    picture_set(root)
+    prepare_captions.main(
+        prepare_captions.Config(
+            images=root / "images", source=(root / "captions.jsonl",), output=folders.captions, workers=1
+        )
+    )
+    model = str(clip_folder(root / "clip"))
+    prepare_emb.main(encode_config(folders.captions, model, folders.towers, layer="tower"))
+    train_heads.main(train_heads.Config(features=folders.towers, output=folders.features, epochs=30, device="cpu"))
+    rqvae_train.main(rqvae_train.Config(features=folders.features, output=folders.rqvae, **RQVAE))
+    generate_codes.main(
+        generate_codes.Config(features=folders.features, rqvae=folders.rqvae, output=folders.codes, device="cpu")
+    )
+    prepare.main(prepare.Config(codes=folders.codes, output=folders.dataset))
+    return folders
+
+
+def encode_config(captions: Path, model: str, output: Path, **options: Any) -> Any:
+    return prepare_emb.Config(
+        captions=captions,
+        model=model,
+        output=output,
+        precision="fp32",
+        device="cpu",
+        workers=0,
+        batch_size=8,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def retriever(chain: Chain) -> Path:
+    config = encoder_decoder_config(chain, chain.root / "retriever")
+    train.main(config)
+    return config.output
+
+
+def encoder_decoder_config(chain: Chain, output: Path, **options: Any) -> train.Config:
+    encoder = chain.root / "bert"
+    if not encoder.is_dir():
+        bert_folder(encoder)
+    settings = {**TRAIN, "label_temperature": 0.05, "decoder_heads": 2, "train_end": False, **options}
+    return train.Config(
+        dataset=chain.dataset, language_model=str(encoder), kind="encoder-decoder", output=output, **settings
+    )
+
+
+def t5_config(chain: Chain, output: Path) -> train.Config:
+    model = chain.root / "t5"
+    if not model.is_dir():
+        t5_folder(model)
+    return train.Config(dataset=chain.dataset, language_model=str(model), output=output, accumulate=2, **TRAIN)
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
+    )
+
+
+def test_each_command_leaves_exactly_its_files(chain: Chain, retriever: Path) -> None:
+    assert files_of(chain.captions) == ["captions.jsonl", "manifest.json"]
+    assert files_of(chain.towers) == ["images.npy", "manifest.json", "texts.npy"]
+    assert files_of(chain.features) == [
+        "clip/open_clip_config.json", "clip/open_clip_model.safetensors", "images.npy", "manifest.json", "texts.npy",
+    ]  # fmt: skip
+    assert files_of(chain.rqvae) == ["config.json", "manifest.json", "model.safetensors", "report.json"]
+    assert files_of(chain.codes) == ["codebooks.npy", "codes.npy", "latents.npy", "manifest.json", "report.json"]
+    assert files_of(chain.dataset) == [
+        "codebooks.npy", "codes.npy", "latents.npy", "manifest.json", "pool.jsonl", "test.jsonl", "train.jsonl",
+        "val.jsonl",
+    ]  # fmt: skip
+    assert {"manifest.json", "model/model.safetensors", "model/vokens.json"} <= set(files_of(retriever))
+    assert not any(name.startswith("resume") for name in files_of(retriever))
+
+
+def test_tuned_checkpoint_gives_the_features_that_were_written(chain: Chain) -> None:
+    features = read_features(chain.features)
+    clip = load_clip(str(chain.features / "clip"))
+    pictures = prepare_emb.Pictures(prepare_emb.read_captions(chain.captions), clip.preprocess)
+    texts = [caption for record in features.records for caption in record.captions][:10]
+    with torch.inference_mode():
+        images = encode_images(clip, torch.stack([pictures[row] for row in range(6)])).numpy()
+        words = encode_tokens(clip, clip.tokenizer(texts)).numpy()
+    assert np.allclose(images, features.images[:6], atol=1e-4)
+    assert np.allclose(words, features.texts[:10], atol=1e-4)
+
+
+def test_heads_learn(chain: Chain) -> None:
+    """48 pictures of 8 colours and 6 shapes: far above chance (3 % at rank 1 on 8 pictures is 12.5 %)."""
+    recall = runs.read_manifest(chain.features, "RQ-VAE.train_heads").metrics
+    assert recall["5"] > 5 / 8
+
+
+def test_splits_never_mix(chain: Chain) -> None:
+    pool = [row for _, row in read_json_lines(chain.dataset / "pool.jsonl")]
+    seen: dict[str, set[int]] = {}
+    for split in ("train", "val", "test"):
+        rows = [row for _, row in read_json_lines(chain.dataset / f"{split}.jsonl")]
+        assert {pool[row["picture"]]["split"] for row in rows} == {split}
+        seen[split] = {row["picture"] for row in rows}
+    assert sum(len(rows) for rows in seen.values()) == len(set().union(*seen.values())) == 48
+
+
+def test_training_reads_neither_test_captions_nor_test_features(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    read = RetrieverData.queries
+
+    def queries(self: RetrieverData, split: Split) -> Queries:
+        opened.append(split)
+        return read(self, split)
+
+    monkeypatch.setattr(RetrieverData, "queries", queries)
+    train.main(encoder_decoder_config(chain, tmp_path / "run", epochs=1))
+    assert opened == ["train", "val"]
+
+
+def test_retriever_learns_the_train_pictures(chain: Chain, retriever: Path, tmp_path: Path) -> None:
+    train.main(encoder_decoder_config(chain, tmp_path / "long", epochs=40, label_temperature=0.0, lr=1e-2))
+    config = retrieve_config(chain, tmp_path / "long", tmp_path / "found", split="train", pools=("train",))
+    retrieve.main(config)
+    rows = [row for _, row in read_json_lines(tmp_path / "found" / "train.jsonl")]
+    assert np.mean([row["image"] in row["ranked"][:5] for row in rows]) > 0.6  # by chance 0.16
+
+
+def retrieve_config(chain: Chain, retriever: Path, output: Path, **options: Any) -> retrieve.Config:
+    return retrieve.Config(
+        dataset=chain.dataset, retriever=retriever, output=output, precision="fp32", device="cpu", **options
+    )
+
+
+def test_table_summary_and_sheet(chain: Chain, retriever: Path, tmp_path: Path) -> None:
+    retrieve.main(retrieve_config(chain, retriever, tmp_path / "found", pools=("test", "all"), beams=8))
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps([{
+        "system": "another", "dataset": "toy", "split": "test", "pool": "test", "level": "image",
+    }]))  # fmt: skip
+    config = final.Config(
+        predictions=tmp_path / "found", output=tmp_path / "final", summary=summary, name="toy", rqvae=chain.rqvae,
+        examples=3, device="cpu",
+    )  # fmt: skip
+    final.main(config)
+    assert files_of(config.output) == ["contact_sheet.png", "manifest.json", "table.txt"]
+    rows = read_json(summary)
+    assert [(row["system"], row["pool"], row["level"]) for row in rows] == [
+        (system, pool, level)
+        for pool in ("test", "all")
+        for system, level in (
+            ("two-tower", "image"), ("two-tower, quantised", "image"), ("retriever", "image"), ("retriever", "code"),
+        )
+    ] + [("another", "test", "image")]  # fmt: skip
+    for row in rows[:-1]:
+        assert {"dataset", "split", "queries", "recall", "queries_per_second", "run", "setting"} <= set(row)
+        assert row["queries"] == 24
+        assert list(row["recall"]) == ["1", "5", "10"]
+        assert 0 <= row["recall"]["1"] <= row["recall"]["5"] <= row["recall"]["10"] <= 1
+    by_key = {(row["system"], row["pool"], row["level"]): row["recall"] for row in rows[:-1]}
+    assert by_key["retriever", "test", "code"]["1"] >= by_key["retriever", "test", "image"]["1"]
+    assert by_key["retriever", "test", "image"]["10"] == 1.0  # 8 pictures, all found by 8 beams
+
+
+def test_two_tower_row_equals_brute_force_by_hand(chain: Chain, retriever: Path, tmp_path: Path) -> None:
+    retrieve.main(retrieve_config(chain, retriever, tmp_path / "found"))
+    features = read_features(chain.features)
+    images, texts = features.image_rows("test"), features.text_rows("test")
+    hits = 0
+    for text in texts:
+        vectors = features.images[images] / np.linalg.norm(features.images[images], axis=1, keepdims=True)
+        hits += int(images[np.argmax(vectors @ features.texts[text])] == features.owners[text])
+    config = final.Config(
+        predictions=tmp_path / "found", output=tmp_path / "final", summary=tmp_path / "s.json", name="toy", device="cpu"
+    )
+    final.main(config)
+    assert read_json(tmp_path / "s.json")[0]["recall"]["1"] == pytest.approx(hits / len(texts), abs=1e-5)
+
+
+def test_search_command(chain: Chain, retriever: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = search.Config(
+        queries=("a red circle",), dataset=chain.dataset, retriever=retriever, sheet=tmp_path / "x.png", keep=3,
+        precision="fp32", device="cpu",
+    )  # fmt: skip
+    search.main(config)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('"a red circle", 48 pictures, ')
+    assert [line.split()[0] for line in lines[1:4]] == ["1", "2", "3"]
+    assert all(Path(line.split()[-1]).is_file() for line in lines[1:4])
+    assert (tmp_path / "x.png").is_file()
+
+
+def test_t5_runs_through_the_same_command(chain: Chain, tmp_path: Path) -> None:
+    config = t5_config(chain, tmp_path / "t5")
+    train.main(config)
+    retrieve.main(retrieve_config(chain, config.output, tmp_path / "found", score_end=True, beams=8))
+    rows = [row for _, row in read_json_lines(tmp_path / "found" / "test.jsonl")]
+    assert all(sorted(set(row["ranked"])) == sorted(row["ranked"]) and len(row["ranked"]) == 8 for row in rows)
+
+
+def cut_power_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> None:
+    """Let a function of a module raise at its n-th call."""
+    calls = iter(range(1, 10**9))
+    real = getattr(module, name)
+
+    def function(*args: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise PowerCut
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, function)
+
+
+def interrupted(
+    monkeypatch: pytest.MonkeyPatch, main: Callable[[Any], None], config: Any, module: Any, name: str, call: int
+) -> None:
+    """Run until the power is cut, then run the same command again."""
+    with monkeypatch.context() as patch:
+        cut_power_at(patch, module, name, call)
+        with pytest.raises(PowerCut):
+            main(config)
+    assert not (config.output / "manifest.json").exists()
+    main(config)
+
+
+@pytest.mark.parametrize("build", [encoder_decoder_config, t5_config])
+def test_a_killed_training_ends_with_the_same_weights(
+    build: Callable[[Chain, Path], train.Config], chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY_SECONDS", 0.0)
+    whole, cut = build(chain, tmp_path / "whole"), build(chain, tmp_path / "cut")
+    train.main(whole)
+    interrupted(monkeypatch, train.main, cut, torch.nn.utils, "clip_grad_norm_", 14)
+    first, second = (load_file(config.output / "model" / "model.safetensors") for config in (whole, cut))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-6), name
+    manifests = [runs.read_manifest(config.output, "retriever.train") for config in (whole, cut)]
+    assert manifests[0].metrics == manifests[1].metrics
+
+
+def test_a_killed_tokenizer_ends_with_the_same_weights(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rqvae_train, "SAVE_EVERY_SECONDS", 0.0)
+    config = rqvae_train.Config(features=chain.features, output=tmp_path / "cut", **RQVAE)
+    interrupted(monkeypatch, rqvae_train.main, config, rqvae_train, "make_report", 3)
+    first, second = (load_file(folder / "model.safetensors") for folder in (chain.rqvae, config.output))
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-6), name
+
+
+def test_a_killed_encoding_goes_on_where_it_was(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_emb, "SAVE_EVERY_SECONDS", 0.0)
+    config = encode_config(chain.captions, str(chain.root / "clip"), tmp_path / "cut", layer="tower")
+    encoded: list[int] = []
+    real = prepare_emb.encode_images
+
+    def encode(clip: Any, pixels: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(pixels))
+        return real(clip, pixels)
+
+    monkeypatch.setattr(prepare_emb, "encode_images", encode)
+    interrupted(monkeypatch, prepare_emb.main, config, prepare_emb, "encode_images", 4)
+    assert encoded == [8] * 6  # 48 pictures: none was encoded twice
+    for name in ("images.npy", "texts.npy"):
+        assert np.allclose(np.load(tmp_path / "cut" / name), np.load(chain.towers / name), atol=1e-5)
+
+
+def test_killed_heads_end_with_the_same_features(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = train_heads.Config(features=chain.towers, output=tmp_path / "cut", epochs=30, device="cpu")
+    interrupted(monkeypatch, train_heads.main, config, train_heads, "warmup_share", 20)
+    assert np.allclose(np.load(tmp_path / "cut" / "images.npy"), np.load(chain.features / "images.npy"), atol=1e-5)
+
+
+def test_assembled_towers_run_through_prepare_emb(chain: Chain, tmp_path: Path) -> None:
+    from tests.test_clip import WEIGHTS
+
+    text = bert_folder(tmp_path / "bert")
+    assemble_clip.main(
+        assemble_clip.Config(image_weights=WEIGHTS, text_tower=text, output=tmp_path / "clip", image_size=32, width=16)
+    )
+    prepare_emb.main(encode_config(chain.captions, str(tmp_path / "clip" / "clip"), tmp_path / "emb"))
+    features = read_features(tmp_path / "emb")
+    assert (features.images.shape, features.texts.shape) == ((48, 16), (144, 16))
+
+
+def test_a_stage_out_of_order_names_the_script(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no manifest\.json: run scripts/07_prepare_retriever_dataset\.sh first"):
+        train.main(train.Config(dataset=tmp_path, language_model="t5-base", output=tmp_path / "out"))
+    with pytest.raises(BadInput, match=r"tower features, embedding features are needed: run scripts/04"):
+        rqvae_train.main(rqvae_train.Config(features=chain.towers, output=tmp_path / "out", **RQVAE))
+    settings = {**RQVAE, "codebook_size": 64}
+    with pytest.raises(BadInput, match="needs as many train pictures, there are 32"):
+        rqvae_train.main(rqvae_train.Config(features=chain.features, output=tmp_path / "out", **settings))
+
+
+def test_changed_captions_are_noticed_downstream(chain: Chain, tmp_path: Path) -> None:
+    manifest = chain.captions / "manifest.json"
+    kept = manifest.read_text()
+    try:
+        manifest.write_text(
+            kept.replace('"outputs": {\n    "captions.jsonl": "', '"outputs": {\n    "captions.jsonl": "0')
+        )
+        with pytest.raises(BadInput, match="has changed since"):
+            read_features(chain.features)
+    finally:
+        manifest.write_text(kept)
