@@ -15,6 +15,7 @@ import torch
 from open_clip.transformer import TextTransformer, VisionTransformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
@@ -22,6 +23,7 @@ from tools.files import read_json, replacing, write_json
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 HF_CONFIG_NAME = "config.json"
+CONTEXT_LENGTH = 77  # tokens of a caption at most, as CLIP has it
 
 
 class Clip(NamedTuple):
@@ -97,6 +99,8 @@ def assemble_clip(
         image_size: side of the pictures the tower reads, in pixels.
         image_mean: mean and standard deviation of a pixel, for all channels.
     """
+    positions = AutoConfig.from_pretrained(text_tower).max_position_embeddings
+    context_length = min(CONTEXT_LENGTH, positions)
     config = {
         "embed_dim": width,
         "vision_cfg": {
@@ -107,6 +111,7 @@ def assemble_clip(
             "image_size": image_size,
         },
         "text_cfg": {
+            "context_length": context_length,
             "hf_model_name": str(text_tower),
             "hf_tokenizer_name": str(text_tower),
             "hf_proj_type": "mlp",
@@ -133,7 +138,7 @@ def assemble_clip(
     trunk.load_state_dict({key: weights[key] for key in wanted})
     open_clip.model.set_model_preprocess_cfg(model, preprocess)
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), is_train=False)
-    tokenizer = open_clip.tokenizer.HFTokenizer(str(text_tower))
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(text_tower), context_length=context_length)
     return Clip(model.eval(), transform, tokenizer, config)
 
 
@@ -168,7 +173,15 @@ def encode_images(clip: Clip, pixels: Tensor) -> Tensor:
 
 def encode_tokens(clip: Clip, tokens: Tensor) -> Tensor:
     """Token ids (batch, length) to features (batch, width), not normalised, float32."""
-    features: Tensor = clip.model.text(tokens)
+    text = clip.model.text
+    full_mask = getattr(text, "attn_mask", None)
+    if full_mask is not None:  # open_clip's causal mask has the full length; a trimmed text needs its corner
+        text.attn_mask = full_mask[: tokens.shape[1], : tokens.shape[1]]
+    try:
+        features: Tensor = text(tokens)
+    finally:
+        if full_mask is not None:
+            text.attn_mask = full_mask
     return features.float()
 
 
@@ -231,6 +244,7 @@ def save_clip(folder: Path, clip: Clip) -> None:
     """Write an open_clip model folder: `open_clip.create_model("local-dir:<folder>")` and `load_clip` read it."""
     folder.mkdir(parents=True, exist_ok=True)
     model_config = json.loads(json.dumps(clip.config))
+    model_config["custom_text"] = True  # the text tower is a module of its own here, and so in the weights
     preprocess = open_clip.get_model_preprocess_cfg(clip.model)
     text = clip.model.text
     if "hf_model_name" in model_config["text_cfg"]:

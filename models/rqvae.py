@@ -193,7 +193,7 @@ def _mlp(widths: list[int], config: RqVaeConfig) -> nn.Sequential:
     layers: list[nn.Module] = []
     for number, (width_in, width_out) in enumerate(pairwise(widths)):
         last = number == len(widths) - 2
-        linear = nn.Linear(width_in, width_out)
+        linear = nn.Linear(width_in, width_out, bias=last or not config.batch_norm)
         layers += [nn.Dropout(config.dropout), linear]
         if last and config.skip:
             nn.init.zeros_(linear.weight)

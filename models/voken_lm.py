@@ -263,6 +263,7 @@ def build_encoder_decoder(
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
+        initializer_range=width**-0.5,
         bos_token_id=START,
         eos_token_id=END,
         pad_token_id=PAD,

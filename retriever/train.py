@@ -141,7 +141,7 @@ class Training:
         self.lm = build_model(config, data).to(self.device)
         self.train_split = self._split("train", None)
         self.val_split = self._split("val", config.validate_queries)
-        self.codes = torch.from_numpy(data.codes)
+        self.codes = torch.tensor(data.codes)
         self.latents = torch.from_numpy(np.array(data.latents))
         self.codebooks = torch.from_numpy(np.array(data.codebooks))
         self.label_scale = float((self.latents**2).sum(dim=1).mean()) * config.label_temperature

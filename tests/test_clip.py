@@ -118,7 +118,8 @@ def test_saved_folder_loads_here_and_in_open_clip(tiny: Path, assembled: Clip, t
     plain = open_clip.create_model(f"local-dir:{tiny}")
     with torch.inference_mode():
         small = torch.randn(1, 3, 32, 32)
-        assert torch.equal(plain.encode_image(small), encode_images(load_clip(str(tiny)), small))
+        again = load_clip(str(tiny))
+        assert torch.allclose(plain.encode_image(small), encode_images(again, small), atol=1e-5)
 
 
 def test_trimming_padding_changes_nothing(tiny: Path, assembled: Clip) -> None:

@@ -38,10 +38,11 @@ TRAIN_RQVAE=(
     --width 256
     --hidden 512
     --levels 4
-    --codebook-size 256
+    --codebook-size 512
     --alignment contrastive
     --alignment-weight 0.3
     --kmeans-iterations 30
+    --kmeans-balance 0.05
     --epochs 20
     --batch-size 512
     --lr 3e-4
@@ -53,7 +54,7 @@ TRAIN_RETRIEVER=(
     --language-model "$TEXT_ENCODER"
     --decoder-layers 2
     --decoder-heads 8
-    --epochs 8
+    --epochs 9
     --batch-size 256
     --lr 1e-3
     --weight-decay 0.05
@@ -62,7 +63,7 @@ TRAIN_RETRIEVER=(
     --label-temperature 0.03
     --no-train-end
     --beams 20
-    --validate-every 2
+    --validate-every 3
     --validate-queries 1000
 )
 RETRIEVE=(
