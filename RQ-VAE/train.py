@@ -122,20 +122,18 @@ class TrainData:
     """The train split in memory: a picture's feature and, for each epoch, one of its captions' features."""
 
     def __init__(self, features: Features, device: torch.device) -> None:
-        rows = features.image_rows("train")
-        counts = np.bincount(features.owners, minlength=len(features.records))
-        rows = rows[counts[rows] > 0]
-        if len(rows) < 2:
-            raise BadInput(f"{features.manifest.folder} has {len(rows)} train pictures with captions, needs at least 2")
-        self.first, self.counts = (np.cumsum(counts) - counts)[rows], counts[rows]
-        self.images = torch.from_numpy(features.images[rows].copy()).to(device)
-        self.texts = torch.from_numpy(np.asarray(features.texts)).to(device)
+        self.features, self.rows = features, features.captioned_rows("train")
+        if len(self.rows) < 2:
+            found = f"{len(self.rows)} train pictures with captions"
+            raise BadInput(f"{features.manifest.folder} has {found}, needs at least 2")
+        self.images = torch.from_numpy(features.images[self.rows].copy()).to(device)
+        self.texts = torch.tensor(features.texts).to(device)
 
     def batches(self, size: int, seed: int, epoch: int) -> list[tuple[Tensor, Tensor]]:
         """Shuffled batches of (features, caption features), each (batch, features), for one epoch."""
         generator = np.random.default_rng([seed, epoch])
-        order = generator.permutation(len(self.images))
-        captions = self.first + (generator.random(len(order)) * self.counts).astype(np.int64)
+        order = generator.permutation(len(self.rows))
+        captions = self.features.draw_captions(self.rows, generator)
         count = max(1, round(len(order) / size))
         return [
             (self.images[torch.from_numpy(chosen)], self.texts[torch.from_numpy(captions[chosen])])

@@ -9,7 +9,6 @@ Command: python -m RQ-VAE.train_heads --features DIR --output DIR
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -92,12 +91,6 @@ def apply_head(head: nn.Module, vectors: Floats, device: torch.device) -> Floats
     return np.concatenate(blocks)
 
 
-def caption_table(features: Features) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """First caption row and number of captions, for each picture."""
-    counts = np.bincount(features.owners, minlength=len(features.records))
-    return np.cumsum(counts) - counts, counts
-
-
 def validate(model: TwoHeads, features: Features, device: torch.device) -> dict[str, float]:
     """Recall of the val captions over the val pictures."""
     images, texts = features.image_rows("val"), features.text_rows("val")
@@ -111,9 +104,7 @@ def validate(model: TwoHeads, features: Features, device: torch.device) -> dict[
 
 def train(model: TwoHeads, features: Features, run: runs.Run, config: Config, device: torch.device) -> dict[str, float]:
     """Train for all epochs, saving the state after each. Returns the last validation."""
-    rows = features.image_rows("train")
-    first, counts = caption_table(features)
-    rows = rows[counts[rows] > 0]
+    rows = features.captioned_rows("train")
     if len(rows) < 2:
         raise BadInput(f"{config.features} has {len(rows)} train pictures with captions: heads need at least 2")
     size = min(config.batch_size, len(rows))
@@ -138,7 +129,7 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config, de
         order = generator.permutation(rows)
         total = 0.0
         for chosen in np.array_split(order[: per_epoch * size], per_epoch):
-            captions = first[chosen] + (generator.random(len(chosen)) * counts[chosen]).astype(np.int64)
+            captions = features.draw_captions(chosen, generator)
             loss = model.loss(
                 torch.from_numpy(features.images[chosen]).to(device),
                 torch.from_numpy(features.texts[captions]).to(device),
@@ -175,6 +166,8 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     facts = features.manifest.facts
     clip = load_clip(facts["model"], facts["pretrained"])
+    if not clip.config:
+        raise BadInput(f"{facts['model']}: heads can be saved for named models and folders: download it as a folder")
     model = TwoHeads(detach_heads(clip), config.temperature).to(device)
     figures = train(model, features, run, config, device)
     write_array(run.folder / IMAGES, apply_head(model.image, features.images, device))

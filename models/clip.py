@@ -72,6 +72,8 @@ def load_clip(name: str, pretrained: str | None = None) -> Clip:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
             raise BadInput(f"--model {name} needs --pretrained: a checkpoint file or one of {tags}")
         config = open_clip.get_model_config(name)
+        if trained_with_quick_gelu(name, pretrained):
+            config["quick_gelu"] = options["force_quick_gelu"] = True
     else:
         config = {}
     try:
@@ -84,6 +86,11 @@ def load_clip(name: str, pretrained: str | None = None) -> Clip:
             f"open_clip cannot load {name} ({pretrained or 'no tag'}): {str(error).splitlines()[0]}"
         ) from None
     return Clip(model.eval(), preprocess, tokenizer, config)
+
+
+def trained_with_quick_gelu(name: str, pretrained: str) -> bool:
+    """Whether a tag's weights need QuickGELU, as OpenAI's do; open_clip warns of a mismatch and goes on, wrongly."""
+    return bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"))
 
 
 def assemble_clip(

@@ -46,6 +46,11 @@ class RetrieverData(NamedTuple):
         return read_array(self.folder / "codebooks.npy")
 
     @property
+    def codebooks_hash(self) -> str:
+        """What the codes mean: a retriever reads any dataset whose pictures the same tokenizer coded."""
+        return self.manifest.outputs["codebooks.npy"]
+
+    @property
     def latents(self) -> NDArray[np.float32]:
         """(pictures, width) what the codes quantise"""
         return read_array(self.folder / "latents.npy")
@@ -88,3 +93,18 @@ def read_data(folder: Path) -> RetrieverData:
         space=VokenSpace(facts["levels"], facts["codebook_size"], facts["shared"]),
         manifest=manifest,
     )
+
+
+def read_retriever(folder: Path, data: RetrieverData) -> Manifest:
+    """Read the manifest of a trained retriever that is to search `data`.
+
+    Raises:
+        BadInput: the folder is not finished, or its vokens stand for other codebooks.
+    """
+    trained = read_manifest(folder, "retriever.train")
+    if trained.facts["codebooks"] != data.codebooks_hash:
+        raise BadInput(
+            f"{folder} writes vokens of another tokenizer than {data.folder}: code the pictures with the RQ-VAE that "
+            "the retriever was trained with (scripts/06_generate_codes.sh), or train a retriever on them"
+        )
+    return trained

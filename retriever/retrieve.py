@@ -26,7 +26,7 @@ from tools.logs import progress
 from tools.recall import Ranks, code_rank, image_rank
 
 from .beam import RankedPictures, beam_search, expand, to_device
-from .data import Queries, RetrieverData, read_data
+from .data import Queries, RetrieverData, read_data, read_retriever
 from .queries import LiveQueries, StoredQueries
 from .trie import build_trie
 
@@ -124,9 +124,7 @@ def predictions(data: RetrieverData, queries: Queries, ranking: list[RankedPictu
 
 def main(config: Config) -> None:
     data = read_data(config.dataset)
-    trained = runs.read_manifest(config.retriever, "retriever.train")
-    if trained.inputs["dataset"]["fingerprint"] != data.manifest.fingerprint:
-        raise BadInput(f"{config.retriever} was trained on another dataset than {config.dataset}: its codes differ")
+    trained = read_retriever(config.retriever, data)
     inputs = {"dataset": config.dataset, "retriever": config.retriever}
     run = runs.begin("retriever.retrieve", config, inputs=inputs)
     if run is None:

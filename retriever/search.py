@@ -16,13 +16,12 @@ import tyro
 
 from models.compute import Precision, autocast, pick_device, pick_dtype
 from models.voken_lm import VokenLM
-from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
 
 from .beam import beam_search, expand, to_device
 from .contact_sheet import SheetRow, draw_sheet
-from .data import read_data
+from .data import read_data, read_retriever
 from .retrieve import Pool
 from .trie import build_trie
 
@@ -71,9 +70,7 @@ def main(config: Config) -> None:
     if any(not query.strip() for query in config.queries):
         raise BadInput("an empty query finds nothing: write some words")
     data = read_data(config.dataset)
-    trained = runs.read_manifest(config.retriever, "retriever.train")
-    if trained.inputs["dataset"]["fingerprint"] != data.manifest.fingerprint:
-        raise BadInput(f"{config.retriever} was trained on another dataset than {config.dataset}: its codes differ")
+    read_retriever(config.retriever, data)
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     lm = VokenLM.from_pretrained(config.retriever / "model").to(device)

@@ -295,7 +295,7 @@ def main(config: Config) -> None:
     tracker.finish()
     shutil.copytree(run.resume_folder / "best", run.folder / "model", dirs_exist_ok=True)
     run.finish(
-        facts={"setting": data.manifest.facts["setting"], "kind": config.kind, "space": data.space._asdict()},
+        facts={"setting": data.manifest.facts["setting"], "kind": config.kind, "codebooks": data.codebooks_hash},
         metrics={f"val/{name}": value for name, value in training.best.items()},
     )
     print(f"best checkpoint: epoch {training.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")

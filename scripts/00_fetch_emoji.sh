@@ -2,4 +2,4 @@
 # Fetch the emoji sample: five drawing styles and their words from npm packages.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
 command -v npm >/dev/null || install_npm
-python -m tools.fetch_emoji --output "$DATA/00_fetch_emoji" "$@"
+python -m tools.fetch_emoji "${FETCH_EMOJI[@]}" --output "$DATA/00_fetch_emoji" "$@"

@@ -54,6 +54,10 @@ if [ -z "${CONDA_PREFIX:-}" ] || ! has_packages; then
     set_up_venv
 fi
 
+python() { # a finished command is recognised without loading its libraries
+    command python -m tools.finished "$@" || command python "$@"
+}
+
 DATASET="${DATASET:-emoji}"
 if [ -f "$DATASET" ]; then
     DATASET_FILE="$DATASET"

@@ -21,6 +21,7 @@ from models.clip import (
     load_clip,
     rename_efficientnet_lite,
     save_clip,
+    trained_with_quick_gelu,
     trim_padding,
 )
 from tests.tiny import bert_folder, clip_folder
@@ -130,6 +131,22 @@ def test_trimming_padding_changes_nothing(tiny: Path, assembled: Clip) -> None:
         assert trimmed.shape[1] < tokens.shape[1]
         with torch.inference_mode():
             assert torch.allclose(encode_tokens(clip, trimmed), encode_tokens(clip, tokens), atol=1e-6)
+
+
+def test_a_plain_checkpoint_of_a_named_model(tmp_path: Path) -> None:
+    plain = open_clip.create_model("ViT-S-32-alt").eval()
+    torch.save(plain.state_dict(), tmp_path / "weights.pt")
+    clip = load_clip("ViT-S-32-alt", str(tmp_path / "weights.pt"))
+    tokens, pixels = clip.tokenizer(["a red square", "two dogs"]), torch.randn(1, 3, *clip.image_size)
+    with torch.inference_mode():
+        assert torch.allclose(encode_tokens(clip, trim_padding(clip, tokens)), plain.encode_text(tokens), atol=1e-5)
+        assert torch.allclose(encode_images(clip, pixels), plain.encode_image(pixels), atol=1e-5)
+
+
+def test_openai_weights_get_quick_gelu() -> None:
+    assert trained_with_quick_gelu("ViT-L-14-336", "openai")
+    assert not trained_with_quick_gelu("ViT-B-32", "laion2b_s34b_b79k")
+    assert not trained_with_quick_gelu("ViT-B-32", "checkpoint.pt")
 
 
 def test_unknown_models_are_one_clear_line(tmp_path: Path) -> None:

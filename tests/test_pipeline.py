@@ -19,6 +19,7 @@ from tests.tiny import (
     assemble_clip,
     bert_folder,
     clip_folder,
+    draw_picture,
     generate_codes,
     picture_set,
     prepare_emb,
@@ -255,6 +256,41 @@ def test_search_command(chain: Chain, retriever: Path, tmp_path: Path, capsys: p
     assert [line.split()[0] for line in lines[1:4]] == ["1", "2", "3"]
     assert all(Path(line.split()[-1]).is_file() for line in lines[1:4])
     assert (tmp_path / "x.png").is_file()
+
+
+def test_a_bare_folder_is_searched_with_a_retriever_trained_elsewhere(
+    chain: Chain, retriever: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_picture(tmp_path / "photos" / "new red circle.png", "red", "circle", 1)
+    draw_picture(tmp_path / "photos" / "deep" / "blue.png", "blue", "square", 2)
+    prepare_captions.main(prepare_captions.Config(images=tmp_path / "photos", output=tmp_path / "captions", workers=1))
+    model = str(chain.features / "clip")
+    prepare_emb.main(encode_config(tmp_path / "captions", model, tmp_path / "emb"))
+    generate_codes.main(
+        generate_codes.Config(features=tmp_path / "emb", rqvae=chain.rqvae, output=tmp_path / "codes", device="cpu")
+    )
+    prepare.main(prepare.Config(codes=tmp_path / "codes", output=tmp_path / "dataset"))
+    capsys.readouterr()
+    search.main(
+        search.Config(
+            queries=("a red circle",), dataset=tmp_path / "dataset", retriever=retriever, sheet=tmp_path / "x.png",
+            precision="fp32", device="cpu",
+        )
+    )  # fmt: skip
+    found = {line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()[1:3]}
+    assert found == {str(tmp_path / "photos" / name) for name in ("new red circle.png", "deep/blue.png")}
+
+
+def test_another_tokenizers_pictures_are_refused(chain: Chain, retriever: Path, tmp_path: Path) -> None:
+    rqvae_train.main(rqvae_train.Config(features=chain.features, output=tmp_path / "rqvae", **{**RQVAE, "seed": 1}))
+    generate_codes.main(
+        generate_codes.Config(
+            features=chain.features, rqvae=tmp_path / "rqvae", output=tmp_path / "codes", device="cpu"
+        )
+    )
+    prepare.main(prepare.Config(codes=tmp_path / "codes", output=tmp_path / "dataset"))
+    with pytest.raises(BadInput, match="vokens of another tokenizer"):
+        retrieve.main(retrieve_config(chain._replace(dataset=tmp_path / "dataset"), retriever, tmp_path / "found"))
 
 
 def test_t5_runs_through_the_same_command(chain: Chain, tmp_path: Path) -> None:

@@ -39,6 +39,18 @@ class Features(NamedTuple):
         chosen = [row for row, owner in enumerate(self.owners) if self.records[owner].split == split]
         return np.array(chosen, dtype=np.int64)
 
+    def captioned_rows(self, split: Split) -> Rows:
+        """Rows of a split's pictures that have captions."""
+        rows = self.image_rows(split)
+        return rows[np.isin(rows, self.owners)]
+
+    def draw_captions(self, pictures: Rows, generator: np.random.Generator) -> Rows:
+        """One random caption row for each of `pictures`, which must have captions."""
+        counts = np.bincount(self.owners, minlength=len(self.records))
+        first = np.cumsum(counts) - counts
+        drawn: Rows = first[pictures] + (generator.random(len(pictures)) * counts[pictures]).astype(np.int64)
+        return drawn
+
 
 def read_features(folder: Path, *, layer: str = "embedding") -> Features:
     """Read a finished feature folder and the captions it was made from.

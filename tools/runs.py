@@ -16,6 +16,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class Manifest:
 
     folder: Path
     command: str
+    arguments: list[str]
+    source: str
     config: dict[str, Any]
     inputs: dict[str, dict[str, str]]
     outputs: dict[str, str]
@@ -99,7 +102,7 @@ class Run:
         outputs = {str(path.relative_to(self.folder)): hash_file(path) for path in _output_files(self.folder)}
         earlier = float(self.started.get("seconds", 0.0))
         manifest = {
-            **{key: self.started[key] for key in ("command", "config", "inputs")},
+            **{key: self.started[key] for key in ("command", "arguments", "source", "config", "inputs")},
             "outputs": outputs,
             "facts": facts or {},
             "metrics": metrics or {},
@@ -134,6 +137,8 @@ def begin(command: str, config: StageConfig, *, inputs: dict[str, Path]) -> Run 
     lock = _lock(folder)
     started = {
         "command": command,
+        "arguments": sys.argv[1:],
+        "source": source_of(command),
         "config": _config_values(config),
         "inputs": {
             name: {"path": str(path), "fingerprint": fingerprint(path)} for name, path in sorted(inputs.items())
@@ -187,6 +192,12 @@ def fingerprint(path: Path) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return _hash_value([[str(file.relative_to(path)), hash_file(file)] for file in files])
     raise BadInput(f"{path} does not exist")
+
+
+def source_of(command: str) -> str:
+    """Hash of a command's own file, which holds its configuration's defaults; empty when there is none."""
+    path = Path(__file__).parent.parent / f"{command.replace('.', '/')}.py"
+    return hash_file(path) if path.is_file() else ""
 
 
 def current_commit() -> str:

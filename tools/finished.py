@@ -1,0 +1,49 @@
+"""Whether a command line has been run to its end already, without loading what the command needs.
+
+`scripts/env.sh` asks this before each command. Yes means: the output folder's manifest has the same arguments, the
+command's source is unchanged, and every input has the content it had. In all other cases the command itself decides.
+Command: python -m tools.finished -m RQ-VAE.train --features DIR --output DIR; exits 0 when finished, else 1.
+"""
+
+import sys
+from pathlib import Path
+
+from . import runs
+from .errors import BadInput
+from .files import read_json
+
+SHOWN = "table.txt"
+
+
+def is_finished(command: str, arguments: list[str]) -> Path | None:
+    """The finished output folder of a command line, or None."""
+    if arguments.count("--output") != 1 or "--overwrite" in arguments:
+        return None
+    folder = Path(arguments[(arguments.index("--output") + 1) % len(arguments)])
+    try:
+        manifest = read_json(folder / runs.MANIFEST)
+        same = (manifest["command"], manifest["arguments"], manifest["source"]) == (
+            command,
+            arguments,
+            runs.source_of(command),
+        )
+        inputs = manifest["inputs"].values()
+        return folder if same and all(runs.fingerprint(Path(i["path"])) == i["fingerprint"] for i in inputs) else None
+    except (BadInput, KeyError, OSError):
+        return None
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) < 2 or arguments[0] != "-m":
+        return 1
+    folder = is_finished(arguments[1], arguments[2:])
+    if folder is None:
+        return 1
+    print(f"{arguments[1]}: {folder} is finished; nothing to do.")
+    if (folder / SHOWN).is_file():
+        print((folder / SHOWN).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
