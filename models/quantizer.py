@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 COMMITMENT = 0.25  # weight of the commitment term, van den Oord et al. 2017, section 3.2
-SINKHORN_ITERATIONS = 20
+SINKHORN_ITERATIONS = 10
 UNBALANCED_ITERATIONS = 5  # of k-means, before the balanced ones: they only spread the centres
 BLOCK = 8192
 

@@ -40,7 +40,7 @@ class Config:
     """PNG to draw the answers to."""
     pool: Pool = "all"
     """Pictures that may be found: one split's, or all."""
-    beams: int = 20
+    beams: int = 10
     """Codes kept at each level."""
     keep: int = 10
     """Pictures shown for each query."""

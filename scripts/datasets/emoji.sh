@@ -27,7 +27,7 @@ ASSEMBLE_CLIP=(
     --width 512
 )
 TRAIN_HEADS=(
-    --epochs 40
+    --epochs 30
     --batch-size 1024
     --lr 1e-3
     --weight-decay 0.1
@@ -42,12 +42,12 @@ TRAIN_RQVAE=(
     --codebook-size 512
     --alignment contrastive
     --alignment-weight 0.3
-    --kmeans-iterations 30
+    --kmeans-iterations 15
     --kmeans-balance 0.05
-    --epochs 15
+    --epochs 12
     --batch-size 512
     --lr 3e-4
-    --validate-every 5
+    --validate-every 4
 )
 
 TRAIN_RETRIEVER=(
@@ -55,7 +55,7 @@ TRAIN_RETRIEVER=(
     --language-model "$TEXT_ENCODER"
     --decoder-layers 2
     --decoder-heads 8
-    --epochs 7
+    --epochs 5
     --batch-size 256
     --lr 1e-3
     --weight-decay 0.05
@@ -63,12 +63,12 @@ TRAIN_RETRIEVER=(
     --temperature 1.0
     --label-temperature 0.03
     --no-train-end
-    --beams 20
-    --validate-every 2
+    --beams 10
+    --validate-every 1
     --validate-queries 1000
 )
 RETRIEVE=(
     --pools test all
-    --beams 20
-    --keep 20
+    --beams 10
+    --keep 10
 )
