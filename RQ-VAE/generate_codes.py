@@ -6,6 +6,7 @@ Out: `<output>/codes.npy` (pictures, levels) int64 and `latents.npy` (pictures, 
 Command: python -m RQ-VAE.generate_codes --features DIR --rqvae DIR --output DIR
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from models.compute import pick_device
 from models.rqvae import BLOCK, RqVae
 from tools import runs
+from tools.captions import SPLITS
 from tools.commands import run_command
 from tools.errors import BadInput
-from tools.features import Features, read_features
+from tools.features import Features, Rows, read_features
 from tools.files import write_array, write_json
 from tools.logs import Tracker
-from tools.tokenizer_report import TokenizerReport, collision_groups, make_report
+from tools.tokenizer_report import TokenizerReport, make_report
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Config:
     """Run folder to write."""
     resolve_collisions: bool = True
     """Pictures that would share all codes get their next nearest free code at the last level, the nearest picture
-    keeping its own; published: no."""
+    keeping its own, train pictures first; published: no."""
     device: str | None = None
     """cpu, cuda or cuda:N; by default the GPU where there is one."""
     overwrite: bool = False
@@ -62,33 +64,36 @@ class FixedCodes(nn.Module):
         return self.model.reconstruct(codes)
 
 
-def resolve_collisions(codes: NDArray[np.int64], latents: NDArray[np.float32], model: RqVae) -> NDArray[np.int64]:
+def resolve_collisions(
+    codes: NDArray[np.int64], latents: NDArray[np.float32], model: RqVae, groups: Sequence[Rows]
+) -> NDArray[np.int64]:
     """Codes (pictures, levels) in which colliding pictures differ at the last level, where free codes allow.
 
-    Within a group of equal codes the picture nearest to them keeps them; each other one, in that order, takes the
-    nearest last code that no picture has behind the same prefix. A group larger than the codebook keeps collisions.
+    Among equal codes the picture nearest to them keeps them; each other one, in that order, takes the nearest last code
+    that is free behind the same prefix. With more pictures behind a prefix than codes, collisions stay.
+
+    Args:
+        groups: rows, in the order in which they choose; the codes of a group do not depend on the groups after it.
+            Train pictures come first: what is trained on must not depend on the pictures of val and test.
     """
     codes = codes.copy()
     last = model.quantizer.codebook(codes.shape[1] - 1).detach().cpu().numpy()
-    prefix_vectors = model.quantizer.decode(torch.from_numpy(codes)).detach().cpu().numpy() - last[codes[:, -1]]
-    residuals = latents - prefix_vectors
-    taken: dict[bytes, set[int]] = {}
-    for row in codes:
-        taken.setdefault(row[:-1].tobytes(), set()).add(int(row[-1]))
+    behind = model.quantizer.decode(torch.from_numpy(codes)).detach().cpu().numpy() - last[codes[:, -1]]
+    residuals = latents - behind
     own = ((residuals - last[codes[:, -1]]) ** 2).sum(axis=1)
-    colliding = np.flatnonzero(collision_groups(codes) > 1)
-    kept: set[bytes] = set()
-    for row in colliding[np.argsort(own[colliding], kind="stable")]:
-        if codes[row].tobytes() not in kept:
-            kept.add(codes[row].tobytes())
-            continue
-        used = taken[codes[row, :-1].tobytes()]
-        distances = ((residuals[row] - last) ** 2).sum(axis=1)
-        free = (code for code in np.argsort(distances, kind="stable") if int(code) not in used)
-        code = next(free, None)
-        if code is not None:
-            codes[row, -1] = code
-            used.add(int(code))
+    taken: dict[bytes, set[int]] = {}
+    for rows in groups:
+        movers = []
+        for row in rows[np.argsort(own[rows], kind="stable")]:
+            used = taken.setdefault(codes[row, :-1].tobytes(), set())
+            if int(codes[row, -1]) in used:
+                movers.append(row)
+            used.add(int(codes[row, -1]))
+        for row in movers:
+            used = taken[codes[row, :-1].tobytes()]
+            nearest_first = np.argsort(((residuals[row] - last) ** 2).sum(axis=1), kind="stable")
+            codes[row, -1] = next((int(code) for code in nearest_first if int(code) not in used), codes[row, -1])
+            used.add(int(codes[row, -1]))
     return codes
 
 
@@ -99,7 +104,8 @@ def tokenize(model: RqVae, features: Features, config: Config) -> tuple[NDArray[
         latents = torch.cat([model.encode(model.prepare(block)) for block in torch.split(images, BLOCK)]).cpu().numpy()
         codes = model.codes(images).cpu().numpy()
     if config.resolve_collisions:
-        codes = resolve_collisions(codes, latents, model.cpu())
+        groups = [features.image_rows(split) for split in SPLITS]
+        codes = resolve_collisions(codes, latents, model.cpu(), groups)
     return codes, latents
 
 

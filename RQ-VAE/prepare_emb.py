@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from models.clip import Clip, detach_heads, encode_images, encode_tokens, load_clip, trim_padding
+from models.clip import Clip, detach_heads, encode_images, encode_tokens, load_clip, text_lengths, trim_padding
 from models.compute import Precision, pick_device, pick_dtype
 from tools import runs
 from tools.captions import CaptionSet, portable, read_captions
@@ -156,7 +156,7 @@ def encode_all_texts(run: runs.Run, clip: Clip, captions: CaptionSet, config: Co
         np.save(run.folder / TEXTS, np.zeros((0, 0), np.float32))
         return
     tokens = clip.tokenizer(list(rows_of))
-    order = np.argsort((tokens != 0).sum(dim=1).numpy(), kind="stable")
+    order = np.argsort(text_lengths(clip, tokens).numpy(), kind="stable")
     size = 4 * config.batch_size
     fill(
         run.folder / TEXTS,

@@ -94,6 +94,8 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.levels, self.codebook_size, self.width, self.batch_size, self.validate_every) < 1:
             raise BadInput("--levels, --codebook-size, --width, --batch-size, --validate-every must be at least 1")
+        if self.batch_size < 2:
+            raise BadInput("--batch-size must be at least 2")
         if self.epochs < 0 or not 0 <= self.dropout < 1:
             raise BadInput("--epochs must not be negative, --dropout must be in [0, 1)")
         if self.sinkhorn_temperature < 0 or self.kmeans_balance < 0:
@@ -134,7 +136,7 @@ class TrainData:
         generator = np.random.default_rng([seed, epoch])
         order = generator.permutation(len(self.rows))
         captions = self.features.draw_captions(self.rows, generator)
-        count = max(1, round(len(order) / size))
+        count = max(1, len(order) // size)  # none smaller than `size`: batch norm needs company
         return [
             (self.images[torch.from_numpy(chosen)], self.texts[torch.from_numpy(captions[chosen])])
             for chosen in np.array_split(order, count)
@@ -178,7 +180,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> di
         tracker.log({f"val/{name}": value for name, value in report.figures().items()}, step=epoch)
         if not best or score(report) > best["score"]:
             best.update(score=score(report), epoch=epoch)
-            model.save_pretrained(run.resume_folder / "best")
+            model.save_pretrained(run.resume_folder / f"best-{epoch}")
 
     state_path = run.resume_folder / "state.pt"
     state = load_state(state_path)
@@ -231,11 +233,11 @@ def main(config: Config) -> None:
         return
     seed_everything(config.seed)
     model = RqVae(config.model(features.images.shape[1])).to(pick_device(config.device))
-    train_rows = len(features.image_rows("train"))
-    if config.kmeans_start and train_rows < config.codebook_size:
-        raise BadInput(f"--codebook-size {config.codebook_size} needs as many train pictures, there are {train_rows}")
+    usable = min(len(features.captioned_rows("train")), config.kmeans_sample)
+    if config.kmeans_start and usable < config.codebook_size:
+        raise BadInput(f"--codebook-size {config.codebook_size} needs as many train pictures, there are {usable}")
     best = train(model, features, run, config)
-    model = RqVae.from_pretrained(run.resume_folder / "best")
+    model = RqVae.from_pretrained(run.resume_folder / f"best-{best['epoch']}")
     model.save_pretrained(run.folder)
     report = make_report(model, features, split="val")
     write_json(run.folder / "report.json", report._asdict())

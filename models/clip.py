@@ -199,14 +199,19 @@ def trim_padding(clip: Clip, tokens: Tensor) -> Tensor:
     their full length.
     """
     text = clip.model.text
-    if isinstance(text, TextTransformer):
-        if text.attn_mask is None or text.pool_type != "argmax" or text.cls_emb is not None:
-            return tokens
-        padding = text.pad_id
-    else:
-        padding = text.config.pad_token_id
-    longest = int((tokens != padding).sum(dim=1).max())
-    return tokens[:, : max(longest, 1)]
+    if isinstance(text, TextTransformer) and (
+        text.attn_mask is None or text.pool_type != "argmax" or text.cls_emb is not None
+    ):
+        return tokens
+    return tokens[:, : int(text_lengths(clip, tokens).max())]
+
+
+def text_lengths(clip: Clip, tokens: Tensor) -> Tensor:
+    """(batch,) position behind the last token that is not padding; CLIP's padding id is also a word's, "!"."""
+    text = clip.model.text
+    padding = text.pad_id if isinstance(text, TextTransformer) else text.config.pad_token_id
+    positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return ((tokens != padding) * positions).amax(dim=1).clamp_min(1)
 
 
 def detach_heads(clip: Clip) -> Heads:

@@ -116,5 +116,5 @@ def load_state(path: Path) -> dict[str, Any] | None:
     generators = state.pop("generators")
     torch.set_rng_state(generators["torch"])
     if "cuda" in generators and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(generators["cuda"])
+        torch.cuda.set_rng_state_all(generators["cuda"][: torch.cuda.device_count()])
     return state

@@ -105,13 +105,13 @@ def expand(beams: Beams, trie: Trie, *, keep: int) -> list[RankedPictures]:
     """Leaves to pictures: the best leaf's pictures first; inside a collision, in the order of the pool.
 
     Args:
-        keep: pictures a query at most.
+        keep: codes a query at most; all pictures of each are given.
     """
     results = []
     for leaves, scores in zip(beams.leaves.cpu().numpy(), beams.scores.cpu().numpy(), strict=True):
-        found = leaves[np.isfinite(scores)]
+        found = leaves[np.isfinite(scores)][:keep]
         groups: Sequence[NDArray[np.int64]] = [trie.pictures_of(leaf) for leaf in found]
-        rows = [int(row) for group in groups for row in group][:keep]
-        each = [float(score) for group, score in zip(groups, scores, strict=False) for _ in group][:keep]
+        rows = [int(row) for group in groups for row in group]
+        each = [float(score) for group, score in zip(groups, scores, strict=False) for _ in group]
         results.append(RankedPictures(rows, each))
     return results

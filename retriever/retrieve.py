@@ -50,7 +50,7 @@ class Config:
     beams: int = 10
     """Codes kept at each level."""
     keep: int = 10
-    """Pictures written for each query."""
+    """Codes written for each query, each with all its pictures."""
     score_end: bool = False
     """Add the end token's log-probability to a score; published: yes."""
     batch_size: int = 64

@@ -75,6 +75,8 @@ def main(config: Config) -> None:
     dtype = pick_dtype(config.precision, device)
     lm = VokenLM.from_pretrained(config.retriever / "model").to(device)
     rows = data.rows(config.pool)
+    if not len(rows):
+        raise BadInput(f"{config.dataset} has no pictures in pool {config.pool}: choose another --pool")
     trie = build_trie(data.codes[rows])
     on_device = to_device(trie, device)
     files = [data.image_folder / file for file in data.files]
@@ -85,9 +87,10 @@ def main(config: Config) -> None:
             memory = lm.encode(lm.tokenize([query]))
             found = expand(beam_search(lm, memory, on_device, beams=config.beams), trie, keep=config.keep)[0]
         print(f'"{query}", {len(rows):,} pictures, {time.monotonic() - began:.2f} s')
-        for rank, (row, score) in enumerate(zip(found.rows, found.scores, strict=True), start=1):
+        shown = list(zip(found.rows, found.scores, strict=True))[: config.keep]
+        for rank, (row, score) in enumerate(shown, start=1):
             print(f"{rank:4d}  {score:8.3f}  {files[rows[row]]}")
-        answer = SheetRow(query, [files[rows[row]] for row in found.rows], None)
+        answer = SheetRow(query, [files[rows[row]] for row, _ in shown], None)
         sheet = [*sheet, answer] if config.queries else [answer]
     if sheet:
         config.sheet.parent.mkdir(parents=True, exist_ok=True)

@@ -64,11 +64,11 @@ class Case:
         self.texts, self.targets = queries.texts, queries.pictures
         row_of = {image: row for row, image in enumerate(self.data.images)}
         lines = [line for _, line in read_json_lines(manifest.folder / f"{pool}.jsonl")]
-        self.ranked = [[row_of[image] for image in line["ranked"]] for line in lines]
-        if len(self.ranked) != len(self.texts):
+        if [line["query"] for line in lines] != self.texts:
             raise BadInput(
-                f"{manifest.folder} has {len(self.ranked)} predictions for {len(self.texts)} queries: make it again"
+                f"{manifest.folder} answers other queries than {data.folder} has: run scripts/09_retrieve.sh"
             )
+        self.ranked = [[row_of[image] for image in line["ranked"]] for line in lines]
 
     def ranks(self, ranked: list[list[int]], level: str) -> Ranks:
         """Rank of each query's picture, or of its codes."""
@@ -183,11 +183,16 @@ def sheet_rows(case: Case, count: int) -> list[SheetRow]:
 
 def main(config: Config) -> None:
     manifest = runs.read_manifest(config.predictions, "retriever.retrieve")
-    run = runs.begin("retriever.test", config, inputs={"predictions": config.predictions})
+    data = read_data(Path(manifest.facts["dataset"]))
+    if data.manifest.fingerprint != manifest.inputs["dataset"]["fingerprint"]:
+        raise BadInput(f"{data.folder} has changed since {config.predictions} was made: run scripts/09_retrieve.sh")
+    inputs = {"predictions": config.predictions, "features": Path(data.manifest.facts["features"])}
+    if config.rqvae is not None:
+        inputs["rqvae"] = config.rqvae
+    run = runs.begin("retriever.test", config, inputs=inputs)
     if run is None:
         print((config.output / "table.txt").read_text(), end="")
         return
-    data = read_data(Path(manifest.facts["dataset"]))
     cases = [Case(manifest, data, pool) for pool in manifest.config["pools"]]
     rows = result_rows(cases, config)
     text = printable(rows)

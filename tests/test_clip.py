@@ -21,6 +21,7 @@ from models.clip import (
     load_clip,
     rename_efficientnet_lite,
     save_clip,
+    text_lengths,
     trained_with_quick_gelu,
     trim_padding,
 )
@@ -147,6 +148,11 @@ def test_openai_weights_get_quick_gelu() -> None:
     assert trained_with_quick_gelu("ViT-L-14-336", "openai")
     assert not trained_with_quick_gelu("ViT-B-32", "laion2b_s34b_b79k")
     assert not trained_with_quick_gelu("ViT-B-32", "checkpoint.pt")
+
+
+def test_lengths_count_padding_ids_inside_a_text(tiny: Path) -> None:
+    clip = load_clip(str(tiny))
+    assert text_lengths(clip, torch.tensor([[5, 0, 7, 0, 0], [0, 0, 0, 0, 0]])).tolist() == [3, 1]
 
 
 def test_unknown_models_are_one_clear_line(tmp_path: Path) -> None:

@@ -83,3 +83,15 @@ def test_an_unknown_dataset_is_one_clear_line() -> None:
         "error: DATASET=flicker: there is no scripts/datasets/flicker.sh; "
         "write one after scripts/datasets/flickr30k.sh\n"
     )
+
+
+def test_a_users_own_file_reaches_every_stage(tmp_path: Path) -> None:
+    """A path from where the user stands, given once: stages started by quickstart see the same settings."""
+    folder = tmp_path / "my files"
+    folder.mkdir()
+    (folder / "mine.sh").write_text(f'STAGES="01_prepare_captions"\nIMAGES="{folder}"\nDATA="{folder}"\nCAPTIONS=()\n')
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "quickstart.sh")], cwd=folder, env={**os.environ, "DATASET": "mine.sh"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1] == f"error: no usable picture: nothing in {folder} matches the source"

@@ -108,6 +108,21 @@ def test_a_bare_folder_is_searchable_and_not_trainable(images: Path) -> None:
     ]
 
 
+def test_new_pictures_in_a_bare_folder_are_noticed(images: Path) -> None:
+    prepare(images)
+    Image.new("RGB", (20, 20), "blue").save(images / "new.jpg")
+    with pytest.raises(BadInput, match=r"images .* has changed since"):
+        prepare(images)
+    assert len(prepare(images, overwrite=True)) == 5
+
+
+def test_a_csv_in_another_encoding(images: Path) -> None:
+    source = images.parent / "x.csv"
+    source.write_bytes("image,caption\na.jpg,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(BadInput, match="save it as UTF-8"):
+        prepare(images, source)
+
+
 def bad_source(images: Path) -> Path:
     (images / "torn.jpg").write_bytes((images / "a.jpg").read_bytes()[:200])
     rows = ["image,caption,split", "a.jpg,fine,train", "b.jpg,,train", "gone.jpg,x,train", "torn.jpg,x,val"]
@@ -155,6 +170,7 @@ def test_duplicate_ids(images: Path) -> None:
         ("x.json", '{"a.jpg": ["one"]}', 'entry "a.jpg"'),
         ("x.csv", "file,text\na.jpg,x\n", "line 2: needs `image` and `caption`"),
         ("x.csv", "image,caption\n", "no usable picture"),
+        ("x.json", '{"images": [{"id": 1}], "annotations": [{}]}', "not of format coco"),
     ],
 )
 def test_a_source_of_another_kind(images: Path, name: str, content: str, message: str) -> None:

@@ -200,14 +200,27 @@ def test_resolving_collisions_keeps_the_nearest_and_moves_the_others() -> None:
     latents = np.array([[0.3, 0.0], [0.1, 0.0], [0.2, 0.0], [1.0, 0.0], [9.0, 9.0]], dtype=np.float32)
     codes = model.quantizer.encode(torch.from_numpy(latents)).numpy()
     assert codes.tolist() == [[0, 0], [0, 0], [0, 0], [0, 1], [1, 0]]
-    resolved = generate_codes.resolve_collisions(codes, latents, model)
+    resolved = generate_codes.resolve_collisions(codes, latents, model, [np.arange(5)])
     assert resolved.tolist() == [[0, 3], [0, 0], [0, 2], [0, 1], [1, 0]]  # nearest first: 0.1, 0.2, 0.3
+
+
+def test_train_codes_do_not_depend_on_the_pictures_after_them() -> None:
+    config = dataclasses.replace(CONFIG, features=4, width=4, levels=2, codebook_size=8, skip=False)
+    model = RqVae(config).eval()
+    latents = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).numpy()
+    codes = model.quantizer.encode(torch.from_numpy(latents)).numpy()
+    train, rest = np.arange(40), np.arange(40, 60)
+    resolved = generate_codes.resolve_collisions(codes, latents, model, [train, rest])
+    alone = generate_codes.resolve_collisions(codes[:40], latents[:40], model, [train])
+    assert resolved[:40].tolist() == alone.tolist()
+    assert (collision_groups(codes) > 1).sum() > 20
+    assert (collision_groups(resolved) > 1).sum() < 10
 
 
 def test_a_group_larger_than_the_codebook_keeps_collisions() -> None:
     model = RqVae(dataclasses.replace(CONFIG, features=2, width=2, levels=1, codebook_size=2, skip=False)).eval()
     latents = np.zeros((3, 2), dtype=np.float32)
-    codes = generate_codes.resolve_collisions(np.zeros((3, 1), dtype=np.int64), latents, model)
+    codes = generate_codes.resolve_collisions(np.zeros((3, 1), dtype=np.int64), latents, model, [np.arange(3)])
     assert sorted(codes.ravel().tolist()) == [0, 0, 1]
 
 

@@ -1,5 +1,6 @@
 """Run folders: finished, resumed, refused, and never half-written."""
 
+import gc
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -89,6 +90,42 @@ def test_a_run_that_stopped_is_resumed_with_its_files(config: Config, capsys: py
     assert "resuming" in capsys.readouterr().out
     assert (run.resume_folder / "state").read_text() == "half"
     assert not list(run.folder.glob(".*.part"))
+
+
+def test_a_run_killed_before_its_first_state_starts_again(config: Config) -> None:
+    run = begin(config)
+    assert run is not None
+    run.resume_folder.mkdir(exist_ok=True)
+    (run.folder / "images" / "style").mkdir(parents=True)
+    run.lock.close()
+    assert begin(replace(config, lr=0.5)) is not None  # nothing to lose
+
+
+def test_a_manifest_that_was_just_written_is_enough(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begin(config)
+    assert run is not None
+    (run.resume_folder / "state").write_text("state")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_drop_leftovers", lambda folder: 1 / 0)  # killed right behind the manifest
+        with pytest.raises(ZeroDivisionError):
+            run.finish()
+    run.lock.close()
+    assert begin(config) is None
+    assert [path.name for path in config.output.iterdir() if path.name != ".lock"] == ["manifest.json"]
+
+
+def test_an_overwrite_that_was_cut_short_can_be_repeated(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(config)
+    (config.output / "folder").mkdir()
+    (config.output / "folder" / "file").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            begin(replace(config, overwrite=True))
+    gc.collect()
+    with pytest.raises(BadInput, match="was not finished"):
+        runs.read_manifest(config.output, "tools.example")
+    assert begin(replace(config, lr=0.2, overwrite=True)) is not None
 
 
 def test_two_processes_do_not_share_a_folder(config: Config) -> None:

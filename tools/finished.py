@@ -28,7 +28,11 @@ def is_finished(command: str, arguments: list[str]) -> Path | None:
             runs.source_of(command),
         )
         inputs = manifest["inputs"].values()
-        return folder if same and all(runs.fingerprint(Path(i["path"])) == i["fingerprint"] for i in inputs) else None
+        return (
+            folder
+            if same and all(runs.fingerprint(Path(i["path"]), i["by"]) == i["fingerprint"] for i in inputs)
+            else None
+        )
     except (BadInput, KeyError, OSError):
         return None
 

@@ -209,7 +209,7 @@ def report(problems: list[Problem], images: Path) -> str:
 
 def main(config: Config) -> None:
     sources = {f"source{number}": path for number, path in enumerate(config.source)}
-    run = runs.begin("tools.prepare_captions", config, inputs=sources)
+    run = runs.begin("tools.prepare_captions", config, inputs=sources, listings={"images": config.images})
     if run is None:
         return
     records, problems = check(read_sources(config), config)
@@ -245,7 +245,16 @@ def _read_source(path: Path, config: Config) -> Iterator[Found]:
     kind = kind or recognise(path, value)
     if kind not in readers:
         raise BadInput(f"--format {kind} does not read {path}")
-    return readers[kind](path, value)
+    return _rows_of_shape(readers[kind](path, value), path, kind)
+
+
+def _rows_of_shape(rows: Iterator[Found], path: Path, kind: Format) -> Iterator[Found]:
+    try:
+        yield from rows
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{path} is not of format {kind} ({type(error).__name__}: {error}): name another --format"
+        ) from None
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -254,8 +263,11 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        for row in rows:
-            yield rows.line_num, {key: value for key, value in row.items() if key and value is not None}
+        try:
+            for row in rows:
+                yield rows.line_num, {key: value for key, value in row.items() if key and value is not None}
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise BadInput(f"{path}, after line {rows.line_num}: cannot be read ({error}); save it as UTF-8") from None
 
 
 def _rule_for(path: Path, rules: str) -> Callable[[str], str]:

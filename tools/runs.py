@@ -97,8 +97,7 @@ class Run:
         return folder
 
     def finish(self, *, facts: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None) -> Manifest:
-        """Drop the resume folder, hash every file and write the manifest, last."""
-        shutil.rmtree(self.folder / RESUME, ignore_errors=True)
+        """Hash every output and write the manifest; only then does what a resumed run needs go."""
         outputs = {str(path.relative_to(self.folder)): hash_file(path) for path in _output_files(self.folder)}
         earlier = float(self.started.get("seconds", 0.0))
         manifest = {
@@ -110,7 +109,7 @@ class Run:
             "commit": current_commit(),
         }
         write_json(self.folder / MANIFEST, manifest)
-        (self.folder / STARTED).unlink()
+        _drop_leftovers(self.folder)
         self.lock.close()
         return read_manifest(self.folder, self.started["command"])
 
@@ -122,12 +121,15 @@ class Run:
         write_json(self.folder / STARTED, self.started)
 
 
-def begin(command: str, config: StageConfig, *, inputs: dict[str, Path]) -> Run | None:
+def begin(
+    command: str, config: StageConfig, *, inputs: dict[str, Path], listings: dict[str, Path] | None = None
+) -> Run | None:
     """Open the run folder `config.output`: new, resumed, or None when it is already finished.
 
     Args:
         command: the module that runs, for example "RQ-VAE.train".
         inputs: field name of `config` -> file or run folder; compared by content, not by path.
+        listings: the same for folders too large to read, compared by file names and sizes.
 
     Raises:
         BadInput: the folder holds another configuration or other inputs and `overwrite` is off, or is in use.
@@ -141,7 +143,8 @@ def begin(command: str, config: StageConfig, *, inputs: dict[str, Path]) -> Run 
         "source": source_of(command),
         "config": _config_values(config),
         "inputs": {
-            name: {"path": str(path), "fingerprint": fingerprint(path)} for name, path in sorted(inputs.items())
+            **{name: _input(path, "content") for name, path in sorted(inputs.items())},
+            **{name: _input(path, "listing") for name, path in sorted((listings or {}).items())},
         },
     }
     if config.overwrite:
@@ -150,8 +153,9 @@ def begin(command: str, config: StageConfig, *, inputs: dict[str, Path]) -> Run 
     if found is not None and not (folder / MANIFEST).exists() and not _output_files(folder):
         found = None  # it stopped before it wrote anything: nothing to resume, nothing to lose
     if found is not None:
-        _refuse_difference(folder, found, started, inputs)
+        _refuse_difference(folder, found, started)
         if (folder / MANIFEST).exists():
+            _drop_leftovers(folder)
             print(f"{command}: {folder} is finished; nothing to do.")
             lock.close()
             return None
@@ -159,8 +163,10 @@ def begin(command: str, config: StageConfig, *, inputs: dict[str, Path]) -> Run 
         started = found
         for part in folder.rglob(".*.part"):  # half a file of a killed process
             part.unlink()
-    elif unknown := [path.name for path in folder.iterdir() if path.name not in (LOCK, STARTED)]:
-        raise BadInput(f"{folder} holds files no run of this project left ({unknown[0]}, ...): name another --output")
+    elif unknown := _output_files(folder):
+        raise BadInput(f"{folder} holds files no run of this project left ({unknown[0].name}): name another --output")
+    else:
+        shutil.rmtree(folder / RESUME, ignore_errors=True)
     write_json(folder / STARTED, started)
     return Run(folder=folder, started=started, began=time.monotonic(), lock=lock)
 
@@ -181,8 +187,15 @@ def read_manifest(folder: Path, *commands: str) -> Manifest:
     return Manifest(folder=folder, **values)
 
 
-def fingerprint(path: Path) -> str:
-    """Content of a run folder (through its manifest), a file, or a plain folder, as a short hex string."""
+def fingerprint(path: Path, by: str = "content") -> str:
+    """Content of a run folder (through its manifest), a file, or a plain folder, as a short hex string.
+
+    Args:
+        by: "listing" looks at the names and sizes of a folder's files alone.
+    """
+    if by == "listing":
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return _hash_value([[str(file.relative_to(path)), file.stat().st_size] for file in files])
     if (path / MANIFEST).is_file():
         values = read_json(path / MANIFEST)
         return _hash_value([values["outputs"], values["facts"]])
@@ -224,13 +237,13 @@ def _found(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, Any], inputs: dict[str, Path]) -> None:
+def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     if found["command"] != wanted["command"]:
         raise BadInput(f"{folder} was made by {found['command']}: name another --output")
     differences = [
         f"--{name.replace('_', '-')} was {found['config'].get(name)}, now {value}"
         for name, value in wanted["config"].items()
-        if name not in inputs and found["config"].get(name) != value
+        if name not in wanted["inputs"] and found["config"].get(name) != value
     ]
     differences += [
         f"{name} ({value['path']}) has changed since"
@@ -245,10 +258,12 @@ def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, An
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier run's files; the record that names it goes first, so that no reader trusts a torn folder."""
-    if _found(folder) is None and any(path.name != LOCK for path in folder.iterdir()):
+    """Remove an earlier run's files. Its manifest goes first, so that no reader trusts a torn folder, and becomes the
+    record of a run under way, so that the folder is still known as ours when this is cut short."""
+    if _found(folder) is None and _output_files(folder):
         raise BadInput(f"{folder} holds files that no run of this project left: --overwrite will not remove them")
-    (folder / MANIFEST).unlink(missing_ok=True)
+    if (folder / MANIFEST).exists():
+        (folder / MANIFEST).replace(folder / STARTED)
     for path in folder.iterdir():
         if path.name in (LOCK, STARTED):
             continue
@@ -257,6 +272,10 @@ def _clear(folder: Path) -> None:
         else:
             path.unlink()
     (folder / STARTED).unlink(missing_ok=True)
+
+
+def _input(path: Path, by: str) -> dict[str, str]:
+    return {"path": str(path), "by": by, "fingerprint": fingerprint(path, by)}
 
 
 def _lock(folder: Path) -> TextIO:
@@ -271,8 +290,15 @@ def _lock(folder: Path) -> TextIO:
 
 
 def _output_files(folder: Path) -> list[Path]:
-    own = {MANIFEST, STARTED, LOCK}
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in own)
+    """Everything in a run folder but its records and what only a resumed run needs."""
+    own = {folder / name for name in (MANIFEST, STARTED, LOCK)}
+    files = (path for path in folder.rglob("*") if path.is_file() and path not in own)
+    return sorted(path for path in files if path.relative_to(folder).parts[0] != RESUME)
+
+
+def _drop_leftovers(folder: Path) -> None:
+    (folder / STARTED).unlink(missing_ok=True)
+    shutil.rmtree(folder / RESUME, ignore_errors=True)
 
 
 def _hash_value(value: Any) -> str:
