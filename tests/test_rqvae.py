@@ -205,7 +205,7 @@ def test_resolving_collisions_keeps_the_nearest_and_moves_the_others() -> None:
 
 
 def test_train_codes_do_not_depend_on_the_pictures_after_them() -> None:
-    config = dataclasses.replace(CONFIG, features=4, width=4, levels=2, codebook_size=8, skip=False)
+    config = dataclasses.replace(CONFIG, features=4, width=4, levels=2, codebook_size=24, skip=False)
     model = RqVae(config).eval()
     latents = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).numpy()
     codes = model.quantizer.encode(torch.from_numpy(latents)).numpy()
@@ -213,8 +213,8 @@ def test_train_codes_do_not_depend_on_the_pictures_after_them() -> None:
     resolved = generate_codes.resolve_collisions(codes, latents, model, [train, rest])
     alone = generate_codes.resolve_collisions(codes[:40], latents[:40], model, [train])
     assert resolved[:40].tolist() == alone.tolist()
-    assert (collision_groups(codes) > 1).sum() > 20
-    assert (collision_groups(resolved) > 1).sum() < 10
+    assert (collision_groups(codes) > 1).any()
+    assert (collision_groups(resolved) == 1).all()  # no prefix has more than 24 pictures behind it
 
 
 def test_a_group_larger_than_the_codebook_keeps_collisions() -> None:

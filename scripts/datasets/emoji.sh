@@ -27,7 +27,7 @@ ASSEMBLE_CLIP=(
     --width 512
 )
 TRAIN_HEADS=(
-    --epochs 30
+    --epochs 40
     --batch-size 1024
     --lr 1e-3
     --weight-decay 0.1
@@ -55,7 +55,7 @@ TRAIN_RETRIEVER=(
     --language-model "$TEXT_ENCODER"
     --decoder-layers 2
     --decoder-heads 8
-    --epochs 5
+    --epochs 6
     --batch-size 256
     --lr 1e-3
     --weight-decay 0.05
