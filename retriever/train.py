@@ -40,6 +40,7 @@ from .queries import LiveQueries, StoredQueries, bucketed_batches
 from .retrieve import ranks_of, search_queries
 
 SAVE_EVERY_SECONDS = 30.0
+MOST_SAVING = 0.05  # share of the time that may go into saving: a large model is saved less often
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.best: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
-        self.saved = time.monotonic()
+        self.saved, self.save_pause = time.monotonic(), SAVE_EVERY_SECONDS
 
     def loss(self, chosen: NDArray[np.int64]) -> Tensor:
         """Loss of one batch of train captions."""
@@ -194,7 +195,7 @@ class Training:
             self.schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             tracker.log({"train/loss": loss.item(), "train/lr": self.schedule.get_last_lr()[0], "epoch": self.epoch})
-            if time.monotonic() - self.saved > SAVE_EVERY_SECONDS:
+            if time.monotonic() - self.saved > self.save_pause:
                 self.save()
         self.epoch, self.batch = self.epoch + 1, 0
 
@@ -227,6 +228,7 @@ class Training:
 
     def save(self) -> None:
         """Write what a resumed run needs: trained weights, optimiser, and where the epoch stands."""
+        began = time.monotonic()
         trained = {name: value.detach() for name, value in self.lm.named_parameters() if value.requires_grad}
         save_state(
             self.run.resume_folder / "state.pt",
@@ -242,6 +244,7 @@ class Training:
         )
         self.run.note_time()
         self.saved = time.monotonic()
+        self.save_pause = max(SAVE_EVERY_SECONDS, (self.saved - began) / MOST_SAVING)
         for folder in self.run.resume_folder.glob("best-*"):  # the state no longer speaks of these
             if self.best and folder != self.best_folder:
                 shutil.rmtree(folder)

@@ -48,6 +48,14 @@ def test_karpathy_with_restval_and_folders(images: Path) -> None:
     ]
 
 
+def test_an_incomplete_copy_is_noticed(images: Path) -> None:
+    row = {"filename": "a.jpg", "split": "train", "sentences": [{"raw": "x"}]}
+    source = write(images.parent / "dataset_flickr30k.json", {"images": [row]})
+    with pytest.raises(BadInput, match=r"have \(1, 0, 0\) pictures, --expect says \(29000, 1014, 1000\)"):
+        prepare(images, source, expect=(29000, 1014, 1000))
+    assert len(prepare(images, source, expect=(1, 0, 0))) == 1
+
+
 def test_published_split_captions(images: Path) -> None:
     value = {"a.jpg": {"split": "val", "caption": ["x", "y"]}, "b.jpg": {"split": "train", "captions": "z"}}
     source = write(images.parent / "flickr30k_split_captions.json", value)

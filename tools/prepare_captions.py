@@ -47,6 +47,8 @@ class Config:
     """For sources without splits: "random:TRAIN,VAL,TEST" shares (by a hash of the image id, so that a picture keeps
     its split when others come or go), one split name, or for COCO one "FILE=SPLIT or rule" per source, joined by
     semicolons."""
+    expect: tuple[int, int, int] | None = None
+    """Pictures of train, val and test that a complete copy of the data has; others are an error."""
     skip_bad: bool = False
     """Leave out what is wrong with the data, and go on."""
     workers: int = 4
@@ -219,8 +221,11 @@ def main(config: Config) -> None:
         print(report(problems, config.images) + "\nLeft out (--skip-bad).")
     if not records:
         raise BadInput(f"no usable picture: nothing in {config.images} matches the source")
-    write_captions(run.folder / FILE_NAME, records)
     pictures = Counter(record.split for record in records)
+    found = tuple(pictures[split] for split in SPLITS)
+    if config.expect is not None and found != config.expect:
+        raise BadInput(f"train, val, test have {found} pictures, --expect says {config.expect}: is the data complete?")
+    write_captions(run.folder / FILE_NAME, records)
     captions = Counter(dict.fromkeys(SPLITS, 0))
     for record in records:
         captions[record.split] += len(record.captions)

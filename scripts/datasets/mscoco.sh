@@ -11,7 +11,7 @@ STAGES="01_prepare_captions 03_prepare_emb 05_train_rqvae 06_generate_codes 07_p
 08_train_retriever_t5 09_retrieve 10_test_retriever"
 
 IMAGES=$DATA/images
-CAPTIONS=(--source "$DATA/dataset_coco.json" --format karpathy)
+CAPTIONS=(--source "$DATA/dataset_coco.json" --format karpathy --expect 113287 5000 5000)
 
 CLIP=(
     --model ViT-L-14-336
