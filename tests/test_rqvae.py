@@ -124,7 +124,7 @@ def test_start_is_residual_kmeans_on_the_features(shared: bool) -> None:
     errors = []
     for level in range(1, 5):
         vectors = torch.stack([model.quantizer.codebook(i)[codes[:, i]] for i in range(level)]).sum(0)
-        errors.append(float(((model.decode(vectors) - model.prepare(data)) ** 2).mean()))
+        errors.append(((model.decode(vectors) - model.prepare(data)) ** 2).mean().item())
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * float(((model.prepare(data) - model.mean) ** 2).mean())
     if not shared:
