@@ -163,6 +163,20 @@ def revive(model: RqVae, data: TrainData, config: Config, epoch: int) -> int:
     return revived
 
 
+def start_from_kmeans(model: RqVae, data: TrainData, config: Config) -> None:
+    """Start the codebooks from the train split, or from a large sample of it."""
+    print("residual k-means over the train split ...", flush=True)
+    sample = torch.randperm(len(data.images))[: config.kmeans_sample]
+    model.start_from(
+        data.images[sample], iterations=config.kmeans_iterations, seed=config.seed, balance=config.kmeans_balance
+    )
+
+
+def best_folder(run: runs.Run, best: dict[str, Any]) -> Path:
+    """Where the best checkpoint so far lies until the training ends."""
+    return run.resume_folder / f"best-{best['epoch']}"
+
+
 def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> dict[str, Any]:
     """Train, validate, keep the best; returns the best validation with its epoch. Resumes from its last state."""
     device = next(model.parameters()).device
@@ -180,7 +194,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> di
         tracker.log({f"val/{name}": value for name, value in report.figures().items()}, step=epoch)
         if not best or score(report) > best["score"]:
             best.update(score=score(report), epoch=epoch)
-            model.save_pretrained(run.resume_folder / f"best-{epoch}")
+            model.save_pretrained(best_folder(run, best))
 
     state_path = run.resume_folder / "state.pt"
     state = load_state(state_path)
@@ -192,14 +206,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> di
         start, best = state["epoch"], state["best"]
     else:
         if config.kmeans_start:
-            print("residual k-means over the train split ...", flush=True)
-            sample = torch.randperm(len(data.images))[: config.kmeans_sample]
-            model.start_from(
-                data.images[sample],
-                iterations=config.kmeans_iterations,
-                seed=config.seed,
-                balance=config.kmeans_balance,
-            )
+            start_from_kmeans(model, data, config)
         validate(0)
     saved = time.monotonic()
     bar = progress(range(start, config.epochs), "training RQ-VAE", total=config.epochs, unit="epoch", initial=start)
@@ -221,6 +228,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> di
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "best": best}
             save_state(state_path, {**state, "schedule": schedule.state_dict()})
             run.note_time()
+            runs.keep_only(run.resume_folder, "best-*", best_folder(run, best))
             saved = time.monotonic()
     tracker.finish()
     return best
@@ -237,7 +245,7 @@ def main(config: Config) -> None:
     if config.kmeans_start and usable < config.codebook_size:
         raise BadInput(f"--codebook-size {config.codebook_size} needs as many train pictures, there are {usable}")
     best = train(model, features, run, config)
-    model = RqVae.from_pretrained(run.resume_folder / f"best-{best['epoch']}")
+    model = RqVae.from_pretrained(best_folder(run, best))
     model.save_pretrained(run.folder)
     report = make_report(model, features, split="val")
     write_json(run.folder / "report.json", report._asdict())

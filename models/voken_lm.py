@@ -254,22 +254,7 @@ def build_encoder_decoder(
         tokenizer = AutoTokenizer.from_pretrained(encoder)
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"--language-model {encoder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    config = GPT2Config(
-        vocab_size=DECODER_SPECIALS + len(space.tokens),
-        n_positions=space.levels + 2,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        initializer_range=width**-0.5,
-        bos_token_id=START,
-        eos_token_id=END,
-        pad_token_id=PAD,
-        is_decoder=True,
-        add_cross_attention=True,
-    )
+    config = _decoder_config(space, width=width, layers=layers, heads=heads, dropout=dropout)
     joint = EncoderDecoderConfig.from_encoder_decoder_configs(text_encoder.config, config)
     model = EncoderDecoderModel(config=joint, encoder=text_encoder, decoder=GPT2LMHeadModel(config))
     model.config.decoder_start_token_id, model.config.pad_token_id = START, PAD
@@ -285,6 +270,27 @@ def build_encoder_decoder(
         end=END,
         max_source=min(max_source, int(text_encoder.config.max_position_embeddings)),
         frozen_encoder=True,
+    )
+
+
+def _decoder_config(space: VokenSpace, *, width: int, layers: int, heads: int, dropout: float) -> GPT2Config:
+    """A small decoder with cross-attention; its weights start at 1/sqrt(width), not at GPT-2's 0.02, which is far too
+    small for its width."""
+    return GPT2Config(
+        vocab_size=DECODER_SPECIALS + len(space.tokens),
+        n_positions=space.levels + 2,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        initializer_range=width**-0.5,
+        bos_token_id=START,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        is_decoder=True,
+        add_cross_attention=True,
     )
 
 

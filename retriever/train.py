@@ -245,9 +245,8 @@ class Training:
         self.run.note_time()
         self.saved = time.monotonic()
         self.save_pause = max(SAVE_EVERY_SECONDS, (self.saved - began) / MOST_SAVING)
-        for folder in self.run.resume_folder.glob("best-*"):  # the state no longer speaks of these
-            if self.best and folder != self.best_folder:
-                shutil.rmtree(folder)
+        if self.best:
+            runs.keep_only(self.run.resume_folder, "best-*", self.best_folder)
 
     @property
     def best_folder(self) -> Path:

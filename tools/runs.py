@@ -187,6 +187,13 @@ def read_manifest(folder: Path, *commands: str) -> Manifest:
     return Manifest(folder=folder, **values)
 
 
+def keep_only(folder: Path, pattern: str, kept: Path) -> None:
+    """Remove the folders of a pattern that the saved state no longer speaks of."""
+    for path in folder.glob(pattern):
+        if path != kept:
+            shutil.rmtree(path)
+
+
 def fingerprint(path: Path, by: str = "content") -> str:
     """Content of a run folder (through its manifest), a file, or a plain folder, as a short hex string.
 
