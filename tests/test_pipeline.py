@@ -324,7 +324,18 @@ def interrupted(
             main(config)
     gc.collect()  # a process that died holds no lock
     assert not (config.output / "manifest.json").exists()
-    main(config)
+    resumed = []
+    begin = runs.begin
+    with monkeypatch.context() as patch:
+
+        def watched(*args: Any, **options: Any) -> runs.Run | None:
+            run = begin(*args, **options)
+            resumed.append(any(path.is_file() for path in (config.output / "resume").rglob("*")))
+            return run
+
+        patch.setattr(runs, "begin", watched)
+        main(config)
+    assert resumed == [True]  # not merely repeated
 
 
 @pytest.mark.parametrize("build", [encoder_decoder_config, t5_config])

@@ -92,6 +92,18 @@ def test_a_run_that_stopped_is_resumed_with_its_files(config: Config, capsys: py
     assert not list(run.folder.glob(".*.part"))
 
 
+def test_a_state_to_resume_from_is_kept_when_there_are_no_outputs_yet(config: Config) -> None:
+    run = begin(config)
+    assert run is not None
+    (run.resume_folder / "state").write_text("hours of work")
+    run.lock.close()
+    with pytest.raises(BadInput, match=r"--lr was 0.1, now 0.5"):
+        begin(replace(config, lr=0.5))
+    again = begin(config)
+    assert again is not None
+    assert (again.resume_folder / "state").read_text() == "hours of work"
+
+
 def test_a_run_killed_before_its_first_state_starts_again(config: Config) -> None:
     run = begin(config)
     assert run is not None

@@ -150,7 +150,7 @@ def begin(
     if config.overwrite:
         _clear(folder)
     found = _found(folder)
-    if found is not None and not (folder / MANIFEST).exists() and not _output_files(folder):
+    if found is not None and not (folder / MANIFEST).exists() and not _has_work(folder):
         found = None  # it stopped before it wrote anything: nothing to resume, nothing to lose
     if found is not None:
         _refuse_difference(folder, found, started)
@@ -301,6 +301,11 @@ def _output_files(folder: Path) -> list[Path]:
     own = {folder / name for name in (MANIFEST, STARTED, LOCK)}
     files = (path for path in folder.rglob("*") if path.is_file() and path not in own)
     return sorted(path for path in files if path.relative_to(folder).parts[0] != RESUME)
+
+
+def _has_work(folder: Path) -> bool:
+    """Whether a run that did not finish left outputs, or a state to resume from."""
+    return bool(_output_files(folder)) or any(path.is_file() for path in (folder / RESUME).rglob("*"))
 
 
 def _drop_leftovers(folder: Path) -> None:
