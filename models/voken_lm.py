@@ -1,7 +1,8 @@
-"""Language models that read a caption and write vokens: T5, or a pretrained text encoder with a small new decoder.
+"""Language models that read a caption and write vokens: T5, a pretrained text encoder with a small new decoder, or a
+causal model such as LLaMA behind an instruction.
 
-Both are Hugging Face sequence-to-sequence models; this file adds the vokens to them, starts the vokens' embeddings from
-the codebooks, and gives training and search one interface.
+All are Hugging Face models; this file adds the vokens to them, starts the vokens' embeddings from the codebooks, and
+gives training one interface. Search writes through models/decoding.py.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     EncoderDecoderConfig,
@@ -22,34 +24,39 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from tools.errors import BadInput
 from tools.files import read_json, write_json
 from tools.vokens import VokenSpace
 
-Kind = Literal["seq2seq", "encoder-decoder"]
+Kind = Literal["seq2seq", "encoder-decoder", "causal"]
+LOADERS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder-decoder": EncoderDecoderModel, "causal": AutoModelForCausalLM}
+T5_FAMILY = ("t5", "mt5")  # decoders that models/decoding.py reads
 VOKENS_NAME = "vokens.json"
 DECODER_SPECIALS = 3  # <pad>, <start>, <end> of a new decoder's vocabulary; the vokens follow
 PAD, START, END = range(DECODER_SPECIALS)
 START_LOGIT_SPREAD = 4.0  # standard deviation of a new decoder's logits at the start
+# What a causal model reads.
+PROMPT = "Below is a caption of an image. Write its vokens.\n\n### Caption:\n{query}\n\n### Vokens:\n"
 
 
 class Memory(NamedTuple):
-    """What the decoder reads: encoder states (batch, length, width) and their mask (batch, length), 1 for text."""
+    """What the decoder reads: encoder states, or a causal model's prompt as input embeddings, (batch, length, width);
+    and their mask (batch, length), 1 for text, 0 for the padding behind it."""
 
     states: Tensor
     mask: Tensor
 
 
 class VokenLM(nn.Module):
-    """A sequence-to-sequence model with vokens in its decoder's vocabulary.
+    """A language model with vokens in the vocabulary that it writes.
 
     Attributes:
         space: levels, codebook size, and whether one codebook serves all levels.
         first_voken: token id of the first voken; the others follow in the order of `space.tokens`.
-        start, end: decoder token ids that open and close a sequence.
+        start, end: token ids that open and close a written sequence; a causal model's opens with its prompt.
+        prompt: the text around a causal model's query, with "{query}" in it; empty for the others.
         frozen_encoder: the encoder keeps its weights; its states may be computed once.
     """
 
@@ -65,13 +72,14 @@ class VokenLM(nn.Module):
         end: int,
         max_source: int,
         frozen_encoder: bool,
+        prompt: str = "",
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.kind, self.space = kind, space
         self.first_voken, self.start, self.end = first_voken, start, end
-        self.max_source, self.frozen_encoder = max_source, frozen_encoder
+        self.max_source, self.frozen_encoder, self.prompt = max_source, frozen_encoder, prompt
         if frozen_encoder:
             self.model.get_encoder().requires_grad_(False)
 
@@ -92,19 +100,39 @@ class VokenLM(nn.Module):
         return self
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut to `max_source`, without padding."""
-        ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_source)["input_ids"]
-        return ids
+        """Token ids of each text without padding: the text is cut to `max_source`, the prompt around it never."""
+        if self.kind != "causal":
+            ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_source)["input_ids"]
+            return ids
+        before, after = self.prompt.split("{query}")
+        opening: list[int] = self.tokenizer(before)["input_ids"]
+        queries = self.tokenizer(
+            [text.strip() for text in texts], add_special_tokens=False, truncation=True, max_length=self.max_source
+        )
+        closing: list[int] = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        return [opening + query + closing for query in queries["input_ids"]]
 
-    def encode(self, token_ids: Sequence[Sequence[int]]) -> Memory:
-        """Run the encoder on a batch, padded to its longest text and masked."""
+    def encode(self, token_ids: Sequence[Sequence[int]], *, encoder: nn.Module | None = None) -> Memory:
+        """Run the encoder on a batch, padded to its longest text and masked; of a causal model only the embeddings.
+
+        Args:
+            encoder: a cast or quantised copy to run in place of the model's own.
+        """
         lengths = torch.tensor([len(ids) for ids in token_ids])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        padded = torch.full(mask.shape, self.tokenizer.pad_token_id, dtype=torch.long)
+        padded = torch.full(mask.shape, self.padding, dtype=torch.long)
         padded[mask] = torch.tensor([token for ids in token_ids for token in ids])
         padded, attention = padded.to(self.device), mask.long().to(self.device)
-        states = self.model.get_encoder()(input_ids=padded, attention_mask=attention).last_hidden_state
-        return Memory(states, attention)
+        if self.kind == "causal":
+            return Memory(self.model.get_input_embeddings()(padded), attention)
+        run = self.model.get_encoder() if encoder is None else encoder
+        return Memory(run(input_ids=padded, attention_mask=attention).last_hidden_state, attention)
+
+    @property
+    def padding(self) -> int:
+        """Token id behind a short text; masked, so that any would do."""
+        padding = self.tokenizer.pad_token_id
+        return 0 if padding is None else int(padding)
 
     def token_ids(self, codes: Tensor) -> Tensor:
         """Codes (batch, levels) to decoder token ids (batch, levels)."""
@@ -121,36 +149,32 @@ class VokenLM(nn.Module):
         Position l predicts the voken of level l, the last one the end token.
         """
         written = self.token_ids(codes)
+        if self.kind == "causal":
+            return self._continue_prompt(memory, written)
         opening = torch.full_like(written[:, :1], self.start)
-        return self._decode(memory, torch.cat([opening, written], dim=1), cache=None)
-
-    def first_logits(self, memory: Memory) -> tuple[Tensor, Any]:
-        """Logits (batch, vocabulary) of the first voken, and the cache of keys and values."""
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        opening = torch.full((len(memory.states), 1), self.start, device=memory.states.device)
-        return self._decode(memory, opening, cache=cache)[:, -1], cache
-
-    def next_logits(self, memory: Memory, tokens: Tensor, cache: Any, rows: Tensor) -> Tensor:
-        """Logits (rows, vocabulary) after one more token each.
-
-        Args:
-            memory: of the batch that the cache began with, before any reordering, picked by the caller for each row.
-            tokens: (rows,) the tokens just written.
-            cache: as `first_logits` returned it; changed in place.
-            rows: (rows,) which cached row each token continues.
-        """
-        cache.reorder_cache(rows)
-        return self._decode(memory, tokens.unsqueeze(1), cache=cache)[:, -1]
-
-    def _decode(self, memory: Memory, tokens: Tensor, *, cache: Any) -> Tensor:
         output = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=memory.states),
             attention_mask=memory.mask,
-            decoder_input_ids=tokens,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            decoder_input_ids=torch.cat([opening, written], dim=1),
+            use_cache=False,
         )
         logits: Tensor = output.logits
+        return logits
+
+    def _continue_prompt(self, memory: Memory, written: Tensor) -> Tensor:
+        """`forward` of a causal model: the vocabulary is scored at the last word of the prompt and behind it alone."""
+        embeddings = torch.cat([memory.states, self.model.get_input_embeddings()(written)], dim=1)
+        mask = torch.cat([memory.mask, torch.ones_like(written)], dim=1)
+        states = self.model.base_model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
+            use_cache=False,
+        ).last_hidden_state
+        last = memory.mask.sum(dim=1, keepdim=True) - 1
+        behind = torch.arange(written.shape[1], device=last.device).expand_as(written) + memory.mask.shape[1]
+        chosen = torch.cat([last, behind], dim=1).unsqueeze(2).expand(-1, -1, states.shape[2])
+        logits: Tensor = self.model.get_output_embeddings()(states.gather(1, chosen))
         return logits
 
     def save_pretrained(self, folder: Path) -> None:
@@ -167,6 +191,7 @@ class VokenLM(nn.Module):
                 "end": self.end,
                 "max_source": self.max_source,
                 "frozen_encoder": self.frozen_encoder,
+                "prompt": self.prompt,
             },
         )
 
@@ -174,8 +199,7 @@ class VokenLM(nn.Module):
     def from_pretrained(cls, folder: Path) -> "VokenLM":
         """Read what `save_pretrained` wrote; the model is in eval mode."""
         facts = read_json(folder / VOKENS_NAME)
-        loader = EncoderDecoderModel if facts["kind"] == "encoder-decoder" else AutoModelForSeq2SeqLM
-        model = loader.from_pretrained(folder)
+        model = LOADERS[facts["kind"]].from_pretrained(folder)
         space = VokenSpace(**facts.pop("space"))
         return cls(model, AutoTokenizer.from_pretrained(folder), space=space, **facts).eval()
 
@@ -194,14 +218,80 @@ def build_seq2seq(
     """
     try:
         config = AutoConfig.from_pretrained(name, dropout_rate=dropout)
+        if config.model_type not in T5_FAMILY:
+            raise BadInput(f"--language-model {name} is a {config.model_type}, seq2seq takes {', '.join(T5_FAMILY)}")
         model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise BadInput(f"--language-model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if codebooks.shape[-1] != config.d_model:
+        raise _cannot_load(name, error) from None
+    return VokenLM(
+        model,
+        tokenizer,
+        kind="seq2seq",
+        space=space,
+        first_voken=_add_vokens(name, model, tokenizer, space, codebooks),
+        start=int(config.decoder_start_token_id),
+        end=int(config.eos_token_id),
+        max_source=max_source,
+        frozen_encoder=False,
+    )
+
+
+def build_causal(
+    name: str,
+    *,
+    space: VokenSpace,
+    codebooks: NDArray[np.float32],
+    max_source: int,
+    prompt: str = PROMPT,
+    dtype: torch.dtype = torch.float32,
+) -> VokenLM:
+    """A pretrained causal model (LLaMA, Qwen, ...) with voken tokens added; it reads the query inside a prompt.
+
+    Args:
+        name: Hugging Face name or folder.
+        codebooks: (books, codebook_size, width), start of the vokens' embeddings; width must be the model's.
+        max_source: tokens of the query at most; the prompt's come on top.
+        prompt: text with "{query}" in it.
+
+    Raises:
+        BadInput: the model cannot be loaded, the widths differ, or the prompt has no place for the query.
+    """
+    if prompt.count("{query}") != 1:
+        raise BadInput(f"the prompt {prompt!r} must have {{query}} in it once")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from None
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"the tokenizer of {name} has no end token: set its eos_token")
+    first_voken = _add_vokens(name, model, tokenizer, space, codebooks)
+    return VokenLM(
+        model,
+        tokenizer,
+        kind="causal",
+        space=space,
+        first_voken=first_voken,
+        start=-1,
+        end=int(tokenizer.eos_token_id),
+        max_source=max_source,
+        frozen_encoder=False,
+        prompt=prompt,
+    )
+
+
+def _cannot_load(name: str, error: Exception) -> BadInput:
+    return BadInput(f"--language-model {name} cannot be loaded: {str(error).splitlines()[0]}")
+
+
+def _add_vokens(name: str, model: Any, tokenizer: Any, space: VokenSpace, codebooks: NDArray[np.float32]) -> int:
+    """Add the voken tokens to a pretrained model and its tokenizer, in place; returns the first one's id."""
+    width = model.get_input_embeddings().embedding_dim
+    if codebooks.shape[-1] != width:
         raise BadInput(
-            f"the codebooks are {codebooks.shape[-1]} wide, {name} is {config.d_model}: "
-            f"train the RQ-VAE with --width {config.d_model} (scripts/05_train_rqvae.sh)"
+            f"the codebooks are {codebooks.shape[-1]} wide, {name} is {width}: "
+            f"train the RQ-VAE with --width {width} (scripts/05_train_rqvae.sh)"
         )
     tokenizer.add_tokens(space.tokens)
     first = int(tokenizer.convert_tokens_to_ids(space.tokens[0]))
@@ -211,17 +301,7 @@ def build_seq2seq(
     if last >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(last + 1)
     _set_rows([model.get_input_embeddings().weight, model.get_output_embeddings().weight], first, codebooks)
-    return VokenLM(
-        model,
-        tokenizer,
-        kind="seq2seq",
-        space=space,
-        first_voken=first,
-        start=int(config.decoder_start_token_id),
-        end=int(config.eos_token_id),
-        max_source=max_source,
-        frozen_encoder=False,
-    )
+    return first
 
 
 def build_encoder_decoder(
@@ -253,7 +333,7 @@ def build_encoder_decoder(
         text_encoder = AutoModel.from_pretrained(encoder, add_pooling_layer=False)
         tokenizer = AutoTokenizer.from_pretrained(encoder)
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"--language-model {encoder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise _cannot_load(encoder, error) from None
     config = _decoder_config(space, width=width, layers=layers, heads=heads, dropout=dropout)
     joint = EncoderDecoderConfig.from_encoder_decoder_configs(text_encoder.config, config)
     model = EncoderDecoderModel(config=joint, encoder=text_encoder, decoder=GPT2LMHeadModel(config))

@@ -1,25 +1,25 @@
 """Beam search that can only write vokens of existing pictures: exact, and batched over queries.
 
-The score of a picture is the sum of the log-probabilities of its vokens under the full-vocabulary softmax, plus that
-of the end token where `score_end` is set (as published). Children are taken from the trie by index; nothing loops over
-queries or beams. Ties go to the smaller codes.
+The score of a picture is the sum of its vokens' log-probabilities, under the softmax over the whole vocabulary (as
+published) or over the vokens of each level; and that of the end token where `score_end` is set (as published). Children
+are taken from the index by position; nothing loops over queries or beams. Equal scores go to the smaller codes, at
+every level.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from models.voken_lm import Memory, VokenLM
+from models.decoding import Scoring, Writer
+from models.voken_lm import Memory
 
-from .trie import Trie
+from .index import DeviceLevel, VokenIndex
 
 
 class Beams(NamedTuple):
-    """The best leaves of the trie for each query, best first; places that no picture fills score minus infinity."""
+    """The best leaves of the index for each query, best first; places that no picture fills score minus infinity."""
 
     leaves: Tensor
     """(queries, beams) int64"""
@@ -27,71 +27,92 @@ class Beams(NamedTuple):
     """(queries, beams) float32"""
 
 
-class DeviceTrie(NamedTuple):
-    """The trie's levels on the model's device."""
+class Candidates(NamedTuple):
+    """What the beams of each query could write next; the first of them is the best."""
 
-    offsets: list[Tensor]
-    codes: list[Tensor]
-    widest: list[int]
-
-
-def to_device(trie: Trie, device: torch.device) -> DeviceTrie:
-    """Copy the flat arrays once."""
-    return DeviceTrie(
-        [torch.from_numpy(level.offsets).to(device) for level in trie.levels],
-        [torch.from_numpy(level.codes).to(device) for level in trie.levels],
-        trie.widest,
-    )
+    nodes: Tensor
+    """(queries, candidates) int64"""
+    scores: Tensor
+    """(queries, candidates) float32"""
+    parents: Tensor
+    """(queries, candidates) beams"""
+    codes: Tensor
+    """(queries, candidates)"""
 
 
 @torch.inference_mode()
-def beam_search(lm: VokenLM, memory: Memory, trie: DeviceTrie, *, beams: int, score_end: bool = False) -> Beams:
-    """Search the trie for the leaves a language model gives the highest probability.
+def beam_search(
+    writer: Writer,
+    memory: Memory,
+    levels: list[DeviceLevel],
+    *,
+    beams: int,
+    scoring: Scoring = "full",
+    score_end: bool = False,
+) -> Beams:
+    """Search the index for the leaves that a language model gives the highest score.
 
     Args:
-        memory: encoder states of the queries.
+        memory: what `writer.encode` gives for the queries.
+        levels: the index on the writer's device (`index.to_device`).
         beams: candidates kept at each level, and leaves returned.
-        score_end: add the log-probability of the end token, one more decoder step.
+        scoring: the softmax: "full" or "voken", see `models.decoding.Head`.
+        score_end: add the log-probability of the end token, one more decoder step; not with "voken".
+
+    Raises:
+        ValueError: the end token is asked for in a softmax that does not have it.
+        FloatingPointError: the model gives no numbers (it overflows in this arithmetic).
     """
-    queries = len(memory.states)
-    device = memory.states.device
-    offsets = lm.level_offsets.to(device)
-    scores = torch.zeros(queries, 1, device=device)
-    nodes = torch.zeros(queries, 1, dtype=torch.long, device=device)
-    logits, cache = lm.first_logits(memory)
-    for level in range(len(trie.codes)):
-        width = nodes.shape[1]
-        log_probabilities = logits.float().log_softmax(dim=-1).view(queries, width, -1)
-        first = trie.offsets[level][nodes].unsqueeze(2)
-        children = first + torch.arange(trie.widest[level], device=device)
-        exists = children < trie.offsets[level][nodes + 1].unsqueeze(2)
-        children = children.clamp_max(len(trie.codes[level]) - 1)
-        tokens = trie.codes[level][children] + offsets[level]
-        candidates = scores.unsqueeze(2) + log_probabilities.gather(2, tokens)
-        candidates = candidates.masked_fill(~exists, -torch.inf).flatten(1)
-        keep = min(beams, candidates.shape[1])
-        scores, chosen = candidates.sort(dim=1, descending=True, stable=True)
-        scores, chosen = scores[:, :keep], chosen[:, :keep]
-        nodes = children.flatten(1).gather(1, chosen)
-        written = tokens.flatten(1).gather(1, chosen)
-        parents = chosen // trie.widest[level]
-        if level + 1 < len(trie.codes) or score_end:
-            rows = (parents + torch.arange(queries, device=device).unsqueeze(1) * width).flatten()
-            of_query = torch.arange(queries, device=device).repeat_interleave(keep)
-            logits = lm.next_logits(
-                Memory(memory.states[of_query], memory.mask[of_query]), written.flatten(), cache, rows
-            )
+    if score_end and scoring == "voken":
+        raise ValueError("the softmax over vokens has no end token: score_end needs scoring='full'")
+    session = writer.begin(memory)
+    offsets = writer.lm.level_offsets.to(memory.states.device)
+    scores = torch.zeros(len(memory.states), 1, device=memory.states.device)
+    nodes = torch.zeros_like(scores, dtype=torch.long)
+    states = session.open()
+    for number, level in enumerate(levels):
+        log_probabilities = writer.head.log_probabilities(states, number, scoring)
+        nodes, scores, parents, codes = best(children_of(nodes, scores, log_probabilities, level), beams)
+        if number + 1 < len(levels) or score_end:
+            states = session.advance(codes + offsets[number], parents)
     if score_end:
-        scores = scores + logits.float().log_softmax(dim=-1)[:, lm.end].view_as(scores)
-    return _sorted(nodes, scores)
+        ended = scores + writer.head.end_log_probability(states)
+        nodes, scores, *_ = best(Candidates(nodes, ended, nodes, nodes), beams)
+    if torch.isnan(scores).any():
+        raise FloatingPointError("the model's scores are not numbers: search in another --precision")
+    return Beams(nodes, scores)
 
 
-def _sorted(leaves: Tensor, scores: Tensor) -> Beams:
-    """Best first; equal scores by leaf, i.e. by codes."""
-    leaves, order = leaves.sort(dim=1)
-    scores = scores.gather(1, order)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return Beams(leaves.gather(1, order), scores)
+def children_of(nodes: Tensor, scores: Tensor, log_probabilities: Tensor, level: DeviceLevel) -> Candidates:
+    """All children of the beams; a beam with fewer than the widest is filled up with scores of minus infinity.
+
+    Args:
+        nodes, scores: (queries, beams)
+        log_probabilities: (queries, beams, codebook_size)
+    """
+    first = level.first_child(nodes)
+    counts = level.first_child(nodes + 1) - first
+    width = level.widest if nodes.is_cuda else int(counts.max())  # on a GPU, asking would wait for it
+    steps = torch.arange(width, device=nodes.device)
+    children = (first.unsqueeze(2) + steps).clamp_max(len(level.codes) - 1)
+    codes = level.codes[children].long()
+    reached = scores.unsqueeze(2) + log_probabilities.gather(2, codes)
+    reached = reached.masked_fill(steps >= counts.unsqueeze(2), -torch.inf)
+    parents = torch.arange(nodes.shape[1], device=nodes.device)[:, None].expand_as(children)
+    return Candidates(*(part.flatten(1) for part in (children, reached, parents, codes)))
+
+
+def best(candidates: Candidates, beams: int) -> Candidates:
+    """The `beams` best candidates of each query in order; among equals the smaller node, i.e. the smaller codes."""
+    keys = (_ordered_bits(candidates.scores) << 32) - candidates.nodes
+    chosen = keys.topk(min(beams, keys.shape[1]), dim=1).indices
+    return Candidates(*(part.gather(1, chosen) for part in candidates))
+
+
+def _ordered_bits(scores: Tensor) -> Tensor:
+    """float32 to int64 of the same order."""
+    bits = scores.view(torch.int32).long()
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 class RankedPictures(NamedTuple):
@@ -101,17 +122,18 @@ class RankedPictures(NamedTuple):
     scores: list[float]
 
 
-def expand(beams: Beams, trie: Trie, *, keep: int) -> list[RankedPictures]:
+def expand(found: Beams, index: VokenIndex, *, keep: int) -> list[RankedPictures]:
     """Leaves to pictures: the best leaf's pictures first; inside a collision, in the order of the pool.
 
     Args:
         keep: codes a query at most; all pictures of each are given.
     """
-    results = []
-    for leaves, scores in zip(beams.leaves.cpu().numpy(), beams.scores.cpu().numpy(), strict=True):
-        found = leaves[np.isfinite(scores)][:keep]
-        groups: Sequence[NDArray[np.int64]] = [trie.pictures_of(leaf) for leaf in found]
-        rows = [int(row) for group in groups for row in group]
-        each = [float(score) for group, score in zip(groups, scores, strict=False) for _ in group]
-        results.append(RankedPictures(rows, each))
-    return results
+    leaves, scores = found.leaves[:, :keep].cpu().numpy(), found.scores[:, :keep].cpu().numpy()
+    filled = np.isfinite(scores)
+    rows, owners = index.expand(leaves[filled])
+    queries, each = np.nonzero(filled)[0][owners], scores[filled][owners]
+    ends = np.searchsorted(queries, np.arange(1, len(leaves)))
+    return [
+        RankedPictures(own.tolist(), values.tolist())
+        for own, values in zip(np.split(rows, ends), np.split(each, ends), strict=True)
+    ]

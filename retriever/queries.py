@@ -1,6 +1,6 @@
 """Queries as the decoder reads them: encoded live, or once and for all when the encoder is frozen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,10 @@ class LiveQueries:
         self.tokens = lm.tokenize(texts)
         self.lengths = np.array([len(ids) for ids in self.tokens])
 
-    def memory(self, chosen: NDArray[np.int64]) -> Memory:
-        """Encoder states of the chosen queries, padded to the longest of them."""
-        return self.lm.encode([self.tokens[index] for index in chosen])
+    def memory(self, chosen: NDArray[np.int64], encode: Callable[..., Memory] | None = None) -> Memory:
+        """Encoder states of the chosen queries, padded to the longest of them; by a writer's `encode`, or the model's
+        own."""
+        return (encode or self.lm.encode)([self.tokens[index] for index in chosen])
 
 
 class StoredQueries:
@@ -49,8 +50,8 @@ class StoredQueries:
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         self.states = self._fill(lm, tokens, folder / f"{name}.npy", folder / f"{name}.json", dtype)
 
-    def memory(self, chosen: NDArray[np.int64]) -> Memory:
-        """Encoder states of the chosen queries, padded to the longest of them."""
+    def memory(self, chosen: NDArray[np.int64], encode: Callable[..., Memory] | None = None) -> Memory:
+        """Encoder states of the chosen queries, padded to the longest of them; nothing is encoded again."""
         lengths = torch.from_numpy(self.lengths[chosen])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         rows = torch.from_numpy(self.offsets[chosen])[:, None] + torch.arange(mask.shape[1])

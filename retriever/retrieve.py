@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.compute import Precision, autocast, pick_device, pick_dtype
+from models.arithmetic import Arithmetic
+from models.compute import pick_device
+from models.decoding import Scoring, Writer, make_writer
 from models.voken_lm import VokenLM
 from tools import runs
 from tools.captions import Split
@@ -25,10 +27,10 @@ from tools.files import write_json_lines
 from tools.logs import progress
 from tools.recall import Ranks, code_rank, image_rank
 
-from .beam import RankedPictures, beam_search, expand, to_device
+from .beam import RankedPictures, beam_search, expand
 from .data import Queries, RetrieverData, read_data, read_retriever
+from .index import build_index, to_device
 from .queries import LiveQueries, StoredQueries
-from .trie import build_trie
 
 Pool = Literal["train", "val", "test", "all"]
 
@@ -51,12 +53,14 @@ class Config:
     """Codes kept at each level."""
     keep: int = 10
     """Codes written for each query, each with all its pictures."""
+    scoring: Scoring = "full"
+    """Softmax over the whole vocabulary (published), or over the vokens of each level, which is faster."""
     score_end: bool = False
     """Add the end token's log-probability to a score; published: yes."""
     batch_size: int = 64
     """Queries a batch."""
-    precision: Precision = "auto"
-    """Arithmetic of the forward passes."""
+    precision: Arithmetic = "auto"
+    """Arithmetic of the forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
     device: str | None = None
     """cpu, cuda or cuda:N; by default the GPU where there is one."""
     overwrite: bool = False
@@ -65,10 +69,17 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.beams, self.keep, self.batch_size) < 1 or not self.pools:
             raise BadInput("--beams, --keep, --batch-size and the number of --pools must be at least 1")
+        check_scoring(self.scoring, self.score_end)
+
+
+def check_scoring(scoring: Scoring, score_end: bool) -> None:
+    """Refuse a score that does not exist."""
+    if score_end and scoring == "voken":
+        raise BadInput("--score-end needs --scoring full: the softmax over vokens has no end token")
 
 
 def search_queries(
-    lm: VokenLM,
+    writer: Writer,
     queries: LiveQueries | StoredQueries,
     codes: NDArray[np.int64],
     rows: NDArray[np.int64],
@@ -76,7 +87,7 @@ def search_queries(
     beams: int,
     keep: int,
     batch_size: int,
-    dtype: torch.dtype,
+    scoring: Scoring = "full",
     score_end: bool = False,
     quiet: bool = False,
 ) -> list[RankedPictures]:
@@ -86,17 +97,17 @@ def search_queries(
     """
     if not len(rows):
         raise BadInput("the pool has no pictures: choose another --pool")
-    lm.eval()
-    trie = build_trie(codes[rows])
-    on_device = to_device(trie, lm.device)
+    index = build_index(codes[rows])
+    levels = to_device(index, writer.lm.device)
     order = np.argsort(queries.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     results: list[RankedPictures] = [RankedPictures([], [])] * len(order)
     for batch in batches if quiet else progress(batches, "searching"):
-        with torch.inference_mode(), autocast(lm.device, dtype):
-            found = beam_search(lm, queries.memory(batch), on_device, beams=beams, score_end=score_end)
-        for index, ranked in zip(batch, expand(found, trie, keep=keep), strict=True):
-            results[index] = RankedPictures([int(rows[row]) for row in ranked.rows], ranked.scores)
+        with torch.inference_mode():
+            memory = queries.memory(batch, writer.encode)
+        found = beam_search(writer, memory, levels, beams=beams, scoring=scoring, score_end=score_end)
+        for query, ranked in zip(batch, expand(found, index, keep=keep), strict=True):
+            results[query] = RankedPictures(rows[ranked.rows].tolist(), ranked.scores)
     return results
 
 
@@ -131,6 +142,7 @@ def main(config: Config) -> None:
         return
     device = pick_device(config.device)
     lm = VokenLM.from_pretrained(config.retriever / "model").to(device)
+    writer = make_writer(lm, config.precision)
     queries = data.queries(config.split)
     if not queries.texts:
         raise BadInput(f"{config.dataset} has no {config.split} captions: choose another --split")
@@ -138,14 +150,14 @@ def main(config: Config) -> None:
     for pool in config.pools:
         began = time.monotonic()
         ranking = search_queries(
-            lm,
+            writer,
             LiveQueries(lm, queries.texts),
             data.codes,
             data.rows(pool),
             beams=config.beams,
             keep=config.keep,
             batch_size=config.batch_size,
-            dtype=pick_dtype(config.precision, device),
+            scoring=config.scoring,
             score_end=config.score_end,
         )
         speed = len(queries.texts) / (time.monotonic() - began)

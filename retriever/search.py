@@ -14,16 +14,18 @@ from pathlib import Path
 import torch
 import tyro
 
-from models.compute import Precision, autocast, pick_device, pick_dtype
+from models.arithmetic import Arithmetic
+from models.compute import pick_device
+from models.decoding import Scoring, make_writer
 from models.voken_lm import VokenLM
 from tools.commands import run_command
 from tools.errors import BadInput
 
-from .beam import beam_search, expand, to_device
+from .beam import beam_search, expand
 from .contact_sheet import SheetRow, draw_sheet
 from .data import read_data, read_retriever
+from .index import build_index, to_device
 from .retrieve import Pool
-from .trie import build_trie
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ class Config:
     """Codes kept at each level."""
     keep: int = 10
     """Pictures shown for each query."""
-    precision: Precision = "auto"
-    """Arithmetic of the forward passes."""
+    scoring: Scoring = "full"
+    """Softmax over the whole vocabulary (published), or over the vokens of each level, which is faster."""
+    precision: Arithmetic = "auto"
+    """Arithmetic of the forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
     device: str | None = None
     """cpu, cuda or cuda:N; by default the GPU where there is one."""
 
@@ -72,20 +76,21 @@ def main(config: Config) -> None:
     data = read_data(config.dataset)
     read_retriever(config.retriever, data)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.precision, device)
     lm = VokenLM.from_pretrained(config.retriever / "model").to(device)
+    writer = make_writer(lm, config.precision)
     rows = data.rows(config.pool)
     if not len(rows):
         raise BadInput(f"{config.dataset} has no pictures in pool {config.pool}: choose another --pool")
-    trie = build_trie(data.codes[rows])
-    on_device = to_device(trie, device)
+    index = build_index(data.codes[rows])
+    levels = to_device(index, device)
     files = [data.image_folder / file for file in data.files]
     sheet: list[SheetRow] = []
     for query in config.queries or typed_queries():
         began = time.monotonic()
-        with torch.inference_mode(), autocast(device, dtype):
-            memory = lm.encode(lm.tokenize([query]))
-            found = expand(beam_search(lm, memory, on_device, beams=config.beams), trie, keep=config.keep)[0]
+        with torch.inference_mode():
+            memory = writer.encode(lm.tokenize([query]))
+        beams = beam_search(writer, memory, levels, beams=config.beams, scoring=config.scoring)
+        found = expand(beams, index, keep=config.keep)[0]
         print(f'"{query}", {len(rows):,} pictures, {time.monotonic() - began:.2f} s')
         shown = list(zip(found.rows, found.scores, strict=True))[: config.keep]
         for rank, (row, score) in enumerate(shown, start=1):

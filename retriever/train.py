@@ -27,7 +27,8 @@ from models.compute import (
     seed_everything,
     warmup_share,
 )
-from models.voken_lm import Kind, VokenLM, build_encoder_decoder, build_seq2seq
+from models.decoding import make_writer
+from models.voken_lm import Kind, VokenLM, build_causal, build_encoder_decoder, build_seq2seq
 from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
@@ -50,12 +51,13 @@ class Config:
     dataset: Path
     """Run folder of retriever.prepare."""
     language_model: str
-    """Hugging Face name or folder: a T5 (seq2seq), or a text encoder (encoder-decoder)."""
+    """Hugging Face name or folder: a T5 (seq2seq), a text encoder (encoder-decoder), or a causal model."""
     output: Path
     """Run folder to write."""
     kind: Kind = "seq2seq"
     """seq2seq: a pretrained sequence-to-sequence model, all of it trained; encoder-decoder: a frozen text encoder,
-    its states computed once, and a new decoder as wide as the codebooks."""
+    its states computed once, and a new decoder as wide as the codebooks; causal: LLaMA and the like behind an
+    instruction, all of it trained."""
     decoder_layers: int = 2
     """Layers of a new decoder."""
     decoder_heads: int = 8
@@ -123,6 +125,8 @@ def build_model(config: Config, data: RetrieverData) -> VokenLM:
     shared = {"space": data.space, "codebooks": np.array(data.codebooks), "max_source": config.max_source}
     if config.kind == "seq2seq":
         return build_seq2seq(config.language_model, dropout=config.dropout, **shared)  # type: ignore[arg-type]
+    if config.kind == "causal":
+        return build_causal(config.language_model, **shared)  # type: ignore[arg-type]
     return build_encoder_decoder(
         config.language_model,
         layers=config.decoder_layers,
@@ -202,15 +206,15 @@ class Training:
     def validate(self) -> dict[str, float]:
         """Image-level recall on val by constrained search over the val pictures; keeps the best model."""
         config = self.config
+        self.lm.eval()
         ranking = search_queries(
-            self.lm,
+            make_writer(self.lm, config.precision),
             self.val_split.queries,
             self.data.codes,
             self.data.rows("val"),
             beams=config.beams,
             keep=max(CUTOFFS),
             batch_size=64,
-            dtype=self.dtype,
             score_end=config.score_end,
             quiet=True,
         )

@@ -1,5 +1,7 @@
 """The search against two oracles: Hugging Face `generate` with a Python trie, and scoring every picture of the pool."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,28 +10,52 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
 
+from models.arithmetic import Arithmetic
+from models.decoding import Scoring, Writer, make_writer
 from models.voken_lm import VokenLM
-from retriever.beam import RankedPictures, beam_search, expand, to_device
-from retriever.trie import build_trie
-from tests.tiny import tiny_encoder_decoder, tiny_t5
+from retriever.beam import Beams, Candidates, RankedPictures, beam_search, best, expand
+from retriever.index import Offsets, build_index, load_index, pack_offsets, save_index, sort_codes, to_device
+from tests.oracle import dictionary_trie, exhaustive, generate
+from tests.tiny import tiny_encoder_decoder, tiny_llama, tiny_t5
+from tools.errors import BadInput
 from tools.vokens import VokenSpace
 
+Codes = NDArray[np.int64]
+
 QUERIES = ["a red circle", "drawing of a small blue square", "green"]
-SPACES = [VokenSpace(3, 6, shared=False), VokenSpace(4, 5, shared=True)]
+SEPARATE, SHARED = VokenSpace(3, 6, shared=False), VokenSpace(4, 5, shared=True)
+WIDE = VokenSpace(4, 16, shared=True)
+
+
+def gated_t5(folder: Path, space: VokenSpace) -> VokenLM:
+    return tiny_t5(folder, space, feed_forward="gated-gelu", tied=False)
+
+
+MODELS: dict[str, Callable[[Path, VokenSpace], VokenLM]] = {
+    "t5": tiny_t5,
+    "t5-gated": gated_t5,
+    "encoder-decoder": tiny_encoder_decoder,
+    "llama": tiny_llama,
+}
 
 
 @pytest.fixture(
-    scope="module", params=[(kind, space) for kind in ("t5", "encoder-decoder") for space in SPACES], ids=str
+    scope="module",
+    params=[(kind, space) for kind in MODELS for space in (SEPARATE, SHARED)],
+    ids=lambda value: f"{value[0]}-{'shared' if value[1].shared else 'separate'}",
 )
 def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VokenLM:
     kind, space = request.param
-    build = tiny_t5 if kind == "t5" else tiny_encoder_decoder
-    return build(tmp_path_factory.mktemp(kind), space)
+    return MODELS[kind](tmp_path_factory.mktemp(kind), space)
 
 
-def random_codes(space: VokenSpace, pictures: int, seed: int = 0) -> NDArray[np.int64]:
+@pytest.fixture(scope="module", params=MODELS)
+def wide_lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VokenLM:
+    return MODELS[request.param](tmp_path_factory.mktemp(request.param), WIDE)
+
+
+def random_codes(space: VokenSpace, pictures: int, seed: int = 0) -> Codes:
     """Codes with collisions: half of the pictures repeat others'."""
     generator = np.random.default_rng(seed)
     codes = generator.integers(0, space.codebook_size, size=(pictures, space.levels))
@@ -37,131 +63,209 @@ def random_codes(space: VokenSpace, pictures: int, seed: int = 0) -> NDArray[np.
     return codes
 
 
-def search(lm: VokenLM, codes: NDArray[np.int64], *, beams: int, score_end: bool) -> list[RankedPictures]:
-    trie = build_trie(codes)
-    memory = lm.encode(lm.tokenize(QUERIES))
-    found = beam_search(lm, memory, to_device(trie, lm.device), beams=beams, score_end=score_end)
-    return expand(found, trie, keep=10**6)
+def find(writer: Writer, codes: Codes, queries: list[str], **options: Any) -> Beams:
+    memory = writer.encode(writer.lm.tokenize(queries))
+    return beam_search(writer, memory, to_device(build_index(codes), writer.lm.device), **options)
 
 
-def exhaustive(lm: VokenLM, codes: NDArray[np.int64], *, score_end: bool) -> Tensor:
-    """Score of every picture for every query, (queries, pictures), one full forward pass each."""
-    rows = []
-    with torch.inference_mode():
-        for query in QUERIES:
-            memory = lm.encode(lm.tokenize([query] * len(codes)))
-            log_probabilities = lm(memory, torch.from_numpy(codes)).log_softmax(dim=-1)
-            ids = lm.token_ids(torch.from_numpy(codes)).unsqueeze(2)
-            scores = log_probabilities[:, :-1].gather(2, ids).squeeze(2).sum(dim=1)
-            rows.append(scores + log_probabilities[:, -1, lm.end] if score_end else scores)
-    return torch.stack(rows)
+def search(lm: VokenLM, codes: Codes, **options: Any) -> list[RankedPictures]:
+    found = find(make_writer(lm), codes, QUERIES, **options)
+    return expand(found, build_index(codes), keep=10**6)
 
 
-def generate(lm: VokenLM, codes: NDArray[np.int64], query: str, beams: int) -> list[tuple[tuple[int, ...], float]]:
-    """The published way: `generate` and a dictionary trie with the end token in it."""
-    allowed: dict[tuple[int, ...], set[int]] = {}
-    for sequence in lm.token_ids(torch.from_numpy(codes)).tolist():
-        tokens = [*sequence, lm.end]
-        for length in range(len(tokens)):
-            allowed.setdefault(tuple(tokens[:length]), set()).add(tokens[length])
-    source = torch.tensor(lm.tokenize([query]))
-    output: Any = lm.model.generate(
-        input_ids=source,
-        attention_mask=torch.ones_like(source),
-        decoder_start_token_id=lm.start,
-        eos_token_id=lm.end,
-        pad_token_id=lm.model.config.pad_token_id,
-        num_beams=beams,
-        num_return_sequences=beams,
-        early_stopping=True,
-        length_penalty=0.0,
-        max_new_tokens=lm.space.levels + 1,
-        prefix_allowed_tokens_fn=lambda _, prefix: sorted(allowed.get(tuple(prefix[1:].tolist()), {lm.end})),
-        output_scores=True,
-        return_dict_in_generate=True,
+def assert_equals_generate(
+    lm: VokenLM, codes: Codes, *, beams: int, scoring: Scoring, score_end: bool, queries: list[str] = QUERIES
+) -> None:
+    """The same sequences in the same order, and scores within 1e-4; `generate` repeats itself where beams are left."""
+    found = find(make_writer(lm), codes, queries, beams=beams, scoring=scoring, score_end=score_end)
+    sequences = np.unique(codes, axis=0)
+    expected = generate(
+        lm,
+        dictionary_trie(lm, codes, score_end=score_end),
+        lm.tokenize(queries),
+        beams=beams,
+        scoring=scoring,
+        score_end=score_end,
     )
-    sequences = output.sequences[:, 1 : lm.space.levels + 1] - lm.level_offsets
-    scores = [0.0] if beams == 1 else output.sequences_scores.tolist()  # greedy search keeps no scores
-    return [(tuple(row), score) for row, score in zip(sequences.tolist(), scores, strict=True)]
-
-
-@pytest.mark.parametrize("beams", [1, 4, 10])
-def test_equals_generate_with_a_python_trie(lm: VokenLM, beams: int) -> None:
-    codes = random_codes(lm.space, 60)
-    trie = build_trie(codes)
-    first_of = {tuple(codes[trie.pictures_of(leaf)[0]]): leaf for leaf in range(len(trie.leaf_offsets) - 1)}
-    memory = lm.encode(lm.tokenize(QUERIES))
-    found = beam_search(lm, memory, to_device(trie, lm.device), beams=beams, score_end=True)
-    for row, query in enumerate(QUERIES):
-        expected = generate(lm, codes, query, beams)
-        assert found.leaves[row].tolist() == [first_of[sequence] for sequence, _ in expected]
+    for leaves, scores, oracle in zip(found.leaves.tolist(), found.scores.tolist(), expected, strict=True):
+        real = [place for place, score in enumerate(oracle.scores) if score > -1e8]
+        mine = [place for place, score in enumerate(scores) if np.isfinite(score)]
+        assert len(mine) == min(beams, len(sequences)) == len(real)
+        assert [tuple(sequences[leaves[place]].tolist()) for place in mine] == [oracle.codes[place] for place in real]
         if beams > 1:
-            assert found.scores[row].tolist() == pytest.approx([score for _, score in expected], abs=1e-4)
+            assert [scores[place] for place in mine] == pytest.approx(
+                [oracle.scores[place] for place in real], abs=1e-4
+            )
 
 
-@pytest.mark.parametrize("score_end", [False, True])
+@pytest.mark.parametrize(("scoring", "score_end"), [("full", True), ("full", False), ("voken", False)])
+@pytest.mark.parametrize("beams", [1, 4, 10])
+def test_equals_generate_with_a_python_trie(lm: VokenLM, beams: int, scoring: Scoring, score_end: bool) -> None:
+    assert_equals_generate(lm, random_codes(lm.space, 60), beams=beams, scoring=scoring, score_end=score_end)
+
+
+@pytest.mark.parametrize("pictures", [1, 3, 3000])
+@pytest.mark.parametrize("beams", [10, 100])
+def test_equals_generate_from_one_picture_to_thousands(wide_lm: VokenLM, pictures: int, beams: int) -> None:
+    codes = random_codes(WIDE, pictures)
+    assert_equals_generate(wide_lm, codes, beams=beams, scoring="full", score_end=True, queries=QUERIES[:2])
+
+
+@pytest.mark.parametrize(("scoring", "score_end"), [("full", True), ("full", False), ("voken", False)])
 @pytest.mark.parametrize("pictures", [1, 2, 40])
-def test_wide_beams_equal_exhaustive_scoring(lm: VokenLM, pictures: int, score_end: bool) -> None:
+def test_wide_beams_equal_exhaustive_scoring(lm: VokenLM, pictures: int, scoring: Scoring, score_end: bool) -> None:
     codes = random_codes(lm.space, pictures)
-    scores = exhaustive(lm, codes, score_end=score_end)
-    for row, ranked in enumerate(search(lm, codes, beams=200, score_end=score_end)):
+    scores = exhaustive(lm, codes, lm.tokenize(QUERIES), scoring=scoring, score_end=score_end)
+    for row, ranked in enumerate(search(lm, codes, beams=200, scoring=scoring, score_end=score_end)):
         assert sorted(ranked.rows) == list(range(pictures))
         assert ranked.scores == pytest.approx(scores[row][ranked.rows].tolist(), abs=1e-4)
         assert ranked.scores == sorted(ranked.scores, reverse=True)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 15), min_size=4, max_size=4), min_size=1, max_size=40),
+    beams=st.integers(1, 12),
+)
+def test_every_result_is_a_picture_of_the_pool_and_none_comes_twice(
+    wide_lm: VokenLM, rows: list[list[int]], beams: int
+) -> None:
+    codes = np.array(rows, dtype=np.int64)
+    for ranked in search(wide_lm, codes, beams=beams, scoring="voken"):
+        assert len(set(ranked.rows)) == len(ranked.rows)
+        assert set(ranked.rows) <= set(range(len(codes)))
+        assert len({tuple(codes[row]) for row in ranked.rows}) == min(beams, len(np.unique(codes, axis=0)))
+
+
 def test_inside_a_collision_the_order_of_the_pool_counts(lm: VokenLM) -> None:
     codes = np.tile(np.arange(lm.space.levels) % 2, (5, 1)).astype(np.int64)
-    for ranked in search(lm, codes, beams=3, score_end=False):
+    for ranked in search(lm, codes, beams=3):
         assert ranked.rows == [0, 1, 2, 3, 4]
         assert len(set(ranked.scores)) == 1
 
 
-def test_equal_scores_go_to_the_smaller_codes(lm: VokenLM) -> None:
+@pytest.mark.parametrize("beams", [3, 100])
+def test_equal_scores_go_to_the_smaller_codes(lm: VokenLM, beams: int) -> None:
     codes = random_codes(lm.space, 30)
-    rows = slice(lm.first_voken, lm.first_voken + len(lm.space.tokens))
-    matrices: list[Any] = [lm.model.get_output_embeddings() or lm.model.decoder.get_output_embeddings()]
-    kept = matrices[0].weight.detach().clone()
+    matrix = lm.model.get_output_embeddings().weight
+    kept = matrix.detach().clone()
+    order = np.lexsort(codes.T[::-1])
+    distinct = len(np.unique(codes[order], axis=0)[:beams])
     try:
         with torch.no_grad():
-            matrices[0].weight[rows] = 0.0  # every voken is as likely as every other
-        order = np.lexsort(codes.T[::-1])
-        for ranked in search(lm, codes, beams=100, score_end=False):
-            assert ranked.rows == order.tolist()
+            matrix[lm.first_voken : lm.first_voken + len(lm.space.tokens)] = 0.0  # every voken is equally likely
+        for ranked in search(lm, codes, beams=beams, scoring="voken"):
+            assert ranked.rows == order.tolist()[: len(ranked.rows)]
+            assert len({tuple(codes[row]) for row in ranked.rows}) == distinct
     finally:
         with torch.no_grad():
-            matrices[0].weight.copy_(kept)
+            matrix.copy_(kept)
+
+
+def test_the_best_are_taken_in_order_and_ties_by_node() -> None:
+    scores = torch.tensor([[-1.0, 0.5, -0.0, 0.0, -torch.inf, 0.5, -1.0]])
+    nodes = torch.tensor([[6, 9, 4, 2, 1, 3, 0]])
+    found = best(Candidates(nodes, scores, nodes, nodes), 7)
+    assert found.nodes.tolist() == [[3, 9, 2, 4, 0, 6, 1]]
+    assert best(Candidates(nodes, scores, nodes, nodes), 2).scores.tolist() == [[0.5, 0.5]]
 
 
 def test_a_batch_gives_what_each_query_alone_gives(lm: VokenLM) -> None:
     codes = random_codes(lm.space, 40)
-    trie = build_trie(codes)
-    together = search(lm, codes, beams=5, score_end=False)
+    writer = make_writer(lm)
+    together = find(writer, codes, QUERIES, beams=5)
     for row, query in enumerate(QUERIES):
-        memory = lm.encode(lm.tokenize([query]))
-        alone = expand(beam_search(lm, memory, to_device(trie, lm.device), beams=5), trie, keep=10**6)[0]
-        assert alone.rows == together[row].rows
-        assert alone.scores == pytest.approx(together[row].scores, abs=1e-4)
+        alone = find(writer, codes, [query], beams=5)
+        assert alone.leaves[0].tolist() == together.leaves[row].tolist()
+        assert alone.scores[0].tolist() == pytest.approx(together.scores[row].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("arithmetic", "most"), [("bf16", 0.5), ("int8", 0.6)])
+def test_lower_arithmetic_stays_near(lm: VokenLM, arithmetic: Arithmetic, most: float) -> None:
+    codes = np.unique(random_codes(lm.space, 12), axis=0)
+    exact, near = (
+        find(make_writer(lm, kind), codes, QUERIES, beams=len(codes), scoring="voken") for kind in ("fp32", arithmetic)
+    )
+    by_leaf = [found.scores.gather(1, found.leaves.argsort(dim=1))[:, : len(codes)] for found in (exact, near)]
+    assert 0 < (by_leaf[0] - by_leaf[1]).abs().max() < most * lm.space.levels
+
+
+def test_the_end_token_is_not_in_the_softmax_over_vokens(lm: VokenLM) -> None:
+    with pytest.raises(ValueError, match="has no end token"):
+        search(lm, random_codes(lm.space, 4), beams=2, scoring="voken", score_end=True)
+
+
+def test_scores_that_are_no_numbers_are_an_error(lm: VokenLM) -> None:
+    matrix = lm.model.get_output_embeddings().weight
+    kept = matrix.detach().clone()
+    try:
+        with torch.no_grad():
+            matrix.fill_(torch.nan)
+        with pytest.raises(FloatingPointError, match="another --precision"):
+            search(lm, random_codes(lm.space, 4), beams=2)
+    finally:
+        with torch.no_grad():
+            matrix.copy_(kept)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=30))
-def test_the_trie_holds_exactly_the_pool(levels: int, rows: list[list[int]]) -> None:
+@given(st.integers(1, 3), st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=200))
+def test_the_index_holds_exactly_the_pool(levels: int, rows: list[list[int]]) -> None:
     codes = np.array(rows, dtype=np.int64)[:, :levels]
-    trie = build_trie(codes)
+    index = build_index(codes)
     walked: list[tuple[int, ...]] = [()]
-    for level in trie.levels:
+    for level in index.levels:
+        bounds = level.offsets.at(np.arange(len(walked) + 1))
         walked = [
             (*prefix, int(code))
             for node, prefix in enumerate(walked)
-            for code in level.codes[level.offsets[node] : level.offsets[node + 1]]
+            for code in level.codes[bounds[node] : bounds[node + 1]]
         ]
+        assert level.widest == int(np.diff(bounds).max())
     assert walked == sorted({tuple(row) for row in codes.tolist()})
+    assert index.leaves == len(walked)
     for leaf, sequence in enumerate(walked):
-        assert trie.pictures_of(leaf).tolist() == [i for i, row in enumerate(codes.tolist()) if tuple(row) == sequence]
-    assert trie.widest == [int(np.diff(level.offsets).max()) for level in trie.levels]
+        found, owners = index.expand(np.array([leaf]))
+        assert found.tolist() == [row for row, own in enumerate(codes.tolist()) if tuple(own) == sequence]
+        assert not owners.any()
+
+
+@given(st.lists(st.sampled_from([1, 1, 1, 2, 7, 300, 40_000]), min_size=1, max_size=300))
+def test_packed_offsets_are_the_numbers(steps: list[int]) -> None:
+    numbers = np.cumsum([0, *steps]).astype(np.int32)
+    packed: Offsets = pack_offsets(numbers)
+    assert packed.at(np.arange(len(numbers))).tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize("high", [3, 2**15 - 1, 2**15, 2**30])
+def test_codes_of_any_size_are_sorted(high: int) -> None:
+    codes = np.random.default_rng(0).integers(0, 3, size=(50, 4))
+    codes[::7] += high - 3
+    assert sort_codes(codes).tolist() == np.lexsort(codes.T[::-1]).tolist()
+    index = build_index(codes)
+    assert np.array_equal(codes[index.expand(np.arange(index.leaves))[0]][:, 0], np.sort(codes[:, 0]))
+
+
+@pytest.mark.parametrize("pictures", [1, 7, 5000])
+def test_a_saved_index_is_the_same(tmp_path: Path, pictures: int) -> None:
+    codes = random_codes(WIDE, pictures)
+    index = build_index(codes)
+    save_index(tmp_path, index)
+    loaded = load_index(tmp_path, WIDE.levels)
+    leaves = np.arange(index.leaves)
+    assert [part.tolist() for part in loaded.expand(leaves)] == [part.tolist() for part in index.expand(leaves)]
+    assert isinstance(loaded.pictures.base, np.memmap)
+    assert (loaded.constraint_bytes, loaded.map_bytes) == (index.constraint_bytes, index.map_bytes)
+
+
+def test_parts_of_another_index_are_refused(tmp_path: Path) -> None:
+    save_index(tmp_path, build_index(random_codes(WIDE, 500)))
+    save_index(tmp_path / "..", build_index(random_codes(WIDE, 400)))
+    (tmp_path / ".." / "level2_codes.npy").replace(tmp_path / "level2_codes.npy")
+    with pytest.raises(BadInput, match="level 2 do not fit"):
+        load_index(tmp_path, WIDE.levels)
 
 
 def test_an_empty_pool_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one picture"):
-        build_trie(np.zeros((0, 4), dtype=np.int64))
+        build_index(np.zeros((0, 4), dtype=np.int64))

@@ -9,10 +9,18 @@ import open_clip
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from models.clip import Clip, save_clip
-from models.voken_lm import VokenLM, build_encoder_decoder, build_seq2seq
+from models.voken_lm import VokenLM, build_causal, build_encoder_decoder, build_seq2seq
 from tools.captions import Record
 from tools.files import write_json_lines
 from tools.vokens import VokenSpace
@@ -59,8 +67,8 @@ def bert_folder(folder: Path, width: int = 32) -> Path:
     return folder
 
 
-def t5_folder(folder: Path, width: int = 16) -> Path:
-    """A T5 with random weights."""
+def t5_folder(folder: Path, width: int = 16, feed_forward: str = "relu", tied: bool = True) -> Path:
+    """A T5 with random weights; "gated-gelu" and untied as T5 1.1 and Flan-T5 are."""
     torch.manual_seed(0)
     words = tokenizer(["<pad>", "</s>", "<unk>", "<x>"], end_only=True)
     config = T5Config(
@@ -71,9 +79,30 @@ def t5_folder(folder: Path, width: int = 16) -> Path:
         num_layers=2,
         num_heads=2,
         decoder_start_token_id=0,
-        initializer_factor=1.5,
+        initializer_factor=1.5 if tied else 0.5,  # an untied head's logits are not scaled down
+        feed_forward_proj=feed_forward,
+        tie_word_embeddings=tied,
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def llama_folder(folder: Path, width: int = 16) -> Path:
+    """A LLaMA with random weights and grouped keys and values, as LLaMA 3 has them."""
+    torch.manual_seed(0)
+    words = tokenizer(["<pad>", "</s>", "<unk>", "<s>"], end_only=False)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
@@ -84,10 +113,17 @@ def codebooks(space: VokenSpace, width: int) -> np.ndarray[Any, np.dtype[np.floa
     return np.random.default_rng(1).normal(size=(books, space.codebook_size, width)).astype(np.float32)
 
 
-def tiny_t5(folder: Path, space: VokenSpace) -> VokenLM:
+def tiny_t5(folder: Path, space: VokenSpace, **options: Any) -> VokenLM:
     """A T5 with vokens, in eval mode."""
-    t5_folder(folder)
+    t5_folder(folder, **options)
     return build_seq2seq(str(folder), space=space, codebooks=codebooks(space, 16), dropout=0.0, max_source=16).eval()
+
+
+def tiny_llama(folder: Path, space: VokenSpace) -> VokenLM:
+    """A LLaMA with vokens, in eval mode."""
+    llama_folder(folder)
+    prompt = "a picture of {query} drawing"
+    return build_causal(str(folder), space=space, codebooks=codebooks(space, 16), max_source=16, prompt=prompt).eval()
 
 
 def tiny_encoder_decoder(folder: Path, space: VokenSpace) -> VokenLM:
