@@ -221,7 +221,8 @@ class CrossSession(Session):
             found = attend(query, key, value, bias)
             states = states + block.self_output(found)
             (query,) = writer.split(block.cross_query(block.cross_norm(states)), 1)
-            found = attend(query, *self.cross[number], self.cross_bias)
+            key, value = self.cross[number]
+            found = attend(query, key, value, self.cross_bias)
             states = states + block.cross_output(found)
             states = states + block.feed(block.feed_norm(states))
         return writer.final_norm(states)
