@@ -6,22 +6,19 @@ Out: `<output>/codes.npy` (pictures, levels) int64 and `latents.npy` (pictures, 
 Command: python -m RQ-VAE.generate_codes --features DIR --rqvae DIR --output DIR
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.compute import pick_device
-from models.rqvae import BLOCK, RqVae
+from models.rqvae import RqVae, tokenize
 from tools import runs
 from tools.captions import SPLITS
 from tools.commands import run_command
 from tools.errors import BadInput
-from tools.features import Features, Rows, read_features
+from tools.features import read_features
 from tools.files import write_array, write_json
 from tools.logs import Tracker
 from tools.tokenizer_report import TokenizerReport, make_report
@@ -64,51 +61,6 @@ class FixedCodes(nn.Module):
         return self.model.reconstruct(codes)
 
 
-def resolve_collisions(
-    codes: NDArray[np.int64], latents: NDArray[np.float32], model: RqVae, groups: Sequence[Rows]
-) -> NDArray[np.int64]:
-    """Codes (pictures, levels) in which colliding pictures differ at the last level, where free codes allow.
-
-    Among equal codes the picture nearest to them keeps them; each other one, in that order, takes the nearest last code
-    that is free behind the same prefix. With more pictures behind a prefix than codes, collisions stay.
-
-    Args:
-        groups: rows, in the order in which they choose; the codes of a group do not depend on the groups after it.
-            Train pictures come first: what is trained on must not depend on the pictures of val and test.
-    """
-    codes = codes.copy()
-    last = model.quantizer.codebook(codes.shape[1] - 1).detach().cpu().numpy()
-    behind = model.quantizer.decode(torch.from_numpy(codes)).detach().cpu().numpy() - last[codes[:, -1]]
-    residuals = latents - behind
-    own = ((residuals - last[codes[:, -1]]) ** 2).sum(axis=1)
-    taken: dict[bytes, set[int]] = {}
-    for rows in groups:
-        movers = []
-        for row in rows[np.argsort(own[rows], kind="stable")]:
-            used = taken.setdefault(codes[row, :-1].tobytes(), set())
-            if int(codes[row, -1]) in used:
-                movers.append(row)
-            used.add(int(codes[row, -1]))
-        for row in movers:
-            used = taken[codes[row, :-1].tobytes()]
-            nearest_first = np.argsort(((residuals[row] - last) ** 2).sum(axis=1), kind="stable")
-            codes[row, -1] = next((int(code) for code in nearest_first if int(code) not in used), codes[row, -1])
-            used.add(int(codes[row, -1]))
-    return codes
-
-
-def tokenize(model: RqVae, features: Features, config: Config) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Codes (pictures, levels) and latents (pictures, width) of every picture."""
-    images = torch.from_numpy(np.array(features.images)).to(next(model.parameters()).device)
-    with torch.inference_mode():
-        latents = torch.cat([model.encode(model.prepare(block)) for block in torch.split(images, BLOCK)]).cpu().numpy()
-        codes = model.codes(images).cpu().numpy()
-    if config.resolve_collisions:
-        groups = [features.image_rows(split) for split in SPLITS]
-        codes = resolve_collisions(codes, latents, model.cpu(), groups)
-    return codes, latents
-
-
 def main(config: Config) -> None:
     features = read_features(config.features)
     rqvae = runs.read_manifest(config.rqvae, "RQ-VAE.train")
@@ -122,7 +74,8 @@ def main(config: Config) -> None:
             f"{features.images.shape[1]}: give the features the RQ-VAE was trained on"
         )
     before = make_report(model, features, split="val")
-    codes, latents = tokenize(model, features, config)
+    groups = [features.image_rows(split) for split in SPLITS] if config.resolve_collisions else None
+    codes, latents = tokenize(model, features.images, groups=groups)
     report: TokenizerReport = make_report(FixedCodes(model.cpu(), torch.from_numpy(codes)), features, split="val")
     write_array(run.folder / "codes.npy", codes)
     write_array(run.folder / "latents.npy", latents)

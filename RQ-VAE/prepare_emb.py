@@ -15,11 +15,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from models.clip import Clip, detach_heads, encode_images, encode_tokens, load_clip, text_lengths, trim_padding
+from models.clip import (
+    Clip,
+    Pictures,
+    detach_heads,
+    encode_images,
+    encode_tokens,
+    load_clip,
+    text_lengths,
+    trim_padding,
+)
 from models.compute import Precision, pick_device, pick_dtype
 from tools import runs
 from tools.captions import CaptionSet, portable, read_captions
@@ -61,25 +69,6 @@ class Config:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
             raise BadInput("--batch-size must be at least 1 and --workers at least 0")
-
-
-class Pictures(Dataset[Tensor]):
-    """Preprocessed pictures by row."""
-
-    def __init__(self, captions: CaptionSet, preprocess: Callable[[Image.Image], Tensor]) -> None:
-        self.captions = captions
-        self.preprocess = preprocess
-
-    def __len__(self) -> int:
-        return len(self.captions.records)
-
-    def __getitem__(self, row: int) -> Tensor:
-        path = self.captions.images / self.captions.records[row].file
-        try:
-            with Image.open(path) as picture:
-                return self.preprocess(picture.convert("RGB"))
-        except OSError as error:
-            raise BadInput(f"{path} cannot be read ({error}): run scripts/01_prepare_captions.sh again") from None
 
 
 class Texts(Dataset[Tensor]):
@@ -130,15 +119,15 @@ def fill(
             saved = time.monotonic()
 
 
-def encode_all_images(run: runs.Run, clip: Clip, captions: CaptionSet, config: Config, cast: Any) -> None:
+def encode_all_images(run: runs.Run, clip: Clip, captions: CaptionSet, config: Config) -> None:
     """Write images.npy."""
     rows = np.arange(len(captions.records))
     batches = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
     fill(
         run.folder / IMAGES,
-        Pictures(captions, clip.preprocess),
+        Pictures([record.file for record in captions.records], clip.preprocess, folder=captions.images),
         batches,
-        lambda pixels: encode_images(clip, cast(pixels).contiguous(memory_format=torch.channels_last)),
+        lambda pixels: encode_images(clip, pixels),
         scatter=None,
         rows=len(rows),
         state=run.resume_folder / "images.json",
@@ -185,7 +174,7 @@ def main(config: Config) -> None:
         detach_heads(clip)
     clip.model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     with torch.inference_mode():
-        encode_all_images(run, clip, captions, config, lambda pixels: pixels.to(device, dtype))
+        encode_all_images(run, clip, captions, config)
         encode_all_texts(run, clip, captions, config, device)
     run.finish(
         facts={

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 from open_clip.transformer import TextTransformer, VisionTransformer
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import AutoConfig
 
 from tools.errors import BadInput
@@ -39,6 +41,27 @@ class Clip(NamedTuple):
     def image_size(self) -> tuple[int, int]:
         size = self.model.visual.image_size
         return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+class Pictures(Dataset[Tensor]):
+    """Preprocessed pictures by position in a list of files."""
+
+    def __init__(
+        self, files: Sequence[str], preprocess: Callable[[Image.Image], Tensor], *, folder: Path = Path()
+    ) -> None:
+        """`files` are relative to the folder, or absolute."""
+        self.files, self.preprocess, self.folder = files, preprocess, folder
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, position: int) -> Tensor:
+        path = self.folder / self.files[position]
+        try:
+            with Image.open(path) as picture:
+                return self.preprocess(picture.convert("RGB"))
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read any more ({error}): run the same script again") from None
 
 
 class Heads(NamedTuple):
@@ -173,8 +196,9 @@ def rename_efficientnet_lite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def encode_images(clip: Clip, pixels: Tensor) -> Tensor:
-    """Pixels (batch, 3, height, width) to features (batch, width), not normalised, float32."""
-    features: Tensor = clip.model.visual(pixels)
+    """Pixels (batch, 3, height, width), on any device, to features (batch, width), not normalised, float32."""
+    placed = pixels.to(next(clip.model.parameters())).contiguous(memory_format=torch.channels_last)
+    features: Tensor = clip.model.visual(placed)
     return features.float()
 
 

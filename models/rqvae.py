@@ -5,18 +5,23 @@ published addition of AVG (SIGIR 2025).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tools.errors import BadInput
+from tools.features import Floats, Rows
 from tools.files import read_json, replacing, write_json
+from tools.vokens import Codes
 
 from .quantizer import QuantizerConfig, ResidualQuantizer
 
@@ -125,6 +130,11 @@ class RqVae(nn.Module):
         )
 
     @torch.no_grad()
+    def latents(self, features: Tensor) -> Tensor:
+        """Latents (pictures, width) of features (pictures, features), block by block; call in eval mode."""
+        return torch.cat([self.encode(self.prepare(block)) for block in features.split(BLOCK)])
+
+    @torch.no_grad()
     def codes(self, features: Tensor) -> Tensor:
         """Nearest codes (pictures, levels) of features (pictures, features), block by block; call in eval mode."""
         return torch.cat([self.quantizer.encode(self.encode(self.prepare(block))) for block in features.split(BLOCK)])
@@ -185,6 +195,81 @@ def alignment_loss(kind: Alignment, output: Tensor, captions: Tensor) -> Tensor:
         logits = F.normalize(output, dim=1) @ F.normalize(captions, dim=1).T
         return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
     return output.new_zeros(())
+
+
+class Tokens(NamedTuple):
+    """What tokenizing pictures gives."""
+
+    codes: Codes
+    """(pictures, levels)"""
+    latents: Floats
+    """(pictures, width) what the codes quantise"""
+
+
+def tokenize(
+    model: RqVae, features: Floats, *, groups: Sequence[Rows] | None, taken: NDArray[np.integer] | None = None
+) -> Tokens:
+    """Codes and latents of pictures; the model, in eval mode, is on the CPU afterwards where collisions are resolved.
+
+    Args:
+        features: (pictures, features)
+        groups, taken: as in `resolve_collisions`; without groups collisions stay.
+    """
+    placed = torch.from_numpy(np.array(features)).to(next(model.parameters()).device)
+    latents, codes = model.latents(placed).cpu().numpy(), model.codes(placed).cpu().numpy()
+    if groups is not None:
+        codes = resolve_collisions(codes, latents, model.cpu(), groups, taken=taken)
+    return Tokens(codes, latents)
+
+
+def resolve_collisions(
+    codes: Codes,
+    latents: Floats,
+    model: RqVae,
+    groups: Sequence[Rows],
+    *,
+    taken: NDArray[np.integer] | None = None,
+) -> Codes:
+    """Codes (pictures, levels) in which colliding pictures differ at the last level, where free codes allow.
+
+    Among equal codes the picture nearest to them keeps them; each other one, in that order, takes the nearest last code
+    that is free behind the same prefix. With more pictures behind a prefix than codes, collisions stay.
+
+    Args:
+        groups: rows, in the order in which they choose; the codes of a group do not depend on the groups after it.
+            Train pictures come first: what is trained on must not depend on the pictures of val and test.
+        taken: (others, levels) codes that pictures besides these have already; they are not free.
+    """
+    codes = codes.copy()
+    last = model.quantizer.codebook(codes.shape[1] - 1).detach().cpu().numpy()
+    behind = model.quantizer.decode(torch.from_numpy(codes)).detach().cpu().numpy() - last[codes[:, -1]]
+    residuals = latents - behind
+    own = ((residuals - last[codes[:, -1]]) ** 2).sum(axis=1)
+    used_behind = _last_codes(codes[:0] if taken is None else taken, prefixes=codes[:, :-1])
+    for rows in groups:
+        movers = []
+        for row in rows[np.argsort(own[rows], kind="stable")]:
+            used = used_behind[codes[row, :-1].tobytes()]
+            if int(codes[row, -1]) in used:
+                movers.append(row)
+            used.add(int(codes[row, -1]))
+        for row in movers:
+            used = used_behind[codes[row, :-1].tobytes()]
+            nearest_first = np.argsort(((residuals[row] - last) ** 2).sum(axis=1), kind="stable")
+            codes[row, -1] = next((int(code) for code in nearest_first if int(code) not in used), codes[row, -1])
+            used.add(int(codes[row, -1]))
+    return codes
+
+
+def _last_codes(taken: NDArray[np.integer], *, prefixes: Codes) -> dict[bytes, set[int]]:
+    """The last codes of `taken` (others, levels) behind each of the prefixes (pictures, levels - 1)."""
+    behind: dict[bytes, set[int]] = {prefix.tobytes(): set() for prefix in prefixes}
+    for level in range(prefixes.shape[1]):  # of a large collection, few are left
+        taken = taken[np.isin(taken[:, level], prefixes[:, level])]
+    for row in taken.astype(np.int64):
+        if (used := behind.get(row[:-1].tobytes())) is not None:
+            used.add(int(row[-1]))
+    return behind
 
 
 def _mlp(widths: list[int], config: RqVaeConfig) -> nn.Sequential:

@@ -334,7 +334,7 @@ def build_encoder_decoder(
         tokenizer = AutoTokenizer.from_pretrained(encoder)
     except (OSError, ValueError, TypeError) as error:
         raise _cannot_load(encoder, error) from None
-    config = _decoder_config(space, width=width, layers=layers, heads=heads, dropout=dropout)
+    config = decoder_config(space, width=width, layers=layers, heads=heads, dropout=dropout)
     joint = EncoderDecoderConfig.from_encoder_decoder_configs(text_encoder.config, config)
     model = EncoderDecoderModel(config=joint, encoder=text_encoder, decoder=GPT2LMHeadModel(config))
     model.config.decoder_start_token_id, model.config.pad_token_id = START, PAD
@@ -353,7 +353,7 @@ def build_encoder_decoder(
     )
 
 
-def _decoder_config(space: VokenSpace, *, width: int, layers: int, heads: int, dropout: float) -> GPT2Config:
+def decoder_config(space: VokenSpace, *, width: int, layers: int, heads: int, dropout: float) -> GPT2Config:
     """A small decoder with cross-attention; its weights start at 1/sqrt(width), not at GPT-2's 0.02, which is far too
     small for its width."""
     return GPT2Config(

@@ -54,8 +54,11 @@ def draw_sheet(path: Path, rows: Sequence[SheetRow], *, title: str, columns: int
 
 
 def _paste(sheet: Image.Image, file: Path, left: int, top: int, *, frame: str | None) -> None:
-    with Image.open(file) as picture:
-        thumbnail = picture.convert("RGB")
+    try:
+        with Image.open(file) as picture:
+            thumbnail = picture.convert("RGB")
+    except OSError:  # the file has gone since the picture was added to the index
+        thumbnail = Image.new("RGB", (THUMBNAIL, THUMBNAIL), FAINT)
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
     box = (left - FRAME, top - FRAME, left + THUMBNAIL + FRAME - 1, top + THUMBNAIL + FRAME - 1)
     if frame is not None:

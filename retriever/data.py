@@ -6,7 +6,7 @@ codes.npy, latents.npy, codebooks.npy  as RQ-VAE.generate_codes wrote them
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +95,17 @@ def read_data(folder: Path) -> RetrieverData:
     )
 
 
-def read_retriever(folder: Path, data: RetrieverData) -> Manifest:
+class Coded(Protocol):
+    """Pictures with codes: a dataset, or the gallery."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def codebooks_hash(self) -> str: ...
+
+
+def read_retriever(folder: Path, data: Coded) -> Manifest:
     """Read the manifest of a trained retriever that is to search `data`.
 
     Raises:

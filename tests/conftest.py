@@ -1,5 +1,46 @@
-"""Tests run on one thread each: small models gain nothing from more, and a busy machine slows threads down."""
+"""Tests run on one thread each: small models gain nothing from more, and a busy machine slows threads down.
 
+The tiny chain and what is made from it run once; what a test changes, it changes in a copy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 import torch
 
+if TYPE_CHECKING:
+    from tests.chain import Chain
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Folders of a finished chain up to the retriever's dataset."""
+    from tests.chain import run_chain  # not loaded for the tests that need no models
+
+    return run_chain(tmp_path_factory.mktemp("chain"))
+
+
+@pytest.fixture(scope="session")
+def retriever(chain: Chain) -> Path:
+    """A trained encoder-decoder."""
+    from retriever import train
+    from tests.chain import encoder_decoder_config
+
+    config = encoder_decoder_config(chain, chain.root / "retriever")
+    train.main(config)
+    return config.output
+
+
+@pytest.fixture(scope="session")
+def index(chain: Chain) -> Path:
+    """The index of the chain's 48 pictures."""
+    from retriever import build_index
+
+    config = build_index.Config(dataset=chain.dataset, rqvae=chain.rqvae, output=chain.root / "index")
+    build_index.main(config)
+    return config.output

@@ -58,7 +58,7 @@ class VokensOnly(LogitsProcessor):
 def dictionary_trie(lm: VokenLM, codes: Codes, *, score_end: bool) -> DictionaryTrie:
     """The trie over token ids of all pictures, with the end token where it is scored."""
     ending = [lm.end] if score_end else []
-    return DictionaryTrie([[*sequence, *ending] for sequence in lm.token_ids(torch.from_numpy(codes)).tolist()])
+    return DictionaryTrie([[*sequence, *ending] for sequence in lm.token_ids(torch.tensor(codes)).tolist()])
 
 
 def generate(
@@ -86,6 +86,7 @@ def generate(
     for row, ids in enumerate(token_ids):
         place = slice(length - len(ids), None) if causal else slice(0, len(ids))
         source[row, place], mask[row, place] = torch.tensor(ids), 1
+    source, mask = source.to(lm.device), mask.to(lm.device)
     prompt = length if causal else 1
     options: dict[str, Any] = {} if causal else {"decoder_start_token_id": lm.start}
 
@@ -114,7 +115,7 @@ def generate(
         return_dict_in_generate=True,
         **options,
     )
-    sequences = output.sequences[:, prompt : prompt + lm.space.levels] - lm.level_offsets
+    sequences = output.sequences[:, prompt : prompt + lm.space.levels].cpu() - lm.level_offsets
     scores = [0.0] * len(token_ids) if beams == 1 else output.sequences_scores.tolist()  # greedy search keeps no scores
     return [
         Generated([tuple(row) for row in sequences[start : start + beams].tolist()], scores[start : start + beams])

@@ -1,27 +1,27 @@
 """The whole chain with the real commands on small pictures: files, figures, resuming, bad order."""
 
+import dataclasses
 import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.clip import encode_images, encode_tokens, load_clip
-from retriever import prepare, retrieve, search, train
+from models.clip import Pictures, encode_images, encode_tokens, load_clip
+from retriever import build_index, prepare, retrieve, search, train
 from retriever import test as final
 from retriever.data import Queries, RetrieverData
+from tests.chain import RQVAE, TRAIN, Chain, encode_config, encoder_decoder_config, files_of
 from tests.tiny import (
     assemble_clip,
     bert_folder,
-    clip_folder,
     draw_picture,
     generate_codes,
-    picture_set,
     prepare_emb,
     rqvae_train,
     t5_folder,
@@ -39,91 +39,11 @@ class PowerCut(Exception):
     """Stands for a killed process."""
 
 
-class Chain(NamedTuple):
-    """Folders of a finished chain up to the retriever's dataset."""
-
-    root: Path
-    captions: Path
-    towers: Path
-    features: Path
-    rqvae: Path
-    codes: Path
-    dataset: Path
-
-
-RQVAE: dict[str, Any] = {
-    "width": 16, "hidden": (24,), "levels": 3, "codebook_size": 8, "epochs": 12, "batch_size": 16, "lr": 1e-3,
-    "validate_every": 4, "kmeans_iterations": 10, "revive_every": 5, "device": "cpu",
-}  # fmt: skip
-TRAIN: dict[str, Any] = {
-    "epochs": 6, "batch_size": 16, "lr": 3e-3, "dropout": 0.1, "beams": 4, "validate_every": 2, "precision": "fp32",
-    "device": "cpu",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    root = tmp_path_factory.mktemp("chain")
-    names = ("captions", "towers", "heads", "rqvae", "codes", "dataset")
-    folders = Chain(root, *(root / name for name in names))
-    picture_set(root)
-    prepare_captions.main(
-        prepare_captions.Config(
-            images=root / "images", source=(root / "captions.jsonl",), output=folders.captions, workers=1
-        )
-    )
-    model = str(clip_folder(root / "clip"))
-    prepare_emb.main(encode_config(folders.captions, model, folders.towers, layer="tower"))
-    train_heads.main(train_heads.Config(features=folders.towers, output=folders.features, epochs=30, device="cpu"))
-    rqvae_train.main(rqvae_train.Config(features=folders.features, output=folders.rqvae, **RQVAE))
-    generate_codes.main(
-        generate_codes.Config(features=folders.features, rqvae=folders.rqvae, output=folders.codes, device="cpu")
-    )
-    prepare.main(prepare.Config(codes=folders.codes, output=folders.dataset))
-    return folders
-
-
-def encode_config(captions: Path, model: str, output: Path, **options: Any) -> Any:
-    return prepare_emb.Config(
-        captions=captions,
-        model=model,
-        output=output,
-        precision="fp32",
-        device="cpu",
-        workers=0,
-        batch_size=8,
-        **options,
-    )
-
-
-@pytest.fixture(scope="module")
-def retriever(chain: Chain) -> Path:
-    config = encoder_decoder_config(chain, chain.root / "retriever")
-    train.main(config)
-    return config.output
-
-
-def encoder_decoder_config(chain: Chain, output: Path, **options: Any) -> train.Config:
-    encoder = chain.root / "bert"
-    if not encoder.is_dir():
-        bert_folder(encoder)
-    settings = {**TRAIN, "label_temperature": 0.05, "decoder_heads": 2, "train_end": False, **options}
-    return train.Config(
-        dataset=chain.dataset, language_model=str(encoder), kind="encoder-decoder", output=output, **settings
-    )
-
-
 def t5_config(chain: Chain, output: Path) -> train.Config:
     model = chain.root / "t5"
     if not model.is_dir():
         t5_folder(model)
     return train.Config(dataset=chain.dataset, language_model=str(model), output=output, accumulate=2, **TRAIN)
-
-
-def files_of(folder: Path) -> list[str]:
-    return sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
-    )
 
 
 def test_each_command_leaves_exactly_its_files(chain: Chain, retriever: Path) -> None:
@@ -145,7 +65,8 @@ def test_each_command_leaves_exactly_its_files(chain: Chain, retriever: Path) ->
 def test_tuned_checkpoint_gives_the_features_that_were_written(chain: Chain) -> None:
     features = read_features(chain.features)
     clip = load_clip(str(chain.features / "clip"))
-    pictures = prepare_emb.Pictures(prepare_emb.read_captions(chain.captions), clip.preprocess)
+    files = [record.file for record in features.records]
+    pictures = Pictures(files, clip.preprocess, folder=chain.root / "images")
     texts = [caption for record in features.records for caption in record.captions][:10]
     with torch.inference_mode():
         images = encode_images(clip, torch.stack([pictures[row] for row in range(6)])).numpy()
@@ -245,9 +166,11 @@ def test_two_tower_row_equals_brute_force_by_hand(chain: Chain, retriever: Path,
     assert read_json(tmp_path / "s.json")[0]["recall"]["1"] == pytest.approx(hits / len(texts), abs=1e-5)
 
 
-def test_search_command(chain: Chain, retriever: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_command(
+    chain: Chain, retriever: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = search.Config(
-        queries=("a red circle",), dataset=chain.dataset, retriever=retriever, sheet=tmp_path / "x.png", keep=3,
+        queries=("a red circle",), index=index, retriever=retriever, sheet=tmp_path / "x.png", keep=3,
         precision="fp32", device="cpu",
     )  # fmt: skip
     search.main(config)
@@ -270,10 +193,11 @@ def test_a_bare_folder_is_searched_with_a_retriever_trained_elsewhere(
         generate_codes.Config(features=tmp_path / "emb", rqvae=chain.rqvae, output=tmp_path / "codes", device="cpu")
     )
     prepare.main(prepare.Config(codes=tmp_path / "codes", output=tmp_path / "dataset"))
+    build_index.main(build_index.Config(dataset=tmp_path / "dataset", rqvae=chain.rqvae, output=tmp_path / "index"))
     capsys.readouterr()
     search.main(
         search.Config(
-            queries=("a red circle",), dataset=tmp_path / "dataset", retriever=retriever, sheet=tmp_path / "x.png",
+            queries=("a red circle",), index=tmp_path / "index", retriever=retriever, sheet=tmp_path / "x.png",
             precision="fp32", device="cpu",
         )
     )  # fmt: skip
@@ -291,6 +215,14 @@ def test_another_tokenizers_pictures_are_refused(chain: Chain, retriever: Path, 
     prepare.main(prepare.Config(codes=tmp_path / "codes", output=tmp_path / "dataset"))
     with pytest.raises(BadInput, match="vokens of another tokenizer"):
         retrieve.main(retrieve_config(chain._replace(dataset=tmp_path / "dataset"), retriever, tmp_path / "found"))
+    config = build_index.Config(dataset=tmp_path / "dataset", rqvae=tmp_path / "rqvae", output=tmp_path / "index")
+    build_index.main(config)
+    with pytest.raises(BadInput, match="vokens of another tokenizer"):
+        search.main(
+            search.Config(queries=("a ring",), index=config.output, retriever=retriever, sheet=tmp_path / "x.png")
+        )
+    with pytest.raises(BadInput, match="is not the RQ-VAE that coded"):
+        build_index.main(dataclasses.replace(config, rqvae=chain.rqvae))
 
 
 def test_t5_runs_through_the_same_command(chain: Chain, tmp_path: Path) -> None:

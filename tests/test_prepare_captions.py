@@ -1,6 +1,7 @@
 """Every caption source becomes the one format, and bad data is named before anything is written."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,12 @@ def test_contradicting_options(images: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "x.csv", "image,caption\na.jpg,x\n")
     with pytest.raises(BadInput, match="gives no rule"):
         prepare(images, source, split_rule="random:0.5,0.1,0.1")
+
+
+def test_a_file_name_that_is_not_utf8_is_named(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "a.jpg").rename(os.fsdecode(os.fsencode(images) + b"/caf\xe9.jpg"))
+    config = Config(images=images, output=tmp_path / "out", skip_bad=True, workers=1)
+    main(config)
+    assert "  file name not UTF-8: caf\\udce9.jpg: caf\\udce9.jpg" in capsys.readouterr().out

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from models.compute import make_optimizer
 from models.quantizer import QuantizerConfig, ResidualQuantizer, kmeans, nearest, sinkhorn
-from models.rqvae import AlignAt, Alignment, RqVae, RqVaeConfig, alignment_loss
-from tests.tiny import generate_codes
+from models.rqvae import AlignAt, Alignment, RqVae, RqVaeConfig, alignment_loss, resolve_collisions
 from tools.errors import BadInput
 from tools.tokenizer_report import code_use, collision_groups
 
@@ -200,7 +199,7 @@ def test_resolving_collisions_keeps_the_nearest_and_moves_the_others() -> None:
     latents = np.array([[0.3, 0.0], [0.1, 0.0], [0.2, 0.0], [1.0, 0.0], [9.0, 9.0]], dtype=np.float32)
     codes = model.quantizer.encode(torch.from_numpy(latents)).numpy()
     assert codes.tolist() == [[0, 0], [0, 0], [0, 0], [0, 1], [1, 0]]
-    resolved = generate_codes.resolve_collisions(codes, latents, model, [np.arange(5)])
+    resolved = resolve_collisions(codes, latents, model, [np.arange(5)])
     assert resolved.tolist() == [[0, 3], [0, 0], [0, 2], [0, 1], [1, 0]]  # nearest first: 0.1, 0.2, 0.3
 
 
@@ -210,17 +209,30 @@ def test_train_codes_do_not_depend_on_the_pictures_after_them() -> None:
     latents = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).numpy()
     codes = model.quantizer.encode(torch.from_numpy(latents)).numpy()
     train, rest = np.arange(40), np.arange(40, 60)
-    resolved = generate_codes.resolve_collisions(codes, latents, model, [train, rest])
-    alone = generate_codes.resolve_collisions(codes[:40], latents[:40], model, [train])
+    resolved = resolve_collisions(codes, latents, model, [train, rest])
+    alone = resolve_collisions(codes[:40], latents[:40], model, [train])
     assert resolved[:40].tolist() == alone.tolist()
     assert (collision_groups(codes) > 1).any()
     assert (collision_groups(resolved) == 1).all()  # no prefix has more than 24 pictures behind it
 
 
+def test_codes_that_others_have_are_taken() -> None:
+    """Resolving pictures beside the codes of others is resolving both, the others first."""
+    config = dataclasses.replace(CONFIG, features=4, width=4, levels=3, codebook_size=12, skip=False)
+    model = RqVae(config).eval()
+    latents = (0.1 * torch.randn(80, 4, generator=torch.Generator().manual_seed(0))).numpy()
+    codes = model.quantizer.encode(torch.from_numpy(latents)).numpy()
+    first, then = np.arange(50), np.arange(50, 80)
+    both = resolve_collisions(codes, latents, model, [first, then])
+    beside = resolve_collisions(codes[50:], latents[50:], model, [np.arange(30)], taken=both[:50].astype(np.int16))
+    assert beside.tolist() == both[50:].tolist()
+    assert beside.tolist() != resolve_collisions(codes[50:], latents[50:], model, [np.arange(30)]).tolist()
+
+
 def test_a_group_larger_than_the_codebook_keeps_collisions() -> None:
     model = RqVae(dataclasses.replace(CONFIG, features=2, width=2, levels=1, codebook_size=2, skip=False)).eval()
     latents = np.zeros((3, 2), dtype=np.float32)
-    codes = generate_codes.resolve_collisions(np.zeros((3, 1), dtype=np.int64), latents, model, [np.arange(3)])
+    codes = resolve_collisions(np.zeros((3, 1), dtype=np.int64), latents, model, [np.arange(3)])
     assert sorted(codes.ravel().tolist()) == [0, 0, 1]
 
 

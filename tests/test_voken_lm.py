@@ -7,10 +7,20 @@ import pytest
 import torch
 
 from models.compute import make_optimizer
-from models.voken_lm import DECODER_SPECIALS, VokenLM, build_encoder_decoder, build_seq2seq
+from models.decoding import make_writer
+from models.voken_lm import DECODER_SPECIALS, VokenLM, build_causal, build_encoder_decoder, build_seq2seq
 from retriever.losses import Targets, generative_loss, soft_targets
 from retriever.queries import LiveQueries, StoredQueries, bucketed_batches
-from tests.tiny import COLOURS, bert_folder, codebooks, t5_folder, tiny_encoder_decoder, tiny_t5
+from tests.tiny import (
+    COLOURS,
+    bert_folder,
+    codebooks,
+    llama_folder,
+    t5_folder,
+    tiny_encoder_decoder,
+    tiny_llama,
+    tiny_t5,
+)
 from tools.errors import BadInput
 from tools.vokens import VokenSpace
 
@@ -49,7 +59,7 @@ def test_a_new_decoder_starts_from_the_scaled_codebooks(tmp_path: Path) -> None:
     assert rows.std() == pytest.approx(4 / 16**0.5, rel=1e-3)
 
 
-@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder])
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, tiny_llama])
 def test_save_and_load_give_equal_logits(build: type, tmp_path: Path) -> None:
     lm: VokenLM = build(tmp_path / "base", SPACE)
     lm.save_pretrained(tmp_path / "saved")
@@ -63,7 +73,7 @@ def test_save_and_load_give_equal_logits(build: type, tmp_path: Path) -> None:
     assert torch.allclose(first, second, atol=1e-6)
 
 
-@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder])
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, tiny_llama])
 def test_padding_is_masked(build: type, tmp_path: Path) -> None:
     lm: VokenLM = build(tmp_path, SPACE)
     codes = torch.tensor([[1, 2, 3]])
@@ -73,7 +83,7 @@ def test_padding_is_masked(build: type, tmp_path: Path) -> None:
     assert torch.allclose(alone[0], padded[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder])
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, tiny_llama])
 def test_overfits_eight_pairs_and_moves_every_trainable_parameter(build: type, tmp_path: Path) -> None:
     lm: VokenLM = build(tmp_path, SPACE)
     before = {name: value.clone() for name, value in lm.named_parameters()}
@@ -93,6 +103,34 @@ def test_overfits_eight_pairs_and_moves_every_trainable_parameter(build: type, t
     assert torch.equal(logits[:, :3].argmax(dim=-1), lm.token_ids(codes))
     for name, value in lm.named_parameters():
         assert torch.equal(value, before[name]) != value.requires_grad, name
+
+
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, tiny_llama])
+def test_a_writer_gives_the_log_probabilities_of_a_forward_pass(build: type, tmp_path: Path) -> None:
+    lm: VokenLM = build(tmp_path, SPACE)
+    codes = torch.tensor([[1, 2, 3], [4, 0, 2]])
+    writer = make_writer(lm)
+    with torch.inference_mode():
+        memory = lm.encode(lm.tokenize(["a red circle", "blue"]))
+        expected = lm(memory, codes).log_softmax(dim=-1)
+        session = writer.begin(memory)
+        states = session.open()
+        for level, start in enumerate(lm.level_offsets.tolist()):
+            own = expected[:, level, start : start + SPACE.codebook_size]
+            assert torch.allclose(writer.head.log_probabilities(states, level, "full")[:, 0], own, atol=1e-4)
+            renormalized = own - own.logsumexp(dim=-1, keepdim=True)
+            assert torch.allclose(writer.head.log_probabilities(states, level, "voken")[:, 0], renormalized, atol=1e-4)
+            assert torch.allclose(writer.head.voken_probability(states, level)[:, 0], own.exp().sum(-1), atol=1e-4)
+            states = session.advance(lm.token_ids(codes)[:, level : level + 1], torch.zeros(2, 1, dtype=torch.long))
+        assert torch.allclose(writer.head.end_log_probability(states)[:, 0], expected[:, -1, lm.end], atol=1e-4)
+
+
+def test_a_prompt_is_never_cut_and_stands_around_the_query(tmp_path: Path) -> None:
+    lm = tiny_llama(tmp_path, SPACE)
+    lm.max_source = 2
+    (ids,) = lm.tokenize(["red circle blue blue blue"])
+    words = lm.tokenizer.convert_ids_to_tokens(ids)
+    assert [word for word in words if word != "</s>"] == ["<s>", *["a", "picture", "of", "red", "circle", "drawing"]]
 
 
 def test_a_frozen_encoder_stays_in_eval_mode(tmp_path: Path) -> None:
@@ -182,3 +220,10 @@ def test_models_that_do_not_fit_are_one_clear_line(tmp_path: Path) -> None:
             str(bert_folder(tmp_path / "bert")),
             space=SPACE, codebooks=books, layers=1, heads=5, dropout=0.0, max_source=8,
         )  # fmt: skip
+    with pytest.raises(BadInput, match="is a bert, seq2seq takes t5"):
+        build_seq2seq(str(tmp_path / "bert"), space=SPACE, codebooks=books, dropout=0.0, max_source=8)
+    llama = str(llama_folder(tmp_path / "llama"))
+    with pytest.raises(BadInput, match=r"codebooks are 12 wide.*--width 16"):
+        build_causal(llama, space=SPACE, codebooks=books, max_source=8)
+    with pytest.raises(BadInput, match=r"must have \{query\} in it once"):
+        build_causal(llama, space=SPACE, codebooks=codebooks(SPACE, 16), max_source=8, prompt="a picture")

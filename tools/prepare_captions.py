@@ -10,25 +10,21 @@ import csv
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
-
-from PIL import Image
 
 from . import runs
 from .captions import FILE_NAME, SPLITS, Record, portable, write_captions
 from .commands import run_command
 from .errors import BadInput
 from .files import read_json, read_json_lines
-from .logs import progress, table
+from .logs import table
+from .pictures import find_unreadable, pictures_below, printable
 
 Format = Literal["karpathy", "published", "coco", "table", "folder"]
-PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 NAMED_PROBLEMS = 10
-CHECK_SIZE = (64, 64)  # JPEGs are decoded at about this size when checked: the whole file is read, a tenth of the work
 
 
 @dataclass(frozen=True)
@@ -140,10 +136,8 @@ def read_table(path: Path) -> Iterator[Found]:
 
 def read_folder(images: Path) -> Iterator[Found]:
     """Every picture below a folder, without captions: in split test, so that it can be found but trains nothing."""
-    for path in sorted(images.rglob("*")):
-        if path.suffix.lower() in PICTURE_ENDINGS and path.is_file():
-            file = str(path.relative_to(images))
-            yield Found(file, file, "test", [], file)
+    for file in pictures_below(images):
+        yield Found(file, file, "test", [], file)
 
 
 def recognise(path: Path, value: Any) -> Format:
@@ -174,10 +168,7 @@ def check(found: list[Found], config: Config) -> tuple[list[Record], list[Proble
     splits: dict[str, set[str]] = {}
     for row in found:
         splits.setdefault(row.image, set()).add(str(row.split))
-    files = sorted({row.file for row in found})
-    with ProcessPoolExecutor(config.workers) as pool:
-        opened = pool.map(partial(_cannot_open, config.images), files, chunksize=32)
-        unreadable = dict(zip(files, progress(opened, "checking", total=len(files), unit="picture"), strict=True))
+    unreadable = find_unreadable(sorted({row.file for row in found}), workers=config.workers, folder=config.images)
     records: dict[str, Record] = {}
     for row in found:
         captions = tuple(" ".join(caption.split()) for caption in row.captions if isinstance(caption, str))
@@ -206,7 +197,7 @@ def report(problems: list[Problem], images: Path) -> str:
     lines = [f"{sum(counts.values())} problems in the data ({images}):"]
     lines += [f"  {count:,} × {kind}" for kind, count in counts.most_common()]
     lines += [f"  {problem.kind}: {problem.where}" for problem in problems[:NAMED_PROBLEMS]]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def main(config: Config) -> None:
@@ -302,20 +293,6 @@ def _rule_for(path: Path, rules: str) -> Callable[[str], str]:
 def _random_split(image: str, bounds: tuple[float, float]) -> str:
     draw = int.from_bytes(hashlib.blake2b(image.encode(), digest_size=8).digest(), "big") / 2**64
     return "train" if draw < bounds[0] else "val" if draw < bounds[1] else "test"
-
-
-def _cannot_open(images: Path, file: str) -> str:
-    """Why the picture cannot be used, or nothing."""
-    path = images / file
-    if not path.is_file():
-        return "picture missing"
-    try:
-        with Image.open(path) as picture:
-            picture.draft("RGB", CHECK_SIZE)
-            picture.load()
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        return f"picture unreadable ({type(error).__name__})"
-    return ""
 
 
 if __name__ == "__main__":

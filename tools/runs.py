@@ -18,12 +18,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TextIO
 
 from .errors import BadInput
-from .files import hash_file, read_json, write_json
+from .files import hash_file, read_json, remove_torn, write_json
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
@@ -44,6 +45,7 @@ MADE_BY = {
     "retriever.train": "scripts/08_train_retriever_t5.sh",
     "retriever.retrieve": "scripts/09_retrieve.sh",
     "retriever.test": "scripts/10_test_retriever.sh",
+    "retriever.build_index": "scripts/11_build_index.sh",
 }
 
 
@@ -98,11 +100,10 @@ class Run:
 
     def finish(self, *, facts: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None) -> Manifest:
         """Hash every output and write the manifest; only then does what a resumed run needs go."""
-        outputs = {str(path.relative_to(self.folder)): hash_file(path) for path in _output_files(self.folder)}
         earlier = float(self.started.get("seconds", 0.0))
         manifest = {
             **{key: self.started[key] for key in ("command", "arguments", "source", "config", "inputs")},
-            "outputs": outputs,
+            "outputs": _hashes(self.folder, _output_files(self.folder)),
             "facts": facts or {},
             "metrics": metrics or {},
             "seconds": round(earlier + time.monotonic() - self.began, 2),
@@ -136,7 +137,7 @@ def begin(
     """
     folder = config.output
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
+    lock = hold(folder)
     started = {
         "command": command,
         "arguments": sys.argv[1:],
@@ -161,8 +162,7 @@ def begin(
             return None
         print(f"{command}: resuming in {folder}.")
         started = found
-        for part in folder.rglob(".*.part"):  # half a file of a killed process
-            part.unlink()
+        remove_torn(folder)
     elif unknown := _output_files(folder):
         raise BadInput(f"{folder} holds files no run of this project left ({unknown[0].name}): name another --output")
     else:
@@ -185,6 +185,42 @@ def read_manifest(folder: Path, *commands: str) -> Manifest:
     if values["command"] not in commands:
         raise BadInput(f"{folder} was made by {values['command']}, not by {' or '.join(commands)}: run {scripts}")
     return Manifest(folder=folder, **values)
+
+
+def unchanged_input(manifest: Manifest, name: str) -> Path:
+    """The path of a finished run's input.
+
+    Raises:
+        BadInput: it is gone, or no longer has the content the run read.
+    """
+    recorded = manifest.inputs[name]
+    path = Path(recorded["path"])
+    if fingerprint(path, recorded["by"]) != recorded["fingerprint"]:
+        script = MADE_BY.get(manifest.command, manifest.command)
+        raise BadInput(f"{path} has changed since {manifest.folder} was made: run {script} --overwrite")
+    return path
+
+
+def replace_outputs(manifest: Manifest, outputs: Iterable[Path], facts: dict[str, Any]) -> None:
+    """Let the manifest of a finished run speak of other files of its folder, in one step; the run stays the same."""
+    values = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    folder = values.pop("folder")
+    write_json(folder / MANIFEST, {**values, "outputs": _hashes(folder, outputs), "facts": facts})
+
+
+def hold(folder: Path) -> TextIO:
+    """Hold a run folder until the file is closed, at the latest when the process ends.
+
+    Raises:
+        BadInput: another process holds it.
+    """
+    file = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise BadInput(f"{folder} is in use by another process: wait until it has finished") from None
+    return file
 
 
 def keep_only(folder: Path, pattern: str, kept: Path) -> None:
@@ -285,22 +321,15 @@ def _input(path: Path, by: str) -> dict[str, str]:
     return {"path": str(path), "by": by, "fingerprint": fingerprint(path, by)}
 
 
-def _lock(folder: Path) -> TextIO:
-    """Hold the folder until the file is closed, at the latest when the process ends."""
-    file = (folder / LOCK).open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise BadInput(f"{folder} is in use by another process: wait for it or name another --output") from None
-    return file
-
-
 def _output_files(folder: Path) -> list[Path]:
     """Everything in a run folder but its records and what only a resumed run needs."""
     own = {folder / name for name in (MANIFEST, STARTED, LOCK)}
     files = (path for path in folder.rglob("*") if path.is_file() and path not in own)
     return sorted(path for path in files if path.relative_to(folder).parts[0] != RESUME)
+
+
+def _hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hash_file(path) for path in files}
 
 
 def _has_work(folder: Path) -> bool:

@@ -4,7 +4,7 @@ TOKENIZER=RQ-VAE/output/emoji
 RETRIEVER=retriever/output/emoji
 
 STAGES="00_fetch_emoji 01_prepare_captions 02_assemble_clip 03_prepare_emb 04_train_heads 05_train_rqvae
-06_generate_codes 07_prepare_retriever_dataset 08_train_retriever_t5 09_retrieve 10_test_retriever"
+06_generate_codes 07_prepare_retriever_dataset 08_train_retriever_t5 09_retrieve 10_test_retriever 11_build_index"
 
 # Nothing of the sample comes from a model hub.
 export HF_HUB_OFFLINE=1

@@ -8,7 +8,7 @@ TOKENIZER=RQ-VAE/output/flickr30k-$RECIPE
 RETRIEVER=retriever/output/flickr30k-$RECIPE
 
 STAGES="01_prepare_captions 03_prepare_emb 05_train_rqvae 06_generate_codes 07_prepare_retriever_dataset
-08_train_retriever_t5 09_retrieve 10_test_retriever"
+08_train_retriever_t5 09_retrieve 10_test_retriever 11_build_index"
 
 IMAGES=$DATA/images
 CAPTIONS=(--source "$DATA/dataset_flickr30k.json" --format karpathy --expect 29000 1014 1000)

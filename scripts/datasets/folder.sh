@@ -7,7 +7,7 @@ DATA=RQ-VAE/data/folder
 TOKENIZER=RQ-VAE/output/folder
 RETRIEVER=retriever/output/folder
 
-STAGES="01_prepare_captions 03_prepare_emb 06_generate_codes 07_prepare_retriever_dataset"
+STAGES="01_prepare_captions 03_prepare_emb 06_generate_codes 07_prepare_retriever_dataset 11_build_index"
 
 CAPTIONS=(--skip-bad)
 CLIP=(--model RQ-VAE/output/emoji/04_train_heads/clip)

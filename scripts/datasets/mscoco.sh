@@ -8,7 +8,7 @@ TOKENIZER=RQ-VAE/output/mscoco-$RECIPE
 RETRIEVER=retriever/output/mscoco-$RECIPE
 
 STAGES="01_prepare_captions 03_prepare_emb 05_train_rqvae 06_generate_codes 07_prepare_retriever_dataset
-08_train_retriever_t5 09_retrieve 10_test_retriever"
+08_train_retriever_t5 09_retrieve 10_test_retriever 11_build_index"
 
 IMAGES=$DATA/images
 CAPTIONS=(--source "$DATA/dataset_coco.json" --format karpathy --expect 113287 5000 5000)

@@ -1,0 +1,513 @@
+"""Queries a second and memory of constrained search: the published way, `generate` with a cache, this engine, the bare
+forward passes, and two-tower search with and without an approximate index.
+
+In:  nothing; where the emoji sample's retriever is trained (`bash scripts/quickstart.sh`), that too.
+Out: `benchmarks/results/search.json`, every row and the ratios; `search.txt`, the same as tables; `search.png`.
+Command: python -m benchmarks.search [--quick]
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.arithmetic import Arithmetic
+from models.compute import pick_device
+from models.decoding import Scoring, Writer, make_writer
+from models.voken_lm import Memory, VokenLM
+from retriever.beam import Beams, beam_search, best, children_of
+from retriever.index import DeviceLevel, VokenIndex, build_index, load_index, save_index, to_device
+from tests.oracle import DictionaryTrie, dictionary_trie, generate
+from tools import runs
+from tools.commands import run_command
+from tools.errors import BadInput
+from tools.files import replacing, write_json
+from tools.logs import table
+
+from .codes import synthetic_codes
+from .crossover import crossover_table, draw
+from .sample import sample_figures
+from .shapes import captions, encoder_decoder, llama, prompts, t5_base
+from .timing import Timing, interleave, machine
+
+POOL, BATCH, BEAMS = 30_000, 8, 10
+PUBLISHED_LENGTH = 128
+PROMPT_TOKENS = 60
+POOLS, BATCHES = (1000, 10_000, 100_000, 1_000_000), (1, 8, 64)
+GRID = "T5-base by batch and beams"
+DRAWN = ("published", "generate, cache fp32", "engine, exact fp32", "engine, voken fp32", "engine, voken bf16")
+PAIRS = (
+    ("published", "fp32, 77 tokens"),
+    ("engine, exact fp32", "fp32, 77 tokens"),
+    ("engine, exact fp32", "fp32, trimmed"),
+    ("engine, voken fp32", "fp32"),
+    ("engine, voken bf16", "bf16"),
+)  # generation and two-tower search of the same precision
+SHALLOW_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """How much is measured."""
+
+    quick: bool = False
+    """Only the rows behind the ratios: about ten minutes on two cores; the whole takes about an hour."""
+    output: Path = Path("benchmarks/results")
+    """Folder of the three files."""
+    sample: Path = Path("retriever/output/emoji")
+    """Where the sample's dataset and retriever lie; without them those rows are left out."""
+    repeats: int = 7
+    """Rounds of the fast calls; slow ones get fewer."""
+    most_pictures: int = 10_000_000
+    """Largest index that is built."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.most_pictures < 1000:
+            raise BadInput("--repeats must be at least 1 and --most-pictures at least 1000")
+
+
+class Row(NamedTuple):
+    """One measured configuration; seconds are of one call on a whole batch."""
+
+    section: str
+    system: str
+    precision: str
+    pool: int | None
+    batch: int
+    beams: int | None
+    seconds: float
+    least: float
+    most: float
+    repeats: int
+    queries_per_second: float
+    peak_mebibytes: float | None
+
+
+class Setting(NamedTuple):
+    """What the calls of one comparison share."""
+
+    section: str
+    pool: int
+    beams: int
+    token_ids: list[list[int]]
+
+    def row(self, name: str, precision: str, timing: Timing) -> Row:
+        size = len(self.token_ids)
+        peak = None if timing.peak_mebibytes is None else round(timing.peak_mebibytes, 1)
+        return Row(
+            self.section,
+            name,
+            precision,
+            self.pool,
+            size,
+            self.beams,
+            timing.median,
+            timing.least,
+            timing.most,
+            timing.repeats,
+            round(size / timing.median, 2),
+            peak,
+        )
+
+
+def engine(
+    writer: Writer, levels: list[DeviceLevel], setting: Setting, *, scoring: Scoring = "full", score_end: bool = False
+) -> Beams:
+    """A whole answer of this engine: encode, search."""
+    with torch.inference_mode():
+        memory = writer.encode(setting.token_ids)
+    return beam_search(writer, memory, levels, beams=setting.beams, scoring=scoring, score_end=score_end)
+
+
+@torch.inference_mode()
+def forward(writer: Writer, setting: Setting, *, scoring: Scoring = "voken") -> torch.Tensor:
+    """The passes that no search can do without: encoder, keys and values, one decoder step a level, the logits.
+
+    Tokens are arbitrary; beams are as many as a search has, 1 and then `setting.beams`.
+    """
+    memory: Memory = writer.encode(setting.token_ids)
+    session = writer.begin(memory)
+    states = session.open()
+    queries, device = len(setting.token_ids), memory.states.device
+    levels = writer.lm.space.levels
+    for level in range(levels):
+        scores = writer.head.log_probabilities(states, level, scoring)
+        if level + 1 < levels:
+            tokens = torch.arange(setting.beams, device=device).expand(queries, -1) + writer.lm.first_voken
+            parents = torch.arange(setting.beams, device=device).expand(queries, -1) % states.shape[1]
+            states = session.advance(tokens, parents)
+    return scores
+
+
+@torch.inference_mode()
+def constraint(levels: list[DeviceLevel], log_probabilities: torch.Tensor, beams: int) -> torch.Tensor:
+    """What the index and the choice of the best cost, without any model.
+
+    Args:
+        log_probabilities: (queries, beams, codebook_size), taken for every level.
+    """
+    scores = log_probabilities.new_zeros(len(log_probabilities), 1)
+    nodes = torch.zeros_like(scores, dtype=torch.long)
+    for level in levels:
+        nodes, scores, *_ = best(children_of(nodes, scores, log_probabilities[:, : nodes.shape[1]], level), beams)
+    return nodes
+
+
+class Bench:
+    """The measurements in order, and the rows so far."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = pick_device()
+        self.rows: list[Row] = []
+        self.ratios: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
+        self.t5 = t5_base().to(self.device)
+        self.writers: dict[str, Writer] = {}
+
+    def writer(self, arithmetic: Arithmetic) -> Writer:
+        """The T5-base writer of an arithmetic, made once."""
+        if arithmetic not in self.writers:
+            self.writers[arithmetic] = make_writer(self.t5, arithmetic)
+        return self.writers[arithmetic]
+
+    def levels(self, pool: int) -> tuple[NDArray[np.int16], list[DeviceLevel]]:
+        codes = synthetic_codes(pool)
+        return codes, to_device(build_index(codes), self.device)
+
+    def measure(
+        self,
+        setting: Setting,
+        calls: dict[tuple[str, str], Callable[[], object]],
+        *,
+        repeats: int,
+        warm_up: bool = True,
+    ) -> dict[tuple[str, str], float]:
+        """Time calls, named (system, precision), against each other; the medians."""
+        named = {"\t".join(name): call for name, call in calls.items()}
+        timings = interleave(named, repeats=repeats, warm_up=warm_up, memory=warm_up)
+        medians = {}
+        for name, timing in timings.items():
+            system, precision = name.split("\t")
+            self.rows.append(setting.row(system, precision, timing))
+            medians[system, precision] = timing.median
+        _say(setting.section, self.rows[-len(calls) :])
+        return medians
+
+    def headline(self) -> None:
+        """T5-base, 30k pictures, 8 captions, 10 beams: the published way, `generate`, and this engine."""
+        codes, levels = self.levels(POOL)
+        setting = Setting("T5-base", POOL, BEAMS, captions(BATCH))
+        trie = dictionary_trie(self.t5, codes.astype(np.int64), score_end=True)
+        hugging_face = partial(generate, token_ids=setting.token_ids, beams=BEAMS, score_end=True)
+        half = t5_base(torch.bfloat16).to(self.device)
+        calls: dict[tuple[str, str], Callable[[], object]] = {
+            ("generate, cache", "fp32"): lambda: hugging_face(self.t5, trie),
+            ("generate, cache", "bf16"): lambda: hugging_face(half, trie),
+        }
+        calls |= self.engine_calls(setting, levels)
+        medians = self.measure(setting, calls, repeats=self.config.repeats)
+        close = {name: call for name, call in calls.items() if name[0] in ("engine, voken", "forward passes")}
+        near = self.measure(
+            setting._replace(section="T5-base, engine and its passes"), close, repeats=2 * self.config.repeats
+        )
+        slow = {
+            ("published: no cache, padded to 128", "fp32"): lambda: hugging_face(
+                self.t5, trie, use_cache=False, pad_to=PUBLISHED_LENGTH
+            ),
+            ("engine, exact", "fp32"): calls["engine, exact", "fp32"],
+        }
+        published = self.measure(setting._replace(section="T5-base, published"), slow, repeats=3)
+        published_seconds, cached = next(iter(published.values())), medians["generate, cache", "fp32"]
+        seconds = {f"{system[8:]} {kind}": value for (system, kind), value in medians.items() if "engine" in system}
+        self.ratios |= {
+            "exact_vs_published": published_seconds / seconds["exact fp32"],
+            "exact_vs_generate": cached / seconds["exact fp32"],
+            "voken_vs_published": published_seconds / seconds["voken fp32"],
+            "voken_vs_generate": cached / seconds["voken fp32"],
+            "voken_bf16_vs_published": published_seconds / seconds["voken bf16"],
+            "voken_bf16_vs_generate_bf16": medians["generate, cache", "bf16"] / seconds["voken bf16"],
+            "engine_over_forward": near["engine, voken", "fp32"] / near["forward passes", "fp32"],
+            "engine_over_forward_bf16": near["engine, voken", "bf16"] / near["forward passes", "bf16"],
+            "constraint_share": medians["index and top-k alone", "fp32"] / seconds["voken fp32"],
+            "constraint_share_bf16": medians["index and top-k alone", "fp32"] / seconds["voken bf16"],
+        }
+        if ("engine, voken", "int8") in medians:
+            self.ratios["voken_int8_vs_published"] = published_seconds / seconds["voken int8"]
+        self.facts["identical_to_generate"] = same_as_generate(self.t5, self.writer("fp32"), trie, codes, levels)
+
+    def engine_calls(self, setting: Setting, levels: list[DeviceLevel]) -> dict[tuple[str, str], Callable[[], object]]:
+        """This engine in its scorings and precisions, the forward passes, and the constraint alone."""
+        size, device = len(setting.token_ids), self.device
+        scores = torch.randn(size, setting.beams, self.t5.space.codebook_size, device=device).log_softmax(dim=-1)
+        calls: dict[tuple[str, str], Callable[[], object]] = {}
+        kinds: tuple[Arithmetic, ...] = ("fp32", "bf16", "int8") if device.type == "cpu" else ("fp32", "bf16")
+        for kind in kinds:
+            writer = self.writer(kind)
+            calls["engine, voken", kind] = partial(engine, writer, levels, setting, scoring="voken")
+            if kind != "int8":
+                calls["engine, exact", kind] = partial(engine, writer, levels, setting, score_end=True)
+                calls["engine, full", kind] = partial(engine, writer, levels, setting)
+                calls["forward passes", kind] = partial(forward, writer, setting)
+        calls["index and top-k alone", "fp32"] = partial(constraint, levels, scores, setting.beams)
+        return calls
+
+    def pools(self, sizes: Sequence[int]) -> None:
+        """The same search in pools of many sizes."""
+        calls = {}
+        setting = Setting("T5-base by pool", 0, BEAMS, captions(BATCH))
+        settings = {size: setting._replace(pool=size) for size in sizes}
+        for size in sizes:
+            _, levels = self.levels(size)
+            for kind in ("fp32", "bf16"):
+                writer = self.writer(kind)
+                calls[size, kind] = partial(engine, writer, levels, settings[size], scoring="voken")
+        named = {f"{size} {kind}": call for (size, kind), call in calls.items()}
+        timings = interleave(named, repeats=self.config.repeats + 4)
+        for size, kind in calls:
+            self.rows.append(settings[size].row("engine, voken", kind, timings[f"{size} {kind}"]))
+        _say(setting.section, self.rows[-len(calls) :])
+        first, last = (timings[f"{size} fp32"].median for size in (sizes[0], sizes[-1]))
+        self.ratios["million_over_thousand"] = last / first
+
+    def grid(self) -> None:
+        """T5-base at other batches and beams, 100,000 pictures; `generate` and the published way where bearable."""
+        codes, levels = self.levels(100_000)
+        trie = dictionary_trie(self.t5, codes.astype(np.int64), score_end=True)
+        for beams in (10, 100):
+            for batch in BATCHES:
+                setting = Setting(GRID, 100_000, beams, captions(batch))
+                calls = self.engine_calls(setting, levels)
+                heavy = batch * beams
+                self.measure(setting, calls, repeats=3 if heavy < 1000 else 1)
+                hugging_face = partial(
+                    generate, self.t5, trie, token_ids=setting.token_ids, beams=beams, score_end=True
+                )
+                slow: dict[tuple[str, str], Callable[[], object]] = {}
+                if heavy <= 800:
+                    slow["generate, cache", "fp32"] = hugging_face
+                if heavy <= 100:
+                    slow["published: no cache, padded to 128", "fp32"] = partial(
+                        hugging_face, use_cache=False, pad_to=PUBLISHED_LENGTH
+                    )
+                if slow:
+                    self.measure(setting, slow, repeats=1)
+
+    def causal(self) -> None:
+        """LLaMA's shape behind a prompt of 60 tokens, one query at a time as published, and eight."""
+        lm = llama().to(self.device)
+        codes, levels = self.levels(POOL)
+        trie = dictionary_trie(lm, codes.astype(np.int64), score_end=True)
+        writer = make_writer(lm)
+        setting = Setting("LLaMA shape", POOL, BEAMS, prompts(1, PROMPT_TOKENS))
+        hugging_face = partial(generate, lm, trie, token_ids=setting.token_ids, beams=BEAMS, score_end=True)
+        calls: dict[tuple[str, str], Callable[[], object]] = {
+            ("generate, no cache", "fp32"): partial(hugging_face, use_cache=False),
+            ("generate, cache", "fp32"): hugging_face,
+            ("engine, exact", "fp32"): partial(engine, writer, levels, setting, score_end=True),
+            ("engine, voken", "fp32"): partial(engine, writer, levels, setting, scoring="voken"),
+        }
+        medians = self.measure(setting, calls, repeats=3)
+        exact = medians["engine, exact", "fp32"]
+        self.ratios["llama_vs_no_cache"] = medians["generate, no cache", "fp32"] / exact
+        self.ratios["llama_vs_generate"] = medians["generate, cache", "fp32"] / exact
+        self.facts["identical_to_generate_llama"] = same_as_generate(lm, writer, trie, codes, levels)
+        many = Setting("LLaMA shape", POOL, BEAMS, prompts(BATCH, PROMPT_TOKENS))
+        half = make_writer(lm, "bf16")
+        self.measure(
+            many,
+            {
+                ("engine, voken", "fp32"): partial(engine, writer, levels, many, scoring="voken"),
+                ("engine, voken", "bf16"): partial(engine, half, levels, many, scoring="voken"),
+            },
+            repeats=3,
+        )
+
+    def shallow(self) -> None:
+        """A text encoder of BERT-base's size with a decoder of 2 layers and of 12, against the encoder alone."""
+        _, levels = self.levels(POOL)
+        setting = Setting("shallow decoder", POOL, BEAMS, captions(SHALLOW_BATCH))
+        for kind in ("fp32", "bf16"):
+            calls: dict[tuple[str, str], Callable[[], object]] = {}
+            for layers in (2, 12):
+                writer = make_writer(encoder_decoder(layers).to(self.device), kind)
+                calls["text encoder alone", kind] = partial(encode_only, writer, setting)
+                calls[f"engine, voken, {layers} layers", kind] = partial(
+                    engine, writer, levels, setting, scoring="voken"
+                )
+            medians = self.measure(setting, calls, repeats=self.config.repeats)
+            for layers in (2, 12):
+                whole = medians[f"engine, voken, {layers} layers", kind]
+                self.ratios[f"shallow_{layers}_layers_over_encoder_{kind}"] = (
+                    whole / medians["text encoder alone", kind]
+                )
+
+    def two_tower(self) -> None:
+        """CLIP's text tower and faiss at every pool size, and from which size generation is faster."""
+        from .two_tower import build_indices, clustered_vectors, encoder_timings, two_tower_systems
+
+        pools = [size for size in POOLS if size <= self.config.most_pictures]
+        encoders = encoder_timings(self.device, list(BATCHES), repeats=self.config.repeats)
+        queries = clustered_vectors(max(BATCHES), seed=2)
+        searches: dict[tuple[str, int], dict[int, float]] = {}
+        figures = []
+        for pool in pools:
+            for name, index in build_indices(pool, queries, threads=os.cpu_count() or 1).items():
+                figures.append({"index": name, "pool": f"{pool:,}", **index.figures()})
+                for batch in BATCHES:
+                    timing = interleave({"": partial(index.search, queries[:batch])}, repeats=5, memory=False)[""]
+                    searches.setdefault((name, batch), {})[pool] = timing.median / batch
+        systems = two_tower_systems({key: timing.median / key[1] for key, timing in encoders.items()}, searches)
+        generation = {
+            (f"{row.system} {row.precision}", row.batch): row.seconds / row.batch
+            for row in self.rows
+            if row.section == GRID and row.beams == BEAMS and row.system.startswith(("published", "generate", "engine"))
+        }
+        self.facts["two_tower_indices"] = figures
+        self.facts["two_tower"] = [system.line() for system in systems]
+        self.facts["crossovers"] = crossover_table(generation, systems, PAIRS)
+        drawn = {name: value for name, value in generation.items() if name[0].startswith(DRAWN)}
+        title = f"{machine()}; T5-base shape, 10 beams; CLIP ViT-L/14's text tower, 768 dimensions"
+        draw(self.config.output / "search.png", drawn, systems, title=title)
+        print("\ntwo-tower\n" + table(figures) + "\n\n" + table(self.facts["crossovers"]), flush=True)
+
+    def sample(self) -> None:
+        """The sample's trained retriever: recall by scoring and precision, speed against `generate`."""
+        found = sample_figures(self.config.sample, self.device)
+        self.facts["sample"], self.facts["sample_speed"] = found.recall, found.speed
+        print("\nsample\n" + table(found.recall) + "\n\n" + table(found.speed), flush=True)
+
+    def index_sizes(self) -> None:
+        """Bytes a picture, and seconds to sort, build, save and load, for pools up to ten million."""
+        sizes = [size for size in (*POOLS, 10_000_000) if size <= self.config.most_pictures]
+        self.facts["index"] = [index_figures(size, self.config.output / "index") for size in sizes]
+        print("\nindex\n" + table(self.facts["index"]), flush=True)
+
+    def write(self) -> None:
+        """Write what is known so far; whole files at every moment."""
+        folder = self.config.output
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(
+            folder / "search.json",
+            {
+                "command": " ".join(["python -m benchmarks.search", *sys.argv[1:]]),
+                "machine": machine(),
+                "torch": torch.__version__,
+                "ratios": {name: round(value, 4) for name, value in self.ratios.items()},
+                **self.facts,
+                "rows": [row._asdict() for row in self.rows],
+            },
+        )
+        with replacing(folder / "search.txt") as temporary:
+            temporary.write_text(self.text())
+
+    def text(self) -> str:
+        """All sections as tables for people."""
+        parts = [f"{machine()}; torch {torch.__version__}; random weights"]
+        for section in dict.fromkeys(row.section for row in self.rows):
+            parts.append(f"{section}\n" + table([_cells(row) for row in self.rows if row.section == section]))
+        for name in ("index", "two_tower_indices", "two_tower", "crossovers", "sample", "sample_speed"):
+            if self.facts.get(name):
+                parts.append(f"{name.replace('_', ' ')}\n" + table(self.facts[name]))
+        ratios = [{"ratio": name, "value": round(value, 3)} for name, value in self.ratios.items()]
+        return "\n\n".join([*parts, table(ratios)]) + "\n"
+
+
+@torch.inference_mode()
+def encode_only(writer: Writer, setting: Setting) -> Memory:
+    """The text encoder alone."""
+    return writer.encode(setting.token_ids)
+
+
+def same_as_generate(
+    lm: VokenLM, writer: Writer, trie: DictionaryTrie, codes: NDArray[np.int16], levels: list[DeviceLevel]
+) -> str:
+    """How many of 8 queries get the same ten codes in the same order from `generate`, and the largest difference."""
+    token_ids = captions(BATCH, seed=7)
+    found = engine(writer, levels, Setting("", len(codes), BEAMS, token_ids), score_end=True)
+    sequences = np.unique(codes, axis=0)
+    expected = generate(lm, trie, token_ids, beams=BEAMS, score_end=True)
+    same, worst = 0, 0.0
+    for leaves, scores, oracle in zip(found.leaves.tolist(), found.scores.tolist(), expected, strict=True):
+        same += [tuple(sequences[leaf].tolist()) for leaf in leaves] == oracle.codes
+        worst = max(worst, *(abs(a - b) for a, b in zip(scores, oracle.scores, strict=True)))
+    return f"{same} of {len(token_ids)} queries, scores within {worst:.1e}"
+
+
+def index_figures(pictures: int, folder: Path) -> dict[str, Any]:
+    """One size of index, made, saved and loaded."""
+    from retriever.index import build_sorted, sort_codes
+
+    codes = synthetic_codes(pictures)
+    began = time.perf_counter()
+    order = sort_codes(codes)
+    ordered = codes[order]
+    sorted_at = time.perf_counter()
+    index: VokenIndex = build_sorted(ordered, order)
+    built_at = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_index(folder, index)
+    saved_at = time.perf_counter()
+    load_index(folder, len(index.levels))
+    loaded_at = time.perf_counter()
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    return {
+        "pictures": pictures,
+        "bytes a picture": round(index.constraint_bytes / pictures, 2),
+        "map to pictures": round(index.map_bytes / pictures, 2),
+        "sort s": round(sorted_at - began, 3),
+        "build s": round(built_at - sorted_at, 3),
+        "save s": round(saved_at - built_at, 3),
+        "load ms": round(1e3 * (loaded_at - saved_at), 2),
+    }
+
+
+def _cells(row: Row) -> dict[str, Any]:
+    per_query = row.seconds / row.batch * 1e3
+    return {
+        "system": row.system,
+        "precision": row.precision,
+        "pool": "-" if row.pool is None else f"{row.pool:,}",
+        "batch": row.batch,
+        "beams": row.beams,
+        "ms/query": round(per_query, 3 if per_query < 1 else 1),
+        "queries/s": row.queries_per_second,
+        "spread": f"{row.least / row.seconds:.2f}-{row.most / row.seconds:.2f}",
+        "peak MiB": row.peak_mebibytes,
+    }
+
+
+def _say(section: str, rows: list[Row]) -> None:
+    print(f"\n{section}\n" + table([_cells(row) for row in rows]), flush=True)
+
+
+def main(config: Config) -> None:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    bench = Bench(config)
+    steps: list[Callable[[], None]] = [bench.headline, partial(bench.pools, (1000, 1_000_000)), bench.causal]
+    steps += [bench.shallow, bench.index_sizes]
+    if not config.quick:
+        steps[1] = partial(bench.pools, POOLS)
+        steps += [bench.grid, bench.two_tower]
+        if (config.sample / "08_train" / runs.MANIFEST).is_file():
+            steps.append(bench.sample)
+    for step in steps:
+        step()
+        bench.write()
+    print("\n" + bench.text().rsplit("\n\n", 1)[-1])
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

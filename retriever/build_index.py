@@ -1,0 +1,95 @@
+"""Build the index that search reads, from the dataset's pictures (retriever/gallery.py).
+
+In:  a `retriever.prepare` folder, and the `RQ-VAE.train` folder that coded its pictures.
+Out: `<output>/version-000000/`; later versions come from retriever.add_pictures and retriever.remove_pictures.
+Command: python -m retriever.build_index --dataset DIR --rqvae DIR --output DIR
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools import runs
+from tools.captions import portable
+from tools.commands import run_command
+from tools.errors import BadInput
+
+from .data import RetrieverData, read_data
+from .gallery import Picture, entry, keep_versions, model_content, version_facts, write_version
+
+
+@dataclass(frozen=True)
+class Config:
+    """Whose pictures can be found."""
+
+    dataset: Path
+    """Run folder of retriever.prepare."""
+    rqvae: Path
+    """Run folder of RQ-VAE.train, the tokenizer that coded the dataset; pictures added later are coded by it too."""
+    output: Path
+    """Run folder to write."""
+    overwrite: bool = False
+    """Throw away what the output folder holds, pictures added since included, and start again."""
+
+
+def encoder_facts(data: RetrieverData, rqvae: Path) -> dict[str, Any]:
+    """How the dataset's pictures were encoded and tokenized: what adding pictures must repeat.
+
+    Raises:
+        BadInput: the tokenizer is not the dataset's, or something has changed since the dataset was made.
+    """
+    codes = runs.read_manifest(runs.unchanged_input(data.manifest, "codes"), "RQ-VAE.generate_codes")
+    content = runs.fingerprint(runs.read_manifest(rqvae, "RQ-VAE.train").folder)
+    if content != codes.inputs["rqvae"]["fingerprint"]:
+        raise BadInput(
+            f"{rqvae} is not the RQ-VAE that coded {data.folder}: give the one of its codes "
+            f"({codes.inputs['rqvae']['path']}), or run scripts/06_generate_codes.sh and 07 again"
+        )
+    return {
+        "clip": clip_facts(runs.unchanged_input(codes, "features")),
+        "rqvae": {"path": portable(rqvae), "content": content},
+        "resolve_collisions": codes.config["resolve_collisions"],
+    }
+
+
+def clip_facts(features: Path) -> dict[str, Any]:
+    """Which two-tower model made a feature folder, and its content, for a model on disk.
+
+    Raises:
+        BadInput: the model has changed since.
+    """
+    manifest = runs.read_manifest(features, "RQ-VAE.prepare_emb", "RQ-VAE.train_heads")
+    if "model" in manifest.inputs:
+        runs.unchanged_input(manifest, "model")
+    model, pretrained = manifest.facts["model"], manifest.facts["pretrained"]
+    assert manifest.facts["layer"] == "embedding", f"codes were made of {manifest.facts['layer']} features"
+    place = portable(Path(model)) if Path(model).is_dir() else model
+    return {"model": place, "pretrained": pretrained, "content": model_content(model, pretrained)}
+
+
+def main(config: Config) -> None:
+    data = read_data(config.dataset)
+    if not data.images:
+        raise BadInput(f"{config.dataset} has no pictures: an index holds at least one")
+    encoder = encoder_facts(data, config.rqvae)
+    run = runs.begin("retriever.build_index", config, inputs={"dataset": config.dataset, "rqvae": config.rqvae})
+    if run is None:
+        return
+    keep_versions(run.folder, latest=-1)  # what a killed run left
+    files = (str(data.image_folder / file) for file in data.files)
+    lines = (Picture(image, file).line() for image, file in zip(data.images, files, strict=True))
+    write_version(run.folder, data.codes, lines, number=0)
+    run.finish(
+        facts={
+            **version_facts(0, len(data.images)),
+            **data.space._asdict(),
+            "codebooks": data.codebooks_hash,
+            **encoder,
+            "history": [entry(added=len(data.images), removed=0, source=portable(config.dataset))],
+        }
+    )
+    print(f"{len(data.images):,} pictures can be found -> {run.folder}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

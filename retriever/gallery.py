@@ -1,0 +1,214 @@
+"""The gallery: the pictures that search finds. They come and go without any training.
+
+It is a run folder of `retriever.build_index` whose manifest points at one complete version of the content:
+
+version-000007/     the arrays of the tree (retriever/index.py)
+    codes.npy       (pictures, levels), in the order of rows
+    pictures.jsonl  {"image": id, "file": path} a line a row; the path as seen from the repository's root
+    lines.npy       (pictures + 1,) int64 bytes, where each line begins
+
+A change writes a new version under a temporary name, renames it, and replaces the manifest in one step; then all but
+the new version and the one before it go. So readers need no lock: what a manifest named a moment ago is still there,
+and one that was overtaken twice starts again. Writers hold the folder's lock, and remove what a killed one left.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools import runs
+from tools.errors import BadInput
+from tools.features import Rows
+from tools.files import read_array, remove_torn, replacing, write_array
+
+from .index import VokenIndex, build_index, load_index, save_index
+
+COMMAND = "retriever.build_index"
+CODES, PICTURES, LINES = "codes.npy", "pictures.jsonl", "lines.npy"
+VERSION = "version-{:06d}"
+HISTORY = 100  # changes that the manifest remembers
+
+
+class Picture(NamedTuple):
+    """One picture that can be found."""
+
+    image: str
+    """Its id."""
+    file: str
+    """Its path, as seen from the repository's root."""
+
+    def line(self) -> bytes:
+        """As it stands in pictures.jsonl."""
+        return json.dumps(self._asdict(), ensure_ascii=False).encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """One version of the pictures, memory-mapped: it stays what it is when the folder's content changes."""
+
+    manifest: runs.Manifest
+    index: VokenIndex
+    codes: NDArray[np.integer]
+    """(pictures, levels)"""
+    text: NDArray[np.uint8]
+    """(bytes,) of pictures.jsonl"""
+    lines: NDArray[np.int64]
+    """(pictures + 1,)"""
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def folder(self) -> Path:
+        return self.manifest.folder
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.manifest.facts
+
+    @property
+    def codebooks_hash(self) -> str:
+        """What the codes mean, as in `RetrieverData`."""
+        return str(self.facts["codebooks"])
+
+    def line(self, row: int) -> bytes:
+        return self.text[self.lines[row] : self.lines[row + 1]].tobytes()
+
+    def picture(self, row: int) -> Picture:
+        """The picture of a row, found by its place in the file."""
+        return Picture(**json.loads(self.line(row)))
+
+    def pictures(self) -> Iterator[Picture]:
+        """All pictures, in the order of rows."""
+        return (self.picture(row) for row in range(len(self)))
+
+
+def read_gallery(folder: Path) -> Gallery:
+    """Open the current version: milliseconds at any size, and safe while another process changes the pictures.
+
+    Raises:
+        BadInput: the folder is not finished, or its files are damaged.
+    """
+    manifest = runs.read_manifest(folder, COMMAND)
+    while True:
+        try:
+            return _open(manifest)
+        except BadInput:
+            newer = runs.read_manifest(folder, COMMAND)
+            if newer == manifest:
+                raise
+            manifest = newer
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[Gallery]:
+    """Hold the folder for a change, and remove what a killed change left.
+
+    Raises:
+        BadInput: the folder is not finished, or another process changes it.
+    """
+    runs.read_manifest(folder, COMMAND)
+    with runs.hold(folder):
+        gallery = read_gallery(folder)
+        keep_versions(folder, latest=_number(gallery.manifest))
+        remove_torn(folder)
+        yield gallery
+
+
+def replace_pictures(
+    gallery: Gallery, *, removed: Rows, added: Sequence[Picture], codes: NDArray[np.integer], source: str
+) -> int:
+    """Publish a version without the rows `removed` and with pictures behind the rows that stay, whose codes stay.
+
+    Args:
+        gallery: what `changing` gave.
+        codes: (added, levels)
+        source: where the change comes from, for the manifest's history.
+
+    Returns:
+        The number of pictures in the new version.
+    """
+    folder, number = gallery.folder, _number(gallery.manifest) + 1
+    stay = np.delete(np.arange(len(gallery)), removed)
+    lines = chain((gallery.line(row) for row in stay.tolist()), (picture.line() for picture in added))
+    files = write_version(folder, np.concatenate([gallery.codes[stay], codes]), lines, number=number)
+    facts = {
+        **gallery.facts,
+        **version_facts(number, len(stay) + len(added)),
+        "history": [*gallery.facts["history"], entry(added=len(added), removed=len(removed), source=source)][-HISTORY:],
+    }
+    runs.replace_outputs(gallery.manifest, files, facts)
+    keep_versions(folder, latest=number)
+    return len(stay) + len(added)
+
+
+def version_facts(number: int, pictures: int) -> dict[str, Any]:
+    """What the manifest says of its current version."""
+    return {"version": VERSION.format(number), "pictures": pictures}
+
+
+def entry(*, added: int, removed: int, source: str) -> dict[str, Any]:
+    """One change, as the manifest's history has it."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"time": now, "added": added, "removed": removed, "source": source}
+
+
+def write_version(folder: Path, codes: NDArray[np.integer], lines: Iterable[bytes], *, number: int) -> list[Path]:
+    """Write one version, complete or not at all, which no manifest names yet. Returns its files.
+
+    Args:
+        codes: (pictures, levels) of at least one picture.
+        lines: the pictures' lines (`Picture.line`), in the order of codes.
+    """
+    version = folder / VERSION.format(number)
+    temporary = version.with_name(f".{version.name}")
+    temporary.mkdir()
+    index = build_index(codes)
+    save_index(temporary, index)
+    write_array(temporary / CODES, codes.astype(index.levels[0].codes.dtype))
+    ends = [0]
+    with replacing(temporary / PICTURES) as path, path.open("wb") as file:
+        for line in lines:
+            ends.append(ends[-1] + file.write(line))
+    write_array(temporary / LINES, np.array(ends, dtype=np.int64))
+    temporary.rename(version)
+    return sorted(version.iterdir())
+
+
+def keep_versions(folder: Path, *, latest: int) -> None:
+    """Remove all versions, finished or not, but the latest and the one before it."""
+    kept = {VERSION.format(number) for number in (latest - 1, latest)}
+    for path in [*folder.glob("version-*"), *folder.glob(".version-*")]:
+        if path.name not in kept:
+            shutil.rmtree(path)
+
+
+def model_content(*places: str | None) -> list[str]:
+    """Fingerprints of those places that are files or folders: a model known by its name alone has none."""
+    return [runs.fingerprint(Path(place)) for place in places if place and Path(place).exists()]
+
+
+def _number(manifest: runs.Manifest) -> int:
+    return int(manifest.facts["version"].rpartition("-")[2])
+
+
+def _open(manifest: runs.Manifest) -> Gallery:
+    folder = manifest.folder / manifest.facts["version"]
+    index = load_index(folder, manifest.facts["levels"])
+    codes, lines = read_array(folder / CODES), read_array(folder / LINES)
+    try:
+        text = np.memmap(folder / PICTURES, dtype=np.uint8, mode="r")
+    except (FileNotFoundError, ValueError):
+        raise BadInput(f"{folder / PICTURES} is missing or empty: build the index again") from None
+    if not len(codes) == len(lines) - 1 == len(index.pictures) or lines[-1] != len(text):
+        raise BadInput(f"{folder}: {CODES}, {LINES} and {PICTURES} do not fit together: build the index again")
+    return Gallery(manifest, index, codes, text, lines)

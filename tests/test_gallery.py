@@ -1,0 +1,498 @@
+"""Pictures come into the index and go: found by the next search, never half-written, never seen torn."""
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models.clip import Pictures, encode_images, load_clip
+from models.rqvae import RqVae, tokenize
+from retriever import add_pictures, build_index, gallery, index, prepare, remove_pictures, search
+from retriever.gallery import Gallery, Picture, changing, read_gallery, replace_pictures
+from tests.chain import Chain, files_of
+from tests.tiny import draw_picture, generate_codes
+from tools import finished, runs
+from tools.captions import SPLITS
+from tools.errors import BadInput
+from tools.features import read_features
+from tools.files import read_json, write_json
+
+NEW = (("red", "square"), ("orange", "ring"), ("grey", "cross"))
+VERSION_FILES = [
+    "codes.npy", *(f"level{level}_{part}.npy" for level in range(3) for part in ("bases", "codes", "deltas")),
+    "lines.npy", "pictures.jsonl", "pictures.npy",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(index: Path, tmp_path: Path) -> Path:
+    """An index of 48 pictures that the test may change."""
+    return Path(shutil.copytree(index, tmp_path / "index"))
+
+
+@pytest.fixture
+def new(chain: Chain, tmp_path: Path) -> Path:
+    """Three drawings and copies of three pictures of the index, below a folder with a link to itself."""
+    photos = tmp_path / "new photos"
+    for number, (colour, shape) in enumerate(NEW):
+        draw_picture(photos / "mes dessins" / f"n° {number}.png", colour, shape, 100 + number)
+    for name in ("red-circle.png", "blue-ring.png", "grey-line.png"):
+        shutil.copy(chain.root / "images" / name, photos / f"copy of {name}")
+    (photos / "mes dessins" / "loop").symlink_to(photos)
+    (photos / "itself.png").symlink_to(photos / "itself.png")
+    (photos / "notes.txt").write_text("no picture")
+    return photos
+
+
+def add(folder: Path, new: Path, **options: Any) -> None:
+    settings = {"precision": "fp32", "device": "cpu", "workers": 0, **options}
+    add_pictures.main(add_pictures.Config(folder=new, index=folder, **settings))
+
+
+def remove(folder: Path, *names: str) -> None:
+    remove_pictures.main(remove_pictures.Config(names=names, index=folder))
+
+
+def images(folder: Path) -> list[str]:
+    return [picture.image for picture in read_gallery(folder).pictures()]
+
+
+def below(photos: Path) -> list[str]:
+    """Ids of the pictures below a folder, in the order in which they are added."""
+    return sorted(str(path.relative_to(photos)) for path in photos.rglob("*.png") if path.is_file())
+
+
+def found_files(folder: Path, retriever: Path, sheet: Path, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Files that a search wide enough for all pictures prints."""
+    capsys.readouterr()
+    search.main(
+        search.Config(
+            queries=("a red circle",), index=folder, retriever=retriever, sheet=sheet, beams=64, keep=64,
+            precision="fp32", device="cpu",
+        )
+    )  # fmt: skip
+    return {line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()[1:-1]}
+
+
+def assert_same_tree(folder: Path, codes: Sequence[Sequence[int]], scratch: Path) -> None:
+    """The index is, file by file, the one that is built from nothing over codes (pictures, levels)."""
+    scratch.mkdir()
+    index.save_index(scratch, index.build_index(np.array(codes)))
+    opened = read_gallery(folder)
+    version = folder / opened.facts["version"]
+    assert opened.codes.tolist() == np.array(codes).tolist()
+    for path in scratch.iterdir():
+        assert path.read_bytes() == (version / path.name).read_bytes(), path.name
+
+
+def assert_whole(opened: Gallery) -> None:
+    """All parts are of one version: the pictures of `numbered` are called by their codes."""
+    assert [picture.image for picture in opened.pictures()] == [str(row) for row in opened.codes.tolist()]
+    fresh = index.build_index(np.asarray(opened.codes))
+    leaves = np.arange(fresh.leaves)
+    for ours, expected in zip(opened.index.expand(leaves), fresh.expand(leaves), strict=True):
+        assert ours.tolist() == expected.tolist()
+
+
+def test_added_pictures_are_found_and_removed_ones_are_not(
+    folder: Path, new: Path, retriever: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = found_files(folder, retriever, tmp_path / "x.png", capsys)
+    add(folder, new)
+    assert capsys.readouterr().out.startswith("6 pictures added, 54 can be found, ")
+    files = {str(new / image) for image in below(new)}
+    assert found_files(folder, retriever, tmp_path / "x.png", capsys) == before | files
+    (new / "copy of red-circle.png").unlink()  # a file that has gone is still listed, and drawn as a grey square
+    assert found_files(folder, retriever, tmp_path / "x.png", capsys) == before | files
+    remove(folder, *files)
+    assert capsys.readouterr().out == "6 pictures removed, 48 can be found\n"
+    assert found_files(folder, retriever, tmp_path / "x.png", capsys) == before
+
+
+def test_adding_gives_the_index_that_is_built_from_nothing(
+    chain: Chain, folder: Path, new: Path, tmp_path: Path
+) -> None:
+    """Codes, tree and collisions, with copies that collide; the pictures that were there keep their codes."""
+    before = read_gallery(folder).codes.tolist()
+    add(folder, new)
+    features = read_features(chain.features)
+    clip = load_clip(str(chain.features / "clip"))
+    pictures = Pictures(below(new), clip.preprocess, folder=new)
+    with torch.inference_mode():
+        encoded = encode_images(clip, torch.stack([pictures[row] for row in range(6)])).numpy()
+    groups = [*(features.image_rows(split) for split in SPLITS), np.arange(48, 54)]
+    model = RqVae.from_pretrained(chain.rqvae)
+    everything = np.concatenate([features.images, encoded])
+    codes = tokenize(model, everything, groups=groups).codes.tolist()
+    assert len({str(row) for row in tokenize(model, everything, groups=None).codes.tolist()}) < 54  # some collide
+    assert len({str(row) for row in codes}) == 54
+    assert codes[:48] == before
+    assert_same_tree(folder, codes, tmp_path / "scratch")
+
+
+def test_removing_gives_the_index_of_those_that_stay(folder: Path, tmp_path: Path) -> None:
+    old = read_gallery(folder)
+    names, codes = [picture.image for picture in old.pictures()], old.codes.tolist()
+    remove(folder, names[3], old.picture(20).file, os.path.relpath(old.picture(7).file))
+    stay = [row for row in range(48) if row not in (3, 7, 20)]
+    assert images(folder) == [names[row] for row in stay]
+    assert_same_tree(folder, [codes[row] for row in stay], tmp_path / "scratch")
+    assert old.codes.tolist() == codes  # an open gallery stays what it was
+    assert [picture.image for picture in old.pictures()] == names
+
+
+def test_unresolved_collisions_stay_and_list_the_older_picture_first(chain: Chain, new: Path, tmp_path: Path) -> None:
+    codes, dataset, folder = tmp_path / "codes", tmp_path / "dataset", tmp_path / "index"
+    generate_codes.main(
+        generate_codes.Config(
+            features=chain.features, rqvae=chain.rqvae, output=codes, resolve_collisions=False, device="cpu"
+        )
+    )
+    prepare.main(prepare.Config(codes=codes, output=dataset))
+    build_index.main(build_index.Config(dataset=dataset, rqvae=chain.rqvae, output=folder))
+    add(folder, new)
+    opened = read_gallery(folder)
+    names = images(folder)
+    for name in ("red-circle.png", "blue-ring.png", "grey-line.png"):
+        old, copy = names.index(name), names.index(f"copy of {name}")
+        assert opened.codes[old].tolist() == opened.codes[copy].tolist()
+        rows, owners = opened.index.expand(np.arange(opened.index.leaves))
+        together = rows[owners == owners[rows.tolist().index(copy)]].tolist()
+        assert together == sorted(together)
+        assert {old, copy} <= set(together)
+    assert "leaf_bases.npy" in {path.name for path in (folder / "version-000001").iterdir()}
+
+
+def test_known_pictures_are_refused_replaced_or_left_out(
+    folder: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(folder, new)
+    with pytest.raises(
+        BadInput, match=r"6 of 6 pictures are in the index already, the first: .*copy of blue-ring\.png"
+    ):
+        add(folder, new)
+    with pytest.raises(BadInput, match="3 of 3 pictures are in the index already"):
+        add(folder, new / "mes dessins")  # the same files under other ids
+    capsys.readouterr()
+    add(folder, new, skip_known=True)
+    assert "nothing to add" in capsys.readouterr().out
+    draw_picture(new / "mes dessins" / "n° 0.png", "black", "square", 7)
+    draw_picture(new / "one more.png", "black", "cross", 8)
+    add(folder, new, skip_known=True)
+    assert images(folder)[-2:] == ["mes dessins/n° 2.png", "one more.png"]
+    add(folder, new, replace=True)
+    assert images(folder)[48:] == below(new)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("7 pictures added in the place of 7, 55 can be found")
+    other = new.parent / "other"
+    draw_picture(other / "one more.png", "black", "cross", 8)
+    with pytest.raises(BadInput, match=r"1 of 1 .*there: id 'one more\.png', file .*new photos/one more\.png"):
+        add(folder, other)
+    add(folder, other, prefix="other/")
+    assert images(folder)[-1] == "other/one more.png"
+
+
+def test_replacing_a_picture_frees_its_codes(folder: Path, new: Path) -> None:
+    """A picture that takes its own place gets the codes that it had."""
+    add(folder, new)
+    before = read_gallery(folder).codes.tolist()
+    add(folder, new, replace=True)
+    assert read_gallery(folder).codes.tolist() == before
+
+
+def test_run_folder_holds_exactly_two_versions(folder: Path, new: Path, tmp_path: Path) -> None:
+    assert files_of(folder) == ["manifest.json", *(f"version-000000/{name}" for name in VERSION_FILES)]
+    empty = runs.fingerprint(folder)
+    add(folder, new)
+    filled = runs.fingerprint(folder)
+    remove(folder, "red-circle.png", "red-ring.png", *below(new))
+    manifest = runs.read_manifest(folder, gallery.COMMAND)
+    assert files_of(folder) == [
+        "manifest.json", *(f"version-00000{number}/{name}" for number in (1, 2) for name in VERSION_FILES)
+    ]  # fmt: skip
+    assert sorted(manifest.outputs) == [f"version-000002/{name}" for name in VERSION_FILES]
+    assert len({empty, filled, manifest.fingerprint}) == 3
+    assert manifest.facts["pictures"] == 46
+    history = [(row["added"], row["removed"], row["source"]) for row in manifest.facts["history"]]
+    assert history[1:] == [
+        (6, 0, str(new)), (0, 8, f"red-circle.png, red-ring.png, {below(new)[0]} ..."),
+    ]  # fmt: skip
+    assert history[0][:2] == (48, 0)
+
+
+def test_a_changed_index_is_still_finished(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = build_index.Config(dataset=chain.dataset, rqvae=chain.rqvae, output=tmp_path / "index")
+    arguments = [part for name in ("dataset", "rqvae", "output") for part in (f"--{name}", str(getattr(config, name)))]
+    monkeypatch.setattr("sys.argv", ["x", *arguments])
+    build_index.main(config)
+    remove(config.output, "red-ring.png")
+    assert finished.main(["-m", "retriever.build_index", *arguments]) == 0
+    build_index.main(config)
+    assert capsys.readouterr().out.count("is finished; nothing to do.") == 2
+    assert len(read_gallery(config.output)) == 47
+    build_index.main(dataclasses.replace(config, overwrite=True))
+    assert len(read_gallery(config.output)) == 48
+
+
+def numbered(folder: Path) -> Path:
+    """Give an index twelve pictures that are called by their codes."""
+    rename_all(folder, 12, seed=0)
+    return folder
+
+
+def rename_all(folder: Path, count: int, seed: int) -> None:
+    """Replace half of the pictures (all that are not called by their codes) by `count` others."""
+    codes = np.random.default_rng(seed).integers(0, 8, size=(count, 3))
+    with changing(folder) as opened:
+        named = opened.picture(0).image.startswith("[")
+        removed = np.arange(len(opened))[:: 2 if named else 1]
+        added = [Picture(str(row), f"{row}.png") for row in codes.tolist()]
+        replace_pictures(opened, removed=removed, added=added, codes=codes, source="test")
+
+
+def run_until(step: int, action: Callable[[], None]) -> int:
+    """Run an action in a process that is killed right before its step-th write. Returns its exit status."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    writes = itertools.count(1)
+
+    def kill(event: str, arguments: tuple[Any, ...]) -> None:
+        writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writing or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")) and next(writes) == step:
+            os._exit(9)
+
+    try:
+        sys.addaudithook(kill)
+        action()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def test_a_writer_killed_at_any_step_leaves_a_whole_version(folder: Path, tmp_path: Path) -> None:
+    rename_all(numbered(folder), 3, seed=1)  # so that the change has an old version to remove
+    rename_all(shutil.copytree(folder, tmp_path / "done"), 5, seed=2)
+    old, new, outcomes = images(folder), images(tmp_path / "done"), []
+    for step in itertools.count(1):
+        copy = Path(shutil.copytree(folder, tmp_path / f"killed at {step}"))
+        status = run_until(step, lambda copy=copy: rename_all(copy, 5, seed=2))  # type: ignore[misc]
+        opened = read_gallery(copy)
+        assert_whole(opened)
+        outcomes.append(images(copy) == new)
+        assert images(copy) == (new if outcomes[-1] else old)
+        rename_all(copy, 4, seed=3)
+        assert_whole(read_gallery(copy))
+        number = 4 if outcomes[-1] else 3
+        assert sorted(path.name for path in copy.iterdir()) == [
+            ".lock", "manifest.json", f"version-00000{number - 1}", f"version-00000{number}",
+        ]  # fmt: skip
+        shutil.rmtree(copy)
+        if status != 9:
+            break
+    assert status == 0
+    assert step > 40
+    assert outcomes == sorted(outcomes)
+    assert outcomes.count(False) > 30
+    assert outcomes.count(True) > 10  # killed while it removed the version before the last
+
+
+def test_a_killed_build_is_repeated(chain: Chain, tmp_path: Path) -> None:
+    config = build_index.Config(dataset=chain.dataset, rqvae=chain.rqvae, output=tmp_path / "index")
+    for step in (3, 5, 8, 20, 40):
+        assert run_until(step, lambda: build_index.main(config)) == 9
+        with pytest.raises(BadInput, match=r"run scripts/11_build_index\.sh first"):
+            read_gallery(config.output)
+    build_index.main(config)
+    assert files_of(config.output) == ["manifest.json", *(f"version-000000/{name}" for name in VERSION_FILES)]
+
+
+def read_again_and_again(folder: Path, stop: Any, results: Any) -> None:
+    """Open the index until told to stop; report how often, and how many versions were seen."""
+    versions = []
+    try:
+        while not stop.is_set():
+            opened = read_gallery(folder)
+            assert_whole(opened)
+            versions.append(opened.facts["version"])
+        results.put((len(versions), len(set(versions)), versions == sorted(versions), ""))
+    except BaseException as error:
+        results.put((len(versions), 0, False, repr(error)))
+
+
+def test_a_reader_never_sees_a_torn_version(folder: Path) -> None:
+    numbered(folder)
+    processes = multiprocessing.get_context("fork")
+    stop, results = processes.Event(), processes.Queue()
+    readers = [processes.Process(target=read_again_and_again, args=(folder, stop, results)) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for seed in range(1, 41):
+        rename_all(folder, 1 + seed % 7, seed)
+    stop.set()
+    for reads, versions, in_order, error in (results.get(timeout=60) for _ in readers):
+        assert not error
+        assert in_order
+        assert reads >= versions > 3
+    for reader in readers:
+        reader.join()
+
+
+def test_a_reader_whose_version_went_reads_the_newest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbered(folder)
+    load, calls = index.load_index, []
+
+    def overtaken(version: Path, levels: int) -> index.VokenIndex:
+        calls.append(version.name)
+        if len(calls) == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(gallery, "load_index", load)
+                for seed in (1, 2):
+                    rename_all(folder, 3, seed)
+        return load(version, levels)
+
+    monkeypatch.setattr(gallery, "load_index", overtaken)
+    opened = read_gallery(folder)
+    assert_whole(opened)
+    assert calls == ["version-000001", "version-000003"]
+
+
+def test_only_one_writes_at_a_time(folder: Path, new: Path) -> None:
+    with changing(folder):
+        with pytest.raises(BadInput, match="in use by another process: wait until it has finished"):
+            add(folder, new)
+        with pytest.raises(BadInput, match="in use by another process"):
+            remove(folder, "red-ring.png")
+        assert len(read_gallery(folder)) == 48  # who only reads need not wait
+    add(folder, new)
+
+
+def test_a_damaged_picture_stops_all_or_is_left_out(
+    folder: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (new / "copy of blue-ring.png").read_bytes()
+    (new / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (new / "words.JPG").write_text("not a picture")
+    Path(os.fsdecode(os.fsencode(new) + b"/\xff.png")).write_bytes(whole)
+    before = files_of(folder)
+    with pytest.raises(BadInput) as error:
+        add(folder, new)
+    assert str(error.value) == (
+        f"{new}/cut.png: picture unreadable (OSError) (3 of 9 pictures cannot be used): mend it, or go on without it "
+        "with --skip-bad; nothing was added"
+    )
+    assert files_of(folder) == before
+    capsys.readouterr()
+    add(folder, new, skip_bad=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        f"left out: {new}/cut.png: picture unreadable (OSError)",
+        f"left out: {new}/words.JPG: picture unreadable (UnidentifiedImageError)",
+        f"left out: {new}/\\udcff.png: file name not UTF-8",
+    ]
+    assert lines[3].startswith("6 pictures added")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("red-ring.png", "no such.png", "nor this"),
+            r"2 of 3 names are neither .* the first: 'no such\.png'; nothing",
+        ),
+        ((), "no picture is named"),
+    ],
+)
+def test_unknown_names_remove_nothing(folder: Path, names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        remove(folder, *names)
+    assert len(read_gallery(folder)) == 48
+
+
+def test_the_last_picture_stays(folder: Path) -> None:
+    with pytest.raises(BadInput, match="an index holds at least one; nothing was removed"):
+        remove(folder, *images(folder))
+    first, *rest = images(folder)
+    remove(folder, *rest)
+    assert images(folder) == [first]
+
+
+def test_wrong_folders_and_options_are_one_clear_line(folder: Path, new: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for options, message in (
+        ({"new": tmp_path / "nowhere"}, "nowhere is not a folder"),
+        ({"new": tmp_path / "empty"}, "there is no picture below .*empty"),
+        ({"folder": tmp_path / "empty"}, r"has no manifest\.json: run scripts/11_build_index\.sh first"),
+        ({"replace": True, "skip_known": True}, "--replace and --skip-known contradict"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            add(**{"folder": folder, "new": new, **options})  # type: ignore[arg-type]
+    assert not (tmp_path / "empty" / ".lock").exists()
+
+
+@pytest.mark.parametrize("part", ["clip", "rqvae"])
+def test_a_model_that_has_changed_is_refused(part: str, folder: Path, new: Path) -> None:
+    manifest = read_json(folder / "manifest.json")
+    manifest["facts"][part]["content"] = "another"
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(BadInput, match=r"has changed since .* was built"):
+        add(folder, new)
+    assert len(read_gallery(folder)) == 48
+
+
+def copy_with_input(folder: Path, copy: Path, **inputs: dict[str, str]) -> Path:
+    """A copy of a run folder whose manifest speaks of other inputs."""
+    shutil.copytree(folder, copy)
+    manifest = read_json(copy / "manifest.json")
+    manifest["inputs"] = {name: {**manifest["inputs"].get(name, {}), **value} for name, value in inputs.items()}
+    write_json(copy / "manifest.json", manifest)
+    return copy
+
+
+def test_stale_inputs_are_refused(chain: Chain, tmp_path: Path) -> None:
+    """Codes made again behind the dataset's back, and towers behind the features'."""
+    old = {"fingerprint": "older"}
+    stale = copy_with_input(chain.dataset, tmp_path / "stale", codes=old)
+    with pytest.raises(BadInput, match=r"codes has changed since .*: run scripts/07_prepare_retriever_dataset\.sh"):
+        build_index.main(build_index.Config(dataset=stale, rqvae=chain.rqvae, output=tmp_path / "index"))
+    towers = {"path": str(chain.root / "clip"), "by": "content", **old}
+    features = copy_with_input(chain.features, tmp_path / "features", model=towers)
+    rqvae = runs.read_manifest(chain.codes, "RQ-VAE.generate_codes").inputs["rqvae"]
+    codes = copy_with_input(
+        chain.codes, tmp_path / "codes", rqvae=rqvae,
+        features={"path": str(features), "by": "content", "fingerprint": runs.fingerprint(features)},
+    )  # fmt: skip
+    codes_now = {"path": str(codes), "by": "content", "fingerprint": runs.fingerprint(codes)}
+    dataset = copy_with_input(chain.dataset, tmp_path / "dataset", codes=codes_now)
+    with pytest.raises(BadInput, match=r"clip has changed since .*features was made: run scripts/04_train_heads\.sh"):
+        build_index.main(build_index.Config(dataset=dataset, rqvae=chain.rqvae, output=tmp_path / "index"))
+
+
+@pytest.mark.parametrize("name", ["pictures.jsonl", "lines.npy", "codes.npy", "level1_codes.npy"])
+def test_damaged_files_are_named(name: str, folder: Path) -> None:
+    version = folder / "version-000000"
+    (version / name).write_bytes((version / name).read_bytes()[:-2] if name.endswith("jsonl") else b"")
+    with pytest.raises(BadInput, match=r"build the index again|not a readable"):
+        read_gallery(folder)
+    (version / name).unlink()
+    with pytest.raises(BadInput, match=r"build the index again|does not exist"):
+        read_gallery(folder)
+
+
+def test_pictures_are_read_by_row(folder: Path) -> None:
+    opened = read_gallery(folder)
+    lines = (folder / "version-000000" / "pictures.jsonl").read_text().splitlines()
+    assert [opened.picture(row)._asdict() for row in range(48)] == [json.loads(line) for line in lines]
+    assert all(Path(picture.file).is_file() for picture in opened.pictures())
