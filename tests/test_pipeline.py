@@ -22,6 +22,7 @@ from tests.tiny import (
     bert_folder,
     draw_picture,
     generate_codes,
+    llama_folder,
     prepare_emb,
     rqvae_train,
     t5_folder,
@@ -231,6 +232,22 @@ def test_t5_runs_through_the_same_command(chain: Chain, tmp_path: Path) -> None:
     retrieve.main(retrieve_config(chain, config.output, tmp_path / "found", score_end=True, beams=8))
     rows = [row for _, row in read_json_lines(tmp_path / "found" / "test.jsonl")]
     assert all(sorted(set(row["ranked"])) == sorted(row["ranked"]) and len(row["ranked"]) == 8 for row in rows)
+
+
+def test_llama_runs_through_the_same_commands(chain: Chain, tmp_path: Path) -> None:
+    config = train.Config(
+        dataset=chain.dataset, language_model=str(llama_folder(tmp_path / "base")), kind="causal",
+        output=tmp_path / "llama", **TRAIN,
+    )  # fmt: skip
+    train.main(config)
+    retrieve.main(retrieve_config(chain, config.output, tmp_path / "found", scoring="voken", beams=8))
+    rows = [row for _, row in read_json_lines(tmp_path / "found" / "test.jsonl")]
+    assert all(len(set(row["ranked"])) == len(row["ranked"]) == 8 for row in rows)
+
+
+def test_a_score_that_does_not_exist_is_refused(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--score-end needs --scoring full"):
+        retrieve_config(chain, tmp_path, tmp_path / "found", scoring="voken", score_end=True)
 
 
 def cut_power_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> None:
