@@ -30,15 +30,23 @@ class TwoTower(NamedTuple):
 def crossover(generation: float, system: TwoTower) -> str:
     """The pool size from which generation (seconds a query, the same at any size) is faster.
 
-    Exact search is extended in proportion from the largest pool measured; an approximate index is not extended.
+    It is faster there and at every larger size measured. Exact search, whose time grows with the pool, is read between
+    the sizes measured and extended in proportion beyond the largest; an approximate index is not extended.
     """
     if generation <= system.encode:
         return "any"
-    largest = max(system.search)
-    if system.exact:
-        return f"{_rounded((generation - system.encode) / (system.search[largest] / largest)):,}"
-    beaten = [pool for pool, seconds in sorted(system.search.items()) if generation < system.encode + seconds]
-    return f"{beaten[0]:,}" if beaten else f"none up to {largest:,}"
+    spare = generation - system.encode
+    pools = sorted(system.search)
+    beaten = [pool for pool in pools if all(spare < system.search[larger] for larger in pools if larger >= pool)]
+    if not system.exact:
+        return f"{beaten[0]:,}" if beaten else f"none up to {pools[-1]:,}"
+    if not beaten:
+        return f"{_rounded(spare / system.search[pools[-1]] * pools[-1]):,}"
+    if beaten[0] == pools[0]:
+        return f"at most {pools[0]:,}"
+    low, high = pools[pools.index(beaten[0]) - 1], beaten[0]
+    share = (spare - system.search[low]) / (system.search[high] - system.search[low])
+    return f"{_rounded(low + share * (high - low)):,}"
 
 
 def crossover_table(
@@ -77,23 +85,25 @@ def draw(path: Path, generation: dict[tuple[str, int], float], systems: Sequence
     batches = sorted({system.batch for system in systems})
     pools = sorted(systems[0].search)
     figure, panels = pyplot.subplots(1, len(batches), figsize=(5 * len(batches), 5), sharey=True, squeeze=False)
+    colours = dict(zip(dict.fromkeys(name for name, _ in generation), COLOURS, strict=False))
+    styles = dict(zip(dict.fromkeys(own.name for own in systems), zip(COLOURS, MARKERS, strict=True), strict=False))
+    labelled: dict[str, Any] = {}
     for panel, batch in zip(panels[0], batches, strict=True):
-        constant = [(name, seconds) for (name, size), seconds in generation.items() if size == batch]
-        for colour, (name, seconds) in zip(COLOURS, constant, strict=False):
-            panel.plot(pools, [seconds * 1e3] * len(pools), label=name, linewidth=2.5, color=colour)
-        for colour, marker, system in zip(
-            COLOURS, MARKERS, [own for own in systems if own.batch == batch], strict=False
-        ):
-            values = [(system.encode + system.search[pool]) * 1e3 for pool in sorted(system.search)]
-            label = f"two-tower: {system.name}"
-            panel.plot(sorted(system.search), values, label=label, linestyle="--", marker=marker, color=colour)
+        for (name, size), seconds in generation.items():
+            if size == batch:
+                flat = [seconds * 1e3] * len(pools)
+                labelled[name] = panel.plot(pools, flat, linewidth=2.5, color=colours[name])[0]
+        for system in (own for own in systems if own.batch == batch):
+            colour, marker = styles[system.name]
+            values = [(system.encode + system.search[pool]) * 1e3 for pool in pools]
+            (line,) = panel.plot(pools, values, linestyle="--", marker=marker, color=colour)
+            labelled[f"two-tower: {system.name}"] = line
         panel.set(xscale="log", yscale="log", xlabel="pictures in the pool", title=f"batch {batch}")
         panel.grid(True, which="major", alpha=0.3)
     panels[0][0].set_ylabel("milliseconds a query")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=3, fontsize=8, frameon=False)
+    figure.legend(labelled.values(), labelled.keys(), loc="lower center", ncol=3, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(rect=(0, 0.03 + 0.04 * -(-len(labels) // 3), 1, 1))
+    figure.tight_layout(rect=(0, 0.03 + 0.04 * -(-len(labelled) // 3), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -1,5 +1,6 @@
 """The emoji sample's trained retriever: what scoring and precision do to its recall, and its speed."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from models.arithmetic import Arithmetic
 from models.decoding import Scoring, Writer, make_writer
 from models.voken_lm import VokenLM
-from retriever.beam import beam_search
 from retriever.data import RetrieverData, read_data, read_retriever
 from retriever.index import build_index, to_device
 from retriever.queries import LiveQueries
@@ -19,6 +19,8 @@ from retriever.retrieve import ranks_of, search_queries
 from tests.oracle import dictionary_trie, generate
 from tools.recall import CUTOFFS, report
 
+from .calls import encode_only, engine
+from .rows import Setting
 from .timing import interleave
 
 BEAMS, BATCH, SPEED_BATCH = 10, 64, 32
@@ -96,33 +98,22 @@ def speed_rows(lm: VokenLM, data: RetrieverData) -> list[dict[str, Any]]:
     token_ids = tokens[len(tokens) // 2 : len(tokens) // 2 + SPEED_BATCH]
     levels = to_device(build_index(data.codes), lm.device)
     trie = dictionary_trie(lm, data.codes, score_end=False)
-    calls: dict[str, Any] = {
-        "generate, cache\tfp32": partial(generate, lm, trie, token_ids, beams=BEAMS, score_end=False)
+    setting = Setting("sample", len(data.codes), BEAMS, token_ids)
+    calls: dict[tuple[str, str], Callable[[], object]] = {
+        ("generate, cache", "fp32"): partial(generate, lm, trie, token_ids, beams=BEAMS, score_end=False)
     }
     for kind in ("fp32", "bf16"):
         writer = make_writer(lm, kind)
-        calls[f"text encoder alone\t{kind}"] = partial(_encode, writer, token_ids)
+        calls["text encoder alone", kind] = partial(encode_only, writer, setting)
         for scoring in ("full", "voken"):
-            calls[f"engine, {scoring}\t{kind}"] = partial(_answer, writer, token_ids, levels, scoring)
+            calls[f"engine, {scoring}", kind] = partial(engine, writer, levels, setting, scoring=scoring)
     timings = interleave(calls, repeats=7, memory=False)
     return [
         {
-            "system": name.split("\t")[0],
-            "precision": name.split("\t")[1],
+            "system": system,
+            "precision": kind,
             "ms/query": round(timing.median / len(token_ids) * 1e3, 2),
-            "over its encoder": round(
-                timing.median / timings[f"text encoder alone\t{name.split(chr(9))[1]}"].median, 2
-            ),
+            "over its encoder": round(timing.median / timings["text encoder alone", kind].median, 2),
         }
-        for name, timing in timings.items()
+        for (system, kind), timing in timings.items()
     ]
-
-
-@torch.inference_mode()
-def _encode(writer: Writer, token_ids: list[list[int]]) -> object:
-    return writer.encode(token_ids)
-
-
-@torch.inference_mode()
-def _answer(writer: Writer, token_ids: list[list[int]], levels: Any, scoring: Scoring) -> object:
-    return beam_search(writer, writer.encode(token_ids), levels, beams=BEAMS, scoring=scoring)

@@ -8,12 +8,11 @@ Command: python -m benchmarks.search [--quick]
 
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +20,26 @@ from numpy.typing import NDArray
 
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
-from models.decoding import Scoring, Writer, make_writer
-from models.voken_lm import Memory, VokenLM
-from retriever.beam import Beams, beam_search, best, children_of
-from retriever.index import DeviceLevel, VokenIndex, build_index, load_index, save_index, to_device
-from tests.oracle import DictionaryTrie, dictionary_trie, generate
+from models.decoding import Writer, make_writer
+from retriever.index import DeviceLevel, build_index, to_device
+from tests.oracle import dictionary_trie, generate
 from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
 from tools.files import replacing, write_json
 from tools.logs import table
 
+from .calls import constraint, encode_only, engine, forward, index_figures, same_as_generate
 from .codes import synthetic_codes
 from .crossover import crossover_table, draw
+from .rows import Row, Setting, cells, say
 from .sample import sample_figures
 from .shapes import captions, encoder_decoder, llama, prompts, t5_base
-from .timing import Timing, interleave, machine
+from .timing import interleave, machine
 
 POOL, BATCH, BEAMS = 30_000, 8, 10
-PUBLISHED_LENGTH = 128
+PUBLISHED = ("published: no cache, padded to 128", "fp32")
+PUBLISHED_LENGTH, PUBLISHED_ROUNDS = 128, 3
 PROMPT_TOKENS = 60
 POOLS, BATCHES = (1000, 10_000, 100_000, 1_000_000), (1, 8, 64)
 GRID = "T5-base by batch and beams"
@@ -59,7 +59,7 @@ class Config:
     """How much is measured."""
 
     quick: bool = False
-    """Only the rows behind the ratios: about ten minutes on two cores; the whole takes about an hour."""
+    """Only the rows behind the ratios: under ten minutes on two cores; the whole takes about an hour."""
     output: Path = Path("benchmarks/results")
     """Folder of the three files."""
     sample: Path = Path("retriever/output/emoji")
@@ -67,98 +67,11 @@ class Config:
     repeats: int = 7
     """Rounds of the fast calls; slow ones get fewer."""
     most_pictures: int = 10_000_000
-    """Largest index that is built."""
+    """Largest pool of the tables that go through sizes."""
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.most_pictures < 1000:
             raise BadInput("--repeats must be at least 1 and --most-pictures at least 1000")
-
-
-class Row(NamedTuple):
-    """One measured configuration; seconds are of one call on a whole batch."""
-
-    section: str
-    system: str
-    precision: str
-    pool: int | None
-    batch: int
-    beams: int | None
-    seconds: float
-    least: float
-    most: float
-    repeats: int
-    queries_per_second: float
-    peak_mebibytes: float | None
-
-
-class Setting(NamedTuple):
-    """What the calls of one comparison share."""
-
-    section: str
-    pool: int
-    beams: int
-    token_ids: list[list[int]]
-
-    def row(self, name: str, precision: str, timing: Timing) -> Row:
-        size = len(self.token_ids)
-        peak = None if timing.peak_mebibytes is None else round(timing.peak_mebibytes, 1)
-        return Row(
-            self.section,
-            name,
-            precision,
-            self.pool,
-            size,
-            self.beams,
-            timing.median,
-            timing.least,
-            timing.most,
-            timing.repeats,
-            round(size / timing.median, 2),
-            peak,
-        )
-
-
-def engine(
-    writer: Writer, levels: list[DeviceLevel], setting: Setting, *, scoring: Scoring = "full", score_end: bool = False
-) -> Beams:
-    """A whole answer of this engine: encode, search."""
-    with torch.inference_mode():
-        memory = writer.encode(setting.token_ids)
-    return beam_search(writer, memory, levels, beams=setting.beams, scoring=scoring, score_end=score_end)
-
-
-@torch.inference_mode()
-def forward(writer: Writer, setting: Setting, *, scoring: Scoring = "voken") -> torch.Tensor:
-    """The passes that no search can do without: encoder, keys and values, one decoder step a level, the logits.
-
-    Tokens are arbitrary; beams are as many as a search has, 1 and then `setting.beams`.
-    """
-    memory: Memory = writer.encode(setting.token_ids)
-    session = writer.begin(memory)
-    states = session.open()
-    queries, device = len(setting.token_ids), memory.states.device
-    levels = writer.lm.space.levels
-    for level in range(levels):
-        scores = writer.head.log_probabilities(states, level, scoring)
-        if level + 1 < levels:
-            tokens = torch.arange(setting.beams, device=device).expand(queries, -1) + writer.lm.first_voken
-            parents = torch.arange(setting.beams, device=device).expand(queries, -1) % states.shape[1]
-            states = session.advance(tokens, parents)
-    return scores
-
-
-@torch.inference_mode()
-def constraint(levels: list[DeviceLevel], log_probabilities: torch.Tensor, beams: int) -> torch.Tensor:
-    """What the index and the choice of the best cost, without any model.
-
-    Args:
-        log_probabilities: (queries, beams, codebook_size), taken for every level.
-    """
-    scores = log_probabilities.new_zeros(len(log_probabilities), 1)
-    nodes = torch.zeros_like(scores, dtype=torch.long)
-    for level in levels:
-        nodes, scores, *_ = best(children_of(nodes, scores, log_probabilities[:, : nodes.shape[1]], level), beams)
-    return nodes
 
 
 class Bench:
@@ -192,15 +105,10 @@ class Bench:
         warm_up: bool = True,
     ) -> dict[tuple[str, str], float]:
         """Time calls, named (system, precision), against each other; the medians."""
-        named = {"\t".join(name): call for name, call in calls.items()}
-        timings = interleave(named, repeats=repeats, warm_up=warm_up, memory=warm_up)
-        medians = {}
-        for name, timing in timings.items():
-            system, precision = name.split("\t")
-            self.rows.append(setting.row(system, precision, timing))
-            medians[system, precision] = timing.median
-        _say(setting.section, self.rows[-len(calls) :])
-        return medians
+        timings = interleave(calls, repeats=repeats, warm_up=warm_up)
+        self.rows += [setting.row(system, kind, timing) for (system, kind), timing in timings.items()]
+        say(setting.section, self.rows[-len(calls) :])
+        return {name: timing.median for name, timing in timings.items()}
 
     def headline(self) -> None:
         """T5-base, 30k pictures, 8 captions, 10 beams: the published way, `generate`, and this engine."""
@@ -219,30 +127,32 @@ class Bench:
         near = self.measure(
             setting._replace(section="T5-base, engine and its passes"), close, repeats=2 * self.config.repeats
         )
-        slow = {
-            ("published: no cache, padded to 128", "fp32"): lambda: hugging_face(
-                self.t5, trie, use_cache=False, pad_to=PUBLISHED_LENGTH
-            ),
-            ("engine, exact", "fp32"): calls["engine, exact", "fp32"],
+        slow: dict[tuple[str, str], Callable[[], object]] = {
+            PUBLISHED: lambda: hugging_face(self.t5, trie, use_cache=False, pad_to=PUBLISHED_LENGTH),
+            **{name: call for name, call in calls.items() if name[0] in ("engine, exact", "engine, voken")},
         }
-        published = self.measure(setting._replace(section="T5-base, published"), slow, repeats=3)
-        published_seconds, cached = next(iter(published.values())), medians["generate, cache", "fp32"]
-        seconds = {f"{system[8:]} {kind}": value for (system, kind), value in medians.items() if "engine" in system}
+        published = self.measure(
+            setting._replace(section="T5-base, published"), slow, repeats=PUBLISHED_ROUNDS, warm_up=False
+        )
+        fp32, bf16 = ("engine, voken", "fp32"), ("engine, voken", "bf16")
+        exact = ("engine, exact", "fp32")
         self.ratios |= {
-            "exact_vs_published": published_seconds / seconds["exact fp32"],
-            "exact_vs_generate": cached / seconds["exact fp32"],
-            "voken_vs_published": published_seconds / seconds["voken fp32"],
-            "voken_vs_generate": cached / seconds["voken fp32"],
-            "voken_bf16_vs_published": published_seconds / seconds["voken bf16"],
-            "voken_bf16_vs_generate_bf16": medians["generate, cache", "bf16"] / seconds["voken bf16"],
-            "engine_over_forward": near["engine, voken", "fp32"] / near["forward passes", "fp32"],
-            "engine_over_forward_bf16": near["engine, voken", "bf16"] / near["forward passes", "bf16"],
-            "constraint_share": medians["index and top-k alone", "fp32"] / seconds["voken fp32"],
-            "constraint_share_bf16": medians["index and top-k alone", "fp32"] / seconds["voken bf16"],
+            "exact_vs_published": published[PUBLISHED] / published[exact],
+            "exact_vs_generate": medians["generate, cache", "fp32"] / medians[exact],
+            "voken_vs_published": published[PUBLISHED] / published[fp32],
+            "voken_vs_generate": medians["generate, cache", "fp32"] / medians[fp32],
+            "voken_bf16_vs_published": published[PUBLISHED] / published[bf16],
+            "voken_bf16_vs_generate_bf16": medians["generate, cache", "bf16"] / medians[bf16],
+            "engine_over_forward": near[fp32] / near["forward passes", "fp32"],
+            "engine_over_forward_bf16": near[bf16] / near["forward passes", "bf16"],
+            "constraint_share": medians["index and top-k alone", "fp32"] / medians[fp32],
+            "constraint_share_bf16": medians["index and top-k alone", "fp32"] / medians[bf16],
         }
-        if ("engine, voken", "int8") in medians:
-            self.ratios["voken_int8_vs_published"] = published_seconds / seconds["voken int8"]
-        self.facts["identical_to_generate"] = same_as_generate(self.t5, self.writer("fp32"), trie, codes, levels)
+        if ("engine, voken", "int8") in published:
+            self.ratios["voken_int8_vs_published"] = published[PUBLISHED] / published["engine, voken", "int8"]
+        self.facts["identical_to_generate"] = same_as_generate(
+            self.writer("fp32"), setting._replace(token_ids=captions(BATCH, seed=7)), trie, codes, levels
+        )
 
     def engine_calls(self, setting: Setting, levels: list[DeviceLevel]) -> dict[tuple[str, str], Callable[[], object]]:
         """This engine in its scorings and precisions, the forward passes, and the constraint alone."""
@@ -270,12 +180,11 @@ class Bench:
             for kind in ("fp32", "bf16"):
                 writer = self.writer(kind)
                 calls[size, kind] = partial(engine, writer, levels, settings[size], scoring="voken")
-        named = {f"{size} {kind}": call for (size, kind), call in calls.items()}
-        timings = interleave(named, repeats=self.config.repeats + 4)
+        timings = interleave(calls, repeats=self.config.repeats + 4)
         for size, kind in calls:
-            self.rows.append(settings[size].row("engine, voken", kind, timings[f"{size} {kind}"]))
-        _say(setting.section, self.rows[-len(calls) :])
-        first, last = (timings[f"{size} fp32"].median for size in (sizes[0], sizes[-1]))
+            self.rows.append(settings[size].row("engine, voken", kind, timings[size, kind]))
+        say(setting.section, self.rows[-len(calls) :])
+        first, last = (timings[size, "fp32"].median for size in (sizes[0], sizes[-1]))
         self.ratios["million_over_thousand"] = last / first
 
     def grid(self) -> None:
@@ -295,9 +204,7 @@ class Bench:
                 if heavy <= 800:
                     slow["generate, cache", "fp32"] = hugging_face
                 if heavy <= 100:
-                    slow["published: no cache, padded to 128", "fp32"] = partial(
-                        hugging_face, use_cache=False, pad_to=PUBLISHED_LENGTH
-                    )
+                    slow[PUBLISHED] = partial(hugging_face, use_cache=False, pad_to=PUBLISHED_LENGTH)
                 if slow:
                     self.measure(setting, slow, repeats=1)
 
@@ -319,7 +226,9 @@ class Bench:
         exact = medians["engine, exact", "fp32"]
         self.ratios["llama_vs_no_cache"] = medians["generate, no cache", "fp32"] / exact
         self.ratios["llama_vs_generate"] = medians["generate, cache", "fp32"] / exact
-        self.facts["identical_to_generate_llama"] = same_as_generate(lm, writer, trie, codes, levels)
+        self.facts["identical_to_generate_llama"] = same_as_generate(
+            writer, setting._replace(token_ids=captions(BATCH, seed=7)), trie, codes, levels
+        )
         many = Setting("LLaMA shape", POOL, BEAMS, prompts(BATCH, PROMPT_TOKENS))
         half = make_writer(lm, "bf16")
         self.measure(
@@ -413,7 +322,7 @@ class Bench:
         """All sections as tables for people."""
         parts = [f"{machine()}; torch {torch.__version__}; random weights"]
         for section in dict.fromkeys(row.section for row in self.rows):
-            parts.append(f"{section}\n" + table([_cells(row) for row in self.rows if row.section == section]))
+            parts.append(f"{section}\n" + table([cells(row) for row in self.rows if row.section == section]))
         for name in ("index", "two_tower_indices", "two_tower", "crossovers", "sample", "sample_speed"):
             if self.facts.get(name):
                 parts.append(f"{name.replace('_', ' ')}\n" + table(self.facts[name]))
@@ -421,80 +330,9 @@ class Bench:
         return "\n\n".join([*parts, table(ratios)]) + "\n"
 
 
-@torch.inference_mode()
-def encode_only(writer: Writer, setting: Setting) -> Memory:
-    """The text encoder alone."""
-    return writer.encode(setting.token_ids)
-
-
-def same_as_generate(
-    lm: VokenLM, writer: Writer, trie: DictionaryTrie, codes: NDArray[np.int16], levels: list[DeviceLevel]
-) -> str:
-    """How many of 8 queries get the same ten codes in the same order from `generate`, and the largest difference."""
-    token_ids = captions(BATCH, seed=7)
-    found = engine(writer, levels, Setting("", len(codes), BEAMS, token_ids), score_end=True)
-    sequences = np.unique(codes, axis=0)
-    expected = generate(lm, trie, token_ids, beams=BEAMS, score_end=True)
-    same, worst = 0, 0.0
-    for leaves, scores, oracle in zip(found.leaves.tolist(), found.scores.tolist(), expected, strict=True):
-        same += [tuple(sequences[leaf].tolist()) for leaf in leaves] == oracle.codes
-        worst = max(worst, *(abs(a - b) for a, b in zip(scores, oracle.scores, strict=True)))
-    return f"{same} of {len(token_ids)} queries, scores within {worst:.1e}"
-
-
-def index_figures(pictures: int, folder: Path) -> dict[str, Any]:
-    """One size of index, made, saved and loaded."""
-    from retriever.index import build_sorted, sort_codes
-
-    codes = synthetic_codes(pictures)
-    began = time.perf_counter()
-    order = sort_codes(codes)
-    ordered = codes[order]
-    sorted_at = time.perf_counter()
-    index: VokenIndex = build_sorted(ordered, order)
-    built_at = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_index(folder, index)
-    saved_at = time.perf_counter()
-    load_index(folder, len(index.levels))
-    loaded_at = time.perf_counter()
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-    return {
-        "pictures": pictures,
-        "bytes a picture": round(index.constraint_bytes / pictures, 2),
-        "map to pictures": round(index.map_bytes / pictures, 2),
-        "sort s": round(sorted_at - began, 3),
-        "build s": round(built_at - sorted_at, 3),
-        "save s": round(saved_at - built_at, 3),
-        "load ms": round(1e3 * (loaded_at - saved_at), 2),
-    }
-
-
-def _cells(row: Row) -> dict[str, Any]:
-    per_query = row.seconds / row.batch * 1e3
-    return {
-        "system": row.system,
-        "precision": row.precision,
-        "pool": "-" if row.pool is None else f"{row.pool:,}",
-        "batch": row.batch,
-        "beams": row.beams,
-        "ms/query": round(per_query, 3 if per_query < 1 else 1),
-        "queries/s": row.queries_per_second,
-        "spread": f"{row.least / row.seconds:.2f}-{row.most / row.seconds:.2f}",
-        "peak MiB": row.peak_mebibytes,
-    }
-
-
-def _say(section: str, rows: list[Row]) -> None:
-    print(f"\n{section}\n" + table([_cells(row) for row in rows]), flush=True)
-
-
 def main(config: Config) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
     bench = Bench(config)
     steps: list[Callable[[], None]] = [bench.headline, partial(bench.pools, (1000, 1_000_000)), bench.causal]
     steps += [bench.shallow, bench.index_sizes]

@@ -18,7 +18,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from models.arithmetic import choose_linear, with_linears
 from models.clip import Clip, encode_tokens, trim_padding
+from models.compute import Precision
 from models.voken_lm import DECODER_SPECIALS, END, START, Kind, VokenLM, decoder_config
 from tools.vokens import VokenSpace
 
@@ -93,16 +95,24 @@ class TextTower(NamedTuple):
             return encode_tokens(self.clip, trim_padding(self.clip, tokens) if self.trimmed else tokens)
 
 
-def text_tower(*, dtype: torch.dtype, device: torch.device) -> Clip:
-    """CLIP ViT-L/14's text tower with random weights."""
+def text_tower(precision: Precision, device: torch.device, *, tuned: bool = False) -> Clip:
+    """CLIP ViT-L/14's text tower with random weights.
+
+    Args:
+        tuned: its linear layers run as the language models' do (models/arithmetic.py).
+    """
     from open_clip.transformer import TextTransformer
 
     torch.manual_seed(0)
-    text = TextTransformer(
+    make, dtype = choose_linear(precision, device)
+    text: Any = TextTransformer(
         context_length=CONTEXT, vocab_size=CLIP_VOCABULARY, width=768, heads=12, layers=12, output_dim=768
     )
+    text = text.eval().to(device, dtype)
+    if tuned:
+        text = with_linears(text, make)
     unused: Any = None
-    return Clip(SimpleNamespace(text=text.eval().to(device, dtype)), unused, unused, {})
+    return Clip(SimpleNamespace(text=text), unused, unused, {})
 
 
 def clip_tokens(token_ids: list[list[int]]) -> Tensor:

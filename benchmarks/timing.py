@@ -8,12 +8,14 @@ import ctypes
 import gc
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+NameT = TypeVar("NameT", bound=Hashable)
 
 MEBIBYTE = 1 << 20
 PEAK_RESET = Path("/proc/self/clear_refs")
@@ -32,16 +34,21 @@ class Timing(NamedTuple):
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: bool = True, memory: bool = True
-) -> dict[str, Timing]:
-    """Time functions against each other: `repeats` rounds, in each round every function once."""
-    peaks: dict[str, float | None] = {}
-    for name, function in functions.items():
-        if memory:
-            peaks[name] = peak_memory(function)
-        elif warm_up:
+    functions: Mapping[NameT, Callable[[], object]], *, repeats: int, warm_up: bool = True, memory: bool = True
+) -> dict[NameT, Timing]:
+    """Time functions against each other: `repeats` rounds, in each round every function once.
+
+    Args:
+        warm_up: call each once before, so that no other call pays for what is allocated only once.
+        memory: call each once more before, to find its peak memory.
+    """
+    peaks: dict[NameT, float | None] = {}
+    if warm_up:
+        for function in functions.values():
             function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    if memory:
+        peaks = {name: peak_memory(function) for name, function in functions.items()}
+    seconds: dict[NameT, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             seconds[name].append(time_once(function))

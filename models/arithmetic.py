@@ -1,6 +1,6 @@
 """Linear layers in the arithmetic that a search runs in: float32, bf16, fp16, or 8-bit integers.
 
-Inference only: the layers copy their weights, and give no gradients.
+Inference only: the layers give no gradients.
 """
 
 import copy
@@ -87,16 +87,20 @@ def choose_linear(arithmetic: Arithmetic, device: torch.device) -> tuple[MakeLin
 
 
 def with_linears(module: nn.Module, make: MakeLinear) -> nn.Module:
-    """The module in eval mode with other linear layers; all other parameters are shared with the original."""
-    shared: dict[int, Any] = {id(part): part for part in (*module.parameters(), *module.buffers())}
-    copied = copy.deepcopy(module, shared).eval()
+    """A copy of the module in eval mode, with other linear layers; the original stays as it is.
+
+    Subclasses of `nn.Linear` stay too: their owners read the weights past `forward`.
+    """
+    replaced = [child for child in module.modules() if type(child) is nn.Linear]
+    shared: dict[int, Any] = {id(part): part for linear in replaced for part in linear.parameters()}
+    copied = copy.deepcopy(module, shared).eval()  # what is replaced is not copied first
     _exchange(copied, make)
     return copied
 
 
 def _exchange(module: nn.Module, make: MakeLinear) -> None:
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
+        if type(child) is nn.Linear:
             setattr(module, name, make(child))
         else:
             _exchange(child, make)

@@ -246,7 +246,8 @@ class CrossSession(Session):
 
 
 class CausalWriter(Writer):
-    """Any causal Hugging Face model: the prompt's keys and values are computed once a query and shared by its beams."""
+    """A causal Hugging Face model that takes masks of four dimensions and position ids (`build_causal` refuses known
+    others): the prompt's keys and values are computed once a query and shared by its beams."""
 
     def __init__(self, lm: VokenLM, head: Head, model: Any, dtype: torch.dtype) -> None:
         super().__init__(lm, head, lm.encode)
@@ -292,11 +293,11 @@ class CausalSession(Session):
 def make_writer(lm: VokenLM, arithmetic: Arithmetic = "fp32") -> Writer:
     """Make a language model ready to write.
 
-    It holds the weights as they are: after more training, make another.
+    It is good until the model's weights change: some of them it copies, others it shares. The model stays as it is.
 
     Args:
-        arithmetic: of the matrix products, see `choose_linear`. Sums over layers, norms and the vokens' logits stay
-            in float32.
+        arithmetic: of the matrix products, see `choose_linear`. The vokens' logits are always computed in float32,
+            and so are sums over layers and norms, but for causal models, which run as Hugging Face runs them.
 
     Raises:
         BadInput: int8 is asked for on a GPU.
@@ -332,7 +333,7 @@ def _t5_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype, encode: Encode
     length = lm.space.levels + 2
     by_position = decoder.block[0].layer[0].SelfAttention.compute_bias(length, length)[0].detach().float()
     embedding = decoder.get_input_embeddings().weight.detach()
-    scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+    scaled = getattr(config, "scale_decoder_outputs", False)  # mT5 has no such thing, and never scales
     return CrossWriter(
         lm,
         Head(lm, make, scale=config.d_model**-0.5 if scaled else 1.0),

@@ -33,6 +33,8 @@ from tools.vokens import VokenSpace
 Kind = Literal["seq2seq", "encoder-decoder", "causal"]
 LOADERS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder-decoder": EncoderDecoderModel, "causal": AutoModelForCausalLM}
 T5_FAMILY = ("t5", "mt5")  # decoders that models/decoding.py reads
+UNSEARCHABLE = ("bloom", "mpt", "gpt_neo")  # causal models whose positions do not come as ids
+SCALED_HEADS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
 VOKENS_NAME = "vokens.json"
 DECODER_SPECIALS = 3  # <pad>, <start>, <end> of a new decoder's vocabulary; the vokens follow
 PAD, START, END = range(DECODER_SPECIALS)
@@ -220,7 +222,7 @@ def build_seq2seq(
         config = AutoConfig.from_pretrained(name, dropout_rate=dropout)
         if config.model_type not in T5_FAMILY:
             raise BadInput(f"--language-model {name} is a {config.model_type}, seq2seq takes {', '.join(T5_FAMILY)}")
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config)
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from None
@@ -255,7 +257,7 @@ def build_causal(
         prompt: text with "{query}" in it.
 
     Raises:
-        BadInput: the model cannot be loaded, the widths differ, or the prompt has no place for the query.
+        BadInput: the model cannot be loaded or searched, the widths differ, or the prompt has no place for the query.
     """
     if prompt.count("{query}") != 1:
         raise BadInput(f"the prompt {prompt!r} must have {{query}} in it once")
@@ -266,6 +268,8 @@ def build_causal(
         raise _cannot_load(name, error) from None
     if tokenizer.eos_token_id is None:
         raise BadInput(f"the tokenizer of {name} has no end token: set its eos_token")
+    longest = len(tokenizer(prompt)["input_ids"]) + max_source + space.levels
+    refuse_unsearchable(name, model.config.get_text_config(), longest)
     first_voken = _add_vokens(name, model, tokenizer, space, codebooks)
     return VokenLM(
         model,
@@ -279,6 +283,29 @@ def build_causal(
         frozen_encoder=False,
         prompt=prompt,
     )
+
+
+def refuse_unsearchable(name: str, config: Any, longest: int) -> None:
+    """Refuse causal models that would be searched otherwise than they were trained.
+
+    Args:
+        config: of the Hugging Face model.
+        longest: tokens of prompt, query and vokens together.
+
+    Raises:
+        BadInput: the model is one of them.
+    """
+    scaled = [key for key in SCALED_HEADS if getattr(config, key, None) not in (None, 1, 1.0)]
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if config.model_type in UNSEARCHABLE or getattr(config, "alibi", False):
+        reason = "tells positions in a way that beams cannot share"
+    elif scaled:
+        reason = f"scales its logits ({scaled[0]}), which is not supported"
+    elif window is not None and window <= longest:
+        reason = f"sees {window} tokens back, prompt and vokens have up to {longest}: shorten --max-source"
+    else:
+        return
+    raise BadInput(f"--language-model {name} ({config.model_type}) {reason}")
 
 
 def _cannot_load(name: str, error: Exception) -> BadInput:
@@ -330,7 +357,7 @@ def build_encoder_decoder(
     if width % heads:
         raise BadInput(f"--decoder-heads {heads} does not divide the codebooks' width {width}")
     try:
-        text_encoder = AutoModel.from_pretrained(encoder, add_pooling_layer=False)
+        text_encoder = AutoModel.from_pretrained(encoder, add_pooling_layer=False, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(encoder)
     except (OSError, ValueError, TypeError) as error:
         raise _cannot_load(encoder, error) from None

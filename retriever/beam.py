@@ -22,7 +22,7 @@ class Beams(NamedTuple):
     """The best leaves of the index for each query, best first; places that no picture fills score minus infinity."""
 
     leaves: Tensor
-    """(queries, beams) int64"""
+    """(queries, beams) int64; fewer columns where the index has fewer leaves"""
     scores: Tensor
     """(queries, beams) float32"""
 
@@ -69,16 +69,18 @@ def beam_search(
     offsets = writer.lm.level_offsets.to(memory.states.device)
     scores = torch.zeros(len(memory.states), 1, device=memory.states.device)
     nodes = torch.zeros_like(scores, dtype=torch.long)
+    broken = torch.zeros((), dtype=torch.bool, device=scores.device)
     states = session.open()
     for number, level in enumerate(levels):
         log_probabilities = writer.head.log_probabilities(states, number, scoring)
+        broken |= log_probabilities.isnan().any()
         nodes, scores, parents, codes = best(children_of(nodes, scores, log_probabilities, level), beams)
         if number + 1 < len(levels) or score_end:
             states = session.advance(codes + offsets[number], parents)
     if score_end:
         ended = scores + writer.head.end_log_probability(states)
         nodes, scores, *_ = best(Candidates(nodes, ended, nodes, nodes), beams)
-    if torch.isnan(scores).any():
+    if broken | ~scores[:, 0].isfinite().all():  # every query has a picture, however unlikely
         raise FloatingPointError("the model's scores are not numbers: search in another --precision")
     return Beams(nodes, scores)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import calls, shapes, timing, two_tower
 from benchmarks import search as bench
-from benchmarks import shapes, timing, two_tower
 from benchmarks.codes import synthetic_codes
 from benchmarks.crossover import TwoTower, crossover, crossover_table, draw
 from models.voken_lm import VokenLM
@@ -31,12 +31,22 @@ def test_exact_search_is_overtaken_where_the_lines_cross() -> None:
     assert crossover(0.05, system) == "any"
     assert crossover(0.2, system) == "100,000"  # 0.1 s more, at 1 µs a picture
     assert crossover(0.1 + 0.0123456, system) == "12,000"
+    assert crossover(0.1 + 0.0055, system) == "5,500"
+    assert crossover(0.1 + 0.0005, system) == "at most 1,000"
+
+
+def test_between_two_sizes_the_line_is_read_not_the_origin() -> None:
+    system = TwoTower("x, flat", 1, encode=0.1, search={1000: 0.05, 1_000_000: 0.1}, exact=True)
+    assert crossover(0.14, system) == "at most 1,000"
+    assert crossover(0.175, system) == "500,000"
 
 
 def test_an_index_is_overtaken_only_where_it_was_measured() -> None:
     system = TwoTower("x, HNSW", 1, encode=0.1, search={1000: 0.001, 10_000: 0.002, 100_000: 0.02}, exact=False)
     assert crossover(0.11, system) == "100,000"
     assert crossover(0.5, system) == "none up to 100,000"
+    dip = system._replace(search={1000: 0.02, 10_000: 0.002, 100_000: 0.02})
+    assert crossover(0.11, dip) == "100,000"
 
 
 def test_only_systems_of_a_pair_and_of_one_batch_are_compared() -> None:
@@ -79,10 +89,11 @@ def test_synthetic_codes_share_prefixes_and_are_the_same_every_time() -> None:
 
 
 def test_trimmed_text_gives_the_same_features() -> None:
-    clip = shapes.text_tower(dtype=torch.float32, device=torch.device("cpu"))
+    clip = shapes.text_tower("fp32", torch.device("cpu"))
     tokens = shapes.clip_tokens(shapes.captions(2))
-    whole, trimmed = (shapes.TextTower(clip, trimmed=trim).encode(tokens) for trim in (False, True))
-    assert torch.allclose(whole, trimmed, atol=1e-4)
+    tuned = shapes.text_tower("fp32", torch.device("cpu"), tuned=True)
+    whole = shapes.TextTower(clip, trimmed=False).encode(tokens)
+    assert torch.allclose(whole, shapes.TextTower(tuned, trimmed=True).encode(tokens), atol=1e-4)
 
 
 def test_indices_find_what_exact_search_finds() -> None:
@@ -123,7 +134,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "encoder_decoder", decoder)
     monkeypatch.setattr(bench, "captions", lambda count, seed=0: [[4, 5, 1]] * count)
     monkeypatch.setattr(bench, "prompts", lambda count, length, seed=0: [[4, 5, 6, 7]] * count)
-    monkeypatch.setattr(bench, "synthetic_codes", lambda n: synthetic_codes(n, codebook_size=SPACE.codebook_size))
+    for module in (bench, calls):
+        monkeypatch.setattr(module, "synthetic_codes", lambda n: synthetic_codes(n, codebook_size=SPACE.codebook_size))
     monkeypatch.setattr(bench, "POOL", 300)
     monkeypatch.setattr(bench, "POOLS", (100, 200))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
@@ -142,8 +154,8 @@ def test_the_quick_run_writes_every_ratio(small: None, tmp_path: Path, capsys: p
             row["seconds"] for row in written["rows"] if row["section"].startswith(section) and row["system"] == system
         )
         for section, system in (
-            ("T5-base, published", "published: no cache, padded to 128"),
-            ("T5-base", "engine, exact"),
+            ("T5-base, published", bench.PUBLISHED[0]),
+            ("T5-base, published", "engine, exact"),
         )
     )
     assert written["ratios"]["exact_vs_published"] == pytest.approx(published / exact, rel=1e-3)

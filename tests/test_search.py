@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from transformers import MT5Config, MT5ForConditionalGeneration
 
 from models.arithmetic import Arithmetic
 from models.decoding import Scoring, Writer, make_writer
@@ -32,9 +33,16 @@ def gated_t5(folder: Path, space: VokenSpace) -> VokenLM:
     return tiny_t5(folder, space, feed_forward="gated-gelu", tied=False)
 
 
+def mt5(folder: Path, space: VokenSpace) -> VokenLM:
+    return tiny_t5(
+        folder, space, feed_forward="gated-gelu", tied=False, family=(MT5Config, MT5ForConditionalGeneration)
+    )
+
+
 MODELS: dict[str, Callable[[Path, VokenSpace], VokenLM]] = {
     "t5": tiny_t5,
     "t5-gated": gated_t5,
+    "mt5": mt5,
     "encoder-decoder": tiny_encoder_decoder,
     "llama": tiny_llama,
 }
@@ -190,22 +198,39 @@ def test_lower_arithmetic_stays_near(lm: VokenLM, arithmetic: Arithmetic, most: 
     assert 0 < (by_leaf[0] - by_leaf[1]).abs().max() < most * lm.space.levels
 
 
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16", "fp16", "int8"])
+def test_a_writer_leaves_the_model_as_it_is(lm: VokenLM, arithmetic: Arithmetic) -> None:
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    make_writer(lm, arithmetic)
+    for name, value in lm.model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name]), name
+
+
 def test_the_end_token_is_not_in_the_softmax_over_vokens(lm: VokenLM) -> None:
     with pytest.raises(ValueError, match="has no end token"):
         search(lm, random_codes(lm.space, 4), beams=2, scoring="voken", score_end=True)
 
 
-def test_scores_that_are_no_numbers_are_an_error(lm: VokenLM) -> None:
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf])
+def test_scores_that_are_no_numbers_are_an_error(lm: VokenLM, value: float) -> None:
     matrix = lm.model.get_output_embeddings().weight
     kept = matrix.detach().clone()
     try:
         with torch.no_grad():
-            matrix.fill_(torch.nan)
+            matrix[lm.first_voken] = value  # of a single voken
         with pytest.raises(FloatingPointError, match="another --precision"):
-            search(lm, random_codes(lm.space, 4), beams=2)
+            search(lm, random_codes(lm.space, 4), beams=2, scoring="full")
     finally:
         with torch.no_grad():
             matrix.copy_(kept)
+
+
+def test_a_softmax_that_overflows_is_an_error(lm: VokenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = make_writer(lm)
+    monkeypatch.setattr(writer.head, "others", lambda rows: torch.full((len(rows), 3), torch.inf))
+    with pytest.raises(FloatingPointError, match="another --precision"):
+        find(writer, random_codes(lm.space, 4), QUERIES, beams=2, scoring="full")
 
 
 @settings(max_examples=60, deadline=None)

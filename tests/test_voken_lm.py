@@ -1,6 +1,7 @@
 """Language models with vokens: tokens, starts, losses, learning, saving."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,14 @@ import torch
 
 from models.compute import make_optimizer
 from models.decoding import make_writer
-from models.voken_lm import DECODER_SPECIALS, VokenLM, build_causal, build_encoder_decoder, build_seq2seq
+from models.voken_lm import (
+    DECODER_SPECIALS,
+    VokenLM,
+    build_causal,
+    build_encoder_decoder,
+    build_seq2seq,
+    refuse_unsearchable,
+)
 from retriever.losses import Targets, generative_loss, soft_targets
 from retriever.queries import LiveQueries, StoredQueries, bucketed_batches
 from tests.tiny import (
@@ -225,5 +233,13 @@ def test_models_that_do_not_fit_are_one_clear_line(tmp_path: Path) -> None:
     llama = str(llama_folder(tmp_path / "llama"))
     with pytest.raises(BadInput, match=r"codebooks are 12 wide.*--width 16"):
         build_causal(llama, space=SPACE, codebooks=books, max_source=8)
+    for change, reason in (
+        ({"final_logit_softcapping": 30.0}, "scales its logits"),
+        ({"sliding_window": 8}, "sees 8 tokens back"),
+        ({"model_type": "bloom"}, "cannot share"),
+    ):
+        with pytest.raises(BadInput, match=reason):
+            refuse_unsearchable("x", SimpleNamespace(**{"model_type": "llama", **change}), 20)
+    refuse_unsearchable("x", SimpleNamespace(model_type="qwen2", sliding_window=8, use_sliding_window=False), 20)
     with pytest.raises(BadInput, match=r"must have \{query\} in it once"):
         build_causal(llama, space=SPACE, codebooks=codebooks(SPACE, 16), max_source=8, prompt="a picture")

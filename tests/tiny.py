@@ -67,11 +67,18 @@ def bert_folder(folder: Path, width: int = 32) -> Path:
     return folder
 
 
-def t5_folder(folder: Path, width: int = 16, feed_forward: str = "relu", tied: bool = True) -> Path:
+def t5_folder(
+    folder: Path,
+    width: int = 16,
+    *,
+    feed_forward: str = "relu",
+    tied: bool = True,
+    family: tuple[Any, Any] = (T5Config, T5ForConditionalGeneration),
+) -> Path:
     """A T5 with random weights; "gated-gelu" and untied as T5 1.1 and Flan-T5 are."""
     torch.manual_seed(0)
     words = tokenizer(["<pad>", "</s>", "<unk>", "<x>"], end_only=True)
-    config = T5Config(
+    config = family[0](
         vocab_size=len(words) + 3,  # T5's own embedding has spare rows too
         d_model=width,
         d_kv=8,
@@ -83,7 +90,7 @@ def t5_folder(folder: Path, width: int = 16, feed_forward: str = "relu", tied: b
         feed_forward_proj=feed_forward,
         tie_word_embeddings=tied,
     )
-    T5ForConditionalGeneration(config).save_pretrained(folder)
+    family[1](config).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 

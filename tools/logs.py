@@ -17,6 +17,7 @@ ItemT = TypeVar("ItemT")
 
 PROJECT = "avg"
 INIT_TIMEOUT_SECONDS = 20
+LONG_NUMBER = 100.0  # from here on a table shows one decimal instead of three
 QUIET_INTERVAL_SECONDS = 20.0  # between two lines of a progress bar that goes to a file
 
 
@@ -145,4 +146,6 @@ def _logged_in(wandb: Any) -> bool:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < LONG_NUMBER else f"{value:,.1f}"
+    return str(value)
