@@ -109,6 +109,12 @@ def read_gallery(folder: Path) -> Gallery:
             manifest = newer
 
 
+def refreshed(gallery: Gallery) -> Gallery:
+    """The gallery itself while its pictures are the current ones, else the version that is."""
+    current = runs.read_manifest(gallery.folder, COMMAND).facts["version"] == gallery.facts["version"]
+    return gallery if current else read_gallery(gallery.folder)
+
+
 @contextmanager
 def changing(folder: Path) -> Iterator[Gallery]:
     """Hold the folder for a change, and remove what a killed change left.

@@ -25,7 +25,7 @@ from tools.errors import BadInput
 from .beam import beam_search, expand
 from .contact_sheet import SheetRow, draw_sheet
 from .data import read_retriever
-from .gallery import read_gallery
+from .gallery import read_gallery, refreshed
 from .index import to_device
 
 
@@ -81,6 +81,8 @@ def main(config: Config) -> None:
     sheet: list[SheetRow] = []
     for query in config.queries or typed_queries():
         began = time.monotonic()
+        if (current := refreshed(gallery)) is not gallery:
+            gallery, levels = current, to_device(current.index, device)
         with torch.inference_mode():
             memory = writer.encode(lm.tokenize([query]))
         beams = beam_search(writer, memory, levels, beams=config.beams, scoring=config.scoring)

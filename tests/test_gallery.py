@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,29 @@ def test_added_pictures_are_found_and_removed_ones_are_not(
     remove(folder, *files)
     assert capsys.readouterr().out == "6 pictures removed, 48 can be found\n"
     assert found_files(folder, retriever, tmp_path / "x.png", capsys) == before
+
+
+def test_an_interactive_search_sees_a_change_with_its_next_query(
+    folder: Path,
+    new: Path,
+    retriever: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def typed() -> Iterator[str]:
+        yield "a red circle"
+        add(folder, new)
+        yield "a red circle"
+
+    monkeypatch.setattr(search, "typed_queries", typed)
+    search.main(
+        search.Config(
+            queries=(), index=folder, retriever=retriever, sheet=tmp_path / "x.png", precision="fp32", device="cpu"
+        )
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('"a red')]
+    assert [line.split(", ")[1] for line in lines] == ["48 pictures", "54 pictures"]
 
 
 def test_adding_gives_the_index_that_is_built_from_nothing(
