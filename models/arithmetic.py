@@ -19,6 +19,7 @@ from .compute import Precision, pick_dtype
 Arithmetic = Precision | Literal["int8"]
 Layer = Callable[[Tensor], Tensor]
 MakeLinear = Callable[[nn.Linear], nn.Module]
+LEAST = 1e-20  # of a row's largest number, where it is quantised: a row of zeros has no scale
 PACKED_ROWS = 80  # the height of an input that oneDNN arranges a weight for; others run too
 
 
@@ -59,13 +60,15 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         self.scales = _int8_scales(weight).squeeze(1)
         self.weight = _to_int8(weight, self.scales.unsqueeze(1)).T.contiguous()
-        self.bias = 0.0 if linear.bias is None else linear.bias.detach().float()
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.float().flatten(0, -2)
         scales = _int8_scales(rows)
-        product = torch._int_mm(_to_int8(rows, scales), self.weight).float() * scales * self.scales
-        return (product + self.bias).view(*inputs.shape[:-1], -1)
+        output = torch._int_mm(_to_int8(rows, scales), self.weight).float().mul_(scales).mul_(self.scales)
+        if self.bias is not None:
+            output.add_(self.bias)
+        return output.view(*inputs.shape[:-1], -1)
 
 
 def choose_linear(arithmetic: Arithmetic, device: torch.device) -> tuple[MakeLinear, torch.dtype]:
@@ -107,11 +110,11 @@ def _exchange(module: nn.Module, make: MakeLinear) -> None:
 
 
 def _int8_scales(rows: Tensor) -> Tensor:
-    return rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return rows.abs().amax(dim=1, keepdim=True).clamp_min(LEAST) / 127
 
 
 def _to_int8(rows: Tensor, scales: Tensor) -> Tensor:
-    return (rows / scales).round().to(torch.int8)
+    return (rows * scales.reciprocal()).round_().to(torch.int8)
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
