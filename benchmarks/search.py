@@ -3,16 +3,16 @@ forward passes, and two-tower search with and without an approximate index.
 
 In:  nothing; where the emoji sample's retriever is trained (`bash scripts/quickstart.sh`), that too.
 Out: `benchmarks/results/search.json`, every row and the ratios; `search.txt`, the same as tables; `search.png`.
-Command: python -m benchmarks.search [--quick]
+Command: python -m benchmarks.search [--quick | --only two-tower sample]
 """
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from tests.oracle import dictionary_trie, generate
 from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
-from tools.files import replacing, write_json
+from tools.files import read_json, replacing, write_json
 from tools.logs import table
 
 from .calls import constraint, encode_only, engine, forward, index_figures, same_as_generate
@@ -51,7 +51,12 @@ PAIRS = (
     ("engine, voken fp32", "fp32"),
     ("engine, voken bf16", "bf16"),
 )  # generation and two-tower search of the same precision
+HEAVY = 800  # beams of all queries together, above which only these are measured, once
+HEAVY_CALLS = (("engine, voken", "fp32"), ("engine, exact", "fp32"), ("engine, voken", "bf16"))
 SHALLOW_BATCH = 32
+
+Part = Literal["headline", "pools", "causal", "shallow", "index", "grid", "two-tower", "sample"]
+QUICK: tuple[Part, ...] = ("headline", "pools", "causal", "shallow", "index")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Config:
 
     quick: bool = False
     """Only the rows behind the ratios: under ten minutes on two cores; the whole takes about an hour."""
+    only: tuple[Part, ...] = ()
+    """Only these parts; what the output folder has of the others stays."""
     output: Path = Path("benchmarks/results")
     """Folder of the three files."""
     sample: Path = Path("retriever/output/emoji")
@@ -70,6 +77,8 @@ class Config:
     """Largest pool of the tables that go through sizes."""
 
     def __post_init__(self) -> None:
+        if self.quick and self.only:
+            raise BadInput("--quick and --only contradict each other: give one")
         if self.repeats < 1 or self.most_pictures < 1000:
             raise BadInput("--repeats must be at least 1 and --most-pictures at least 1000")
 
@@ -83,8 +92,29 @@ class Bench:
         self.rows: list[Row] = []
         self.ratios: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
+        self.earlier: list[Row] = []
+        if config.only:
+            self.take_over(config.output / "search.json")
         self.t5 = t5_base().to(self.device)
         self.writers: dict[str, Writer] = {}
+
+    def take_over(self, path: Path) -> None:
+        """Keep an earlier run's figures; those that are measured again take their place.
+
+        Raises:
+            BadInput: there are none, or they are of another machine or version of torch.
+        """
+        earlier = read_json(path)
+        for name, now in (("machine", machine()), ("torch", torch.__version__)):
+            if earlier.pop(name) != now:
+                raise BadInput(f"{path} is of another {name}, it is {now} now: measure all parts, or name an --output")
+        self.earlier = [Row(**row) for row in earlier.pop("rows")]
+        self.ratios, self.facts = earlier.pop("ratios"), earlier
+
+    def all_rows(self) -> list[Row]:
+        """The rows of this run, behind those of an earlier one in other sections."""
+        again = {row.section for row in self.rows}
+        return [row for row in self.earlier if row.section not in again] + self.rows
 
     def writer(self, arithmetic: Arithmetic) -> Writer:
         """The T5-base writer of an arithmetic, made once."""
@@ -170,8 +200,9 @@ class Bench:
         calls["index and top-k alone", "fp32"] = partial(constraint, levels, scores, setting.beams)
         return calls
 
-    def pools(self, sizes: Sequence[int]) -> None:
+    def pools(self) -> None:
         """The same search in pools of many sizes."""
+        sizes = (POOLS[0], POOLS[-1]) if self.config.quick else POOLS
         calls = {}
         setting = Setting("T5-base by pool", 0, BEAMS, captions(BATCH))
         settings = {size: setting._replace(pool=size) for size in sizes}
@@ -196,17 +227,20 @@ class Bench:
                 setting = Setting(GRID, 100_000, beams, captions(batch))
                 calls = self.engine_calls(setting, levels)
                 heavy = batch * beams
-                self.measure(setting, calls, repeats=3 if heavy < 1000 else 1)
+                if heavy > HEAVY:
+                    calls = {name: calls[name] for name in HEAVY_CALLS}
+                light = heavy <= 100
+                self.measure(setting, calls, repeats=3 if light else 1, warm_up=light)
                 hugging_face = partial(
                     generate, self.t5, trie, token_ids=setting.token_ids, beams=beams, score_end=True
                 )
                 slow: dict[tuple[str, str], Callable[[], object]] = {}
-                if heavy <= 800:
+                if heavy <= HEAVY:
                     slow["generate, cache", "fp32"] = hugging_face
                 if heavy <= 100:
                     slow[PUBLISHED] = partial(hugging_face, use_cache=False, pad_to=PUBLISHED_LENGTH)
                 if slow:
-                    self.measure(setting, slow, repeats=1)
+                    self.measure(setting, slow, repeats=1, warm_up=False)
 
     def causal(self) -> None:
         """LLaMA's shape behind a prompt of 60 tokens, one query at a time as published, and eight."""
@@ -277,7 +311,7 @@ class Bench:
         systems = two_tower_systems({key: timing.median / key[1] for key, timing in encoders.items()}, searches)
         generation = {
             (f"{row.system} {row.precision}", row.batch): row.seconds / row.batch
-            for row in self.rows
+            for row in self.all_rows()
             if row.section == GRID and row.beams == BEAMS and row.system.startswith(("published", "generate", "engine"))
         }
         self.facts["two_tower_indices"] = figures
@@ -307,12 +341,12 @@ class Bench:
         write_json(
             folder / "search.json",
             {
-                "command": " ".join(["python -m benchmarks.search", *sys.argv[1:]]),
+                **self.facts,
+                "commands": [*self.facts.get("commands", []), " ".join(["python -m benchmarks.search", *sys.argv[1:]])],
                 "machine": machine(),
                 "torch": torch.__version__,
                 "ratios": {name: round(value, 4) for name, value in self.ratios.items()},
-                **self.facts,
-                "rows": [row._asdict() for row in self.rows],
+                "rows": [row._asdict() for row in self.all_rows()],
             },
         )
         with replacing(folder / "search.txt") as temporary:
@@ -321,8 +355,9 @@ class Bench:
     def text(self) -> str:
         """All sections as tables for people."""
         parts = [f"{machine()}; torch {torch.__version__}; random weights"]
-        for section in dict.fromkeys(row.section for row in self.rows):
-            parts.append(f"{section}\n" + table([cells(row) for row in self.rows if row.section == section]))
+        rows = self.all_rows()
+        for section in dict.fromkeys(row.section for row in rows):
+            parts.append(f"{section}\n" + table([cells(row) for row in rows if row.section == section]))
         for name in ("index", "two_tower_indices", "two_tower", "crossovers", "sample", "sample_speed"):
             if self.facts.get(name):
                 parts.append(f"{name.replace('_', ' ')}\n" + table(self.facts[name]))
@@ -330,19 +365,33 @@ class Bench:
         return "\n\n".join([*parts, table(ratios)]) + "\n"
 
 
+STEPS: dict[Part, Callable[[Bench], None]] = {
+    "headline": Bench.headline,
+    "pools": Bench.pools,
+    "causal": Bench.causal,
+    "shallow": Bench.shallow,
+    "index": Bench.index_sizes,
+    "grid": Bench.grid,
+    "two-tower": Bench.two_tower,
+    "sample": Bench.sample,
+}
+
+
+def parts_of(config: Config) -> tuple[Part, ...]:
+    """The parts to measure, in their order; the sample's only where it is trained, or asked for."""
+    if config.quick:
+        return QUICK
+    trained = (config.sample / "08_train" / runs.MANIFEST).is_file()
+    wanted = config.only or tuple(part for part in get_args(Part) if part != "sample" or trained)
+    return tuple(part for part in get_args(Part) if part in wanted)
+
+
 def main(config: Config) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     bench = Bench(config)
-    steps: list[Callable[[], None]] = [bench.headline, partial(bench.pools, (1000, 1_000_000)), bench.causal]
-    steps += [bench.shallow, bench.index_sizes]
-    if not config.quick:
-        steps[1] = partial(bench.pools, POOLS)
-        steps += [bench.grid, bench.two_tower]
-        if (config.sample / "08_train" / runs.MANIFEST).is_file():
-            steps.append(bench.sample)
-    for step in steps:
-        step()
+    for part in parts_of(config):
+        STEPS[part](bench)
         bench.write()
     print("\n" + bench.text().rsplit("\n\n", 1)[-1])
 

@@ -163,6 +163,29 @@ def test_the_quick_run_writes_every_ratio(small: None, tmp_path: Path, capsys: p
     assert "exact_vs_published" in capsys.readouterr().out
 
 
+def test_one_part_is_measured_again_and_the_others_stay(small: None, tmp_path: Path) -> None:
+    output = tmp_path / "results"
+    options: dict[str, Any] = {"output": output, "repeats": 1, "most_pictures": 1000, "sample": tmp_path}
+    bench.main(bench.Config(quick=True, **options))
+    before = read_json(output / "search.json")
+    bench.main(bench.Config(only=("pools",), **options))
+    after = read_json(output / "search.json")
+    assert {row["section"] for row in after["rows"]} == {row["section"] for row in before["rows"]}
+    assert len(after["commands"]) == 2
+    assert after["index"] == before["index"]
+    kept = [row for row in before["rows"] if row["section"] != "T5-base by pool"]
+    assert [row for row in after["rows"] if row["section"] != "T5-base by pool"] == kept
+    written = (output / "search.json").read_text()
+    (output / "search.json").write_text(written.replace(f'"torch": "{after["torch"]}"', '"torch": "1.0"'))
+    with pytest.raises(BadInput, match="of another torch"):
+        bench.main(bench.Config(only=("pools",), **options))
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(BadInput, match="--quick and --only contradict"):
+        bench.Config(quick=True, only=("grid",))
+
+
 def test_sizes_that_make_no_sense_are_refused() -> None:
     with pytest.raises(BadInput, match="--repeats must be at least 1"):
         bench.Config(repeats=0)
