@@ -16,8 +16,10 @@ from retriever.data import RetrieverData, read_data, read_retriever
 from retriever.index import build_index, to_device
 from retriever.queries import LiveQueries
 from retriever.retrieve import ranks_of, search_queries
+from retriever.two_tower import ranks_in, search_flat
 from tests.oracle import dictionary_trie, generate
-from tools.recall import CUTOFFS, report
+from tools.features import read_features
+from tools.recall import CUTOFFS, NOT_FOUND, Report, report
 
 from .calls import encode_only, engine
 from .rows import Setting
@@ -40,8 +42,20 @@ def sample_figures(folder: Path, device: torch.device) -> SampleFigures:
     lm = VokenLM.from_pretrained(folder / "08_train" / "model").to(device)
     variants: list[tuple[Arithmetic, Scoring]] = [("fp32", "full"), ("fp32", "voken"), ("bf16", "full")]
     variants += [("bf16", "voken"), *([("int8", "voken")] if device.type == "cpu" else [])]  # type: ignore[list-item]
-    recall = [recall_row(lm, data, pool, *variant) for pool in ("test", "all") for variant in variants]
+    recall = []
+    for pool in ("test", "all"):
+        recall.append(two_tower_row(data, pool))
+        recall += [recall_row(lm, data, pool, *variant) for variant in variants]
     return SampleFigures(recall, speed_rows(lm, data))
+
+
+def two_tower_row(data: RetrieverData, pool: str) -> dict[str, Any]:
+    """Brute-force search of the test captions with the encoder whose features the vokens are made of."""
+    features = read_features(Path(data.manifest.facts["features"]))
+    rows = data.rows(pool)
+    found = search_flat(features.texts[features.text_rows("test")], features.images[rows], keep=BEAMS)
+    figures = report(ranks_in(rows[found.rows], data.queries("test").pictures, NOT_FOUND))
+    return _row(f"{pool} ({len(rows):,})", "two-tower", "-", figures, None)
 
 
 def recall_row(lm: VokenLM, data: RetrieverData, pool: str, kind: Arithmetic, scoring: Scoring) -> dict[str, Any]:
@@ -61,13 +75,18 @@ def recall_row(lm: VokenLM, data: RetrieverData, pool: str, kind: Arithmetic, sc
         quiet=True,
     )
     figures = report(ranks_of(ranking, queries.pictures, data.codes)[0])
+    probability = round(voken_probability(writer, live, data.codes[queries.pictures]), 6)
+    return _row(f"{pool} ({len(data.rows(pool)):,})", scoring, kind, figures, probability)
+
+
+def _row(pool: str, scoring: str, precision: str, figures: Report, probability: float | None) -> dict[str, Any]:
     return {
-        "pool": f"{pool} ({len(data.rows(pool)):,})",
+        "pool": pool,
         "scoring": scoring,
-        "precision": kind,
+        "precision": precision,
         **{f"R@{cutoff}": f"{figures.recalls[cutoff]:.2%}" for cutoff in CUTOFFS},
         "MRR": round(figures.mrr, 4),
-        "voken probability": round(voken_probability(writer, live, data.codes[queries.pictures]), 6),
+        "voken probability": probability,
     }
 
 
