@@ -14,12 +14,14 @@ from .errors import BadInput
 ConfigT = TypeVar("ConfigT")
 
 EXIT_BAD_INPUT = 2
+EXIT_BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
 def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT]) -> None:
     """Parse the command line into `config_type` and call `main` with it.
 
-    Ends the process with status 2 and one line on standard error when the input is at fault, and with 130 on Ctrl-C.
+    Ends the process with status 2 and one line on standard error when the input is at fault, with 130 on Ctrl-C, and
+    quietly with 141 when whoever reads its output has gone (`| head`).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()
@@ -28,6 +30,9 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT]) -> 
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)
