@@ -1,12 +1,11 @@
 """Encode each picture and each caption once with a two-tower model.
 
 In:  a finished `tools.prepare_captions` folder; an open_clip model by name and tag, by checkpoint, or by folder.
-Out: `<output>/images.npy`, `<output>/texts.npy` (tools/features.py), written as they are computed: a killed run goes
-     on where it was.
+Out: `<output>/images.npy`, `<output>/texts.npy` (tools/features.py). A batch is a block (tools/blocks.py): several
+     processes share them, and a killed run goes on where it was.
 Command: python -m RQ-VAE.prepare_emb --captions DIR --model ViT-L-14-336 --pretrained openai --output DIR
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +28,14 @@ from models.clip import (
     trim_padding,
 )
 from models.compute import Precision, pick_device, pick_dtype
-from tools import runs
+from tools import processes, runs
+from tools.blocks import Blocks
 from tools.captions import CaptionSet, portable, read_captions
 from tools.commands import run_command
 from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Rows
-from tools.files import read_json, write_json
+from tools.files import read_array, replacing, write_array
 from tools.logs import progress
-
-SAVE_EVERY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -84,55 +82,50 @@ class Texts(Dataset[Tensor]):
         return self.tokens[row]
 
 
-def fill(
-    path: Path,
-    dataset: Dataset[Tensor],
-    batches: list[Rows],
-    encode: Callable[[Tensor], Tensor],
-    *,
-    scatter: Sequence[Rows] | None,
-    rows: int,
-    state: Path,
-    workers: int,
-) -> None:
-    """Encode `batches` of dataset rows into the array `path` (rows, width), going on where `state` says.
+def encode(
+    folder: Path, dataset: Dataset[Tensor], batches: list[Rows], forward: Callable[[Tensor], Tensor], *, workers: int
+) -> list[Path]:
+    """Encode `batches` of dataset rows, this process its share of those that are missing.
+
+    Returns:
+        one file a batch, of vectors (batch, width), from all processes.
+    """
+    work = Blocks(folder, len(batches))
+    left: Any = [batches[number] for number in work.left]
+    loader = DataLoader(dataset, batch_sampler=left, num_workers=workers if len(left) > 1 else 0)
+    for number, batch in zip(work.left, progress(loader, folder.name), strict=True):
+        write_array(work.path(number), forward(batch).cpu().numpy())
+    return work.gather()
+
+
+def merge(path: Path, blocks: list[Path], batches: list[Rows], *, scatter: Sequence[Rows] | None, rows: int) -> None:
+    """Write the vectors of all batches as one array (rows, width).
 
     Args:
         scatter: for each dataset row the array rows it fills; None when they are the same.
-        state: small JSON file {"batches": done, "width": w}, written after the rows it speaks of.
     """
-    done = read_json(state)["batches"] if state.is_file() else 0
-    array = open_memmap(path, mode="r+") if done else None
-    left: Any = batches[done:]
-    loader = DataLoader(dataset, batch_sampler=left, num_workers=workers if len(batches) - done > 1 else 0)
-    bar = progress(loader, path.name, total=len(batches), initial=done)
-    saved = time.monotonic()
-    for number, (chosen, batch) in enumerate(zip(batches[done:], bar, strict=True), start=done + 1):
-        vectors = encode(batch).cpu().numpy()
-        if array is None:
-            array = open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, vectors.shape[1]))
-        for row, vector in zip(chosen, vectors, strict=True):
-            array[row if scatter is None else scatter[row]] = vector
-        if number == len(batches) or time.monotonic() - saved > SAVE_EVERY_SECONDS:
-            array.flush()
-            write_json(state, {"batches": number})
-            saved = time.monotonic()
+    shape = (rows, read_array(blocks[0]).shape[1])
+    with replacing(path) as temporary:
+        array = open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        for batch, block in zip(batches, blocks, strict=True):
+            for row, vector in zip(batch, read_array(block), strict=True):
+                array[row if scatter is None else scatter[row]] = vector
+        array.flush()
 
 
 def encode_all_images(run: runs.Run, clip: Clip, captions: CaptionSet, config: Config) -> None:
     """Write images.npy."""
     rows = np.arange(len(captions.records))
     batches = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
-    fill(
-        run.folder / IMAGES,
+    blocks = encode(
+        run.resume_folder / "images",
         Pictures([record.file for record in captions.records], clip.preprocess, folder=captions.images),
         batches,
         lambda pixels: encode_images(clip, pixels),
-        scatter=None,
-        rows=len(rows),
-        state=run.resume_folder / "images.json",
         workers=config.workers,
     )
+    if processes.is_main():
+        merge(run.folder / IMAGES, blocks, batches, scatter=None, rows=len(rows))
 
 
 def encode_all_texts(run: runs.Run, clip: Clip, captions: CaptionSet, config: Config, device: torch.device) -> None:
@@ -142,21 +135,23 @@ def encode_all_texts(run: runs.Run, clip: Clip, captions: CaptionSet, config: Co
     for row, text in enumerate(texts):
         rows_of.setdefault(text, []).append(row)
     if not texts:
-        np.save(run.folder / TEXTS, np.zeros((0, 0), np.float32))
+        if processes.is_main():
+            write_array(run.folder / TEXTS, np.zeros((0, 0), np.float32))
         return
     tokens = clip.tokenizer(list(rows_of))
     order = np.argsort(text_lengths(clip, tokens).numpy(), kind="stable")
     size = 4 * config.batch_size
-    fill(
-        run.folder / TEXTS,
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    blocks = encode(
+        run.resume_folder / "texts",
         Texts(tokens),
-        [order[start : start + size] for start in range(0, len(order), size)],
+        batches,
         lambda batch: encode_tokens(clip, trim_padding(clip, batch).to(device)),
-        scatter=[np.array(rows) for rows in rows_of.values()],
-        rows=len(texts),
-        state=run.resume_folder / "texts.json",
         workers=0,
     )
+    if processes.is_main():
+        scatter = [np.array(rows) for rows in rows_of.values()]
+        merge(run.folder / TEXTS, blocks, batches, scatter=scatter, rows=len(texts))
 
 
 def main(config: Config) -> None:
@@ -190,4 +185,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, Config)
+    run_command(main, Config, shares_work=True)

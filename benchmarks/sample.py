@@ -38,8 +38,8 @@ class SampleFigures(NamedTuple):
 def sample_figures(folder: Path, device: torch.device) -> SampleFigures:
     """Recall of all test captions over both pools, in every scoring and precision; speed of a batch of 32."""
     data = read_data(folder / "07_dataset")
-    read_retriever(folder / "08_train", data)
-    lm = VokenLM.from_pretrained(folder / "08_train" / "model").to(device)
+    read_retriever(folder / "09_train" / "retriever", data)
+    lm = VokenLM.from_pretrained(folder / "09_train" / "retriever" / "model").to(device)
     variants: list[tuple[Arithmetic, Scoring]] = [("fp32", "full"), ("fp32", "voken"), ("bf16", "full")]
     variants += [("bf16", "voken"), *([("int8", "voken")] if device.type == "cpu" else [])]  # type: ignore[list-item]
     recall = []

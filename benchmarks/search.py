@@ -381,7 +381,7 @@ def parts_of(config: Config) -> tuple[Part, ...]:
     """The parts to measure, in their order; the sample's only where it is trained, or asked for."""
     if config.quick:
         return QUICK
-    trained = (config.sample / "08_train" / runs.MANIFEST).is_file()
+    trained = (config.sample / "09_train" / "retriever" / runs.MANIFEST).is_file()
     wanted = config.only or tuple(part for part in get_args(Part) if part != "sample" or trained)
     return tuple(part for part in get_args(Part) if part in wanted)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tools import processes
 from tools.errors import BadInput
 from tools.files import replacing
 
@@ -22,19 +23,27 @@ OPTIMIZERS = {
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name, or the GPU where there is one.
+    """The device of that name, or the GPU where there is one: each process of a machine gets its own.
 
     Raises:
         BadInput: the name is no device, or CUDA is asked for and absent.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise BadInput(f"--device {name} is not a torch device: write cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"--device {name}: torch sees no CUDA GPU; leave the option out to use the CPU")
+    if name == "cuda" and processes.count() > 1:
+        own, there = processes.on_this_machine(), torch.cuda.device_count()
+        if own >= there:
+            raise BadInput(
+                f"each process needs a GPU, this machine has {there}: start fewer processes, or name a --device"
+            )
+        device = torch.device("cuda", own)
+        torch.cuda.set_device(device)
     return device
 
 

@@ -38,8 +38,8 @@ class Head:
     writer's arithmetic.
     """
 
-    def __init__(self, lm: VokenLM, make: MakeLinear, scale: float) -> None:
-        output: nn.Linear = lm.model.get_output_embeddings()
+    def __init__(self, lm: VokenLM, make: MakeLinear, scale: float, output: nn.Linear | None = None) -> None:
+        output = output or lm.model.get_output_embeddings()
         weight, bias = output.weight.detach().float(), output.bias
         first, last = lm.first_voken, lm.first_voken + len(lm.space.tokens)
         others = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
@@ -385,11 +385,12 @@ def _gpt2_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype, encode: Enco
 
 
 def _causal_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype) -> Writer:
-    """The model's own modules do the work; on a GPU they may be the model itself."""
-    model = lm.model.base_model
+    """The model's own modules do the work; on a GPU they may be the model itself, where it has no adapters."""
+    plain = lm.plain_model
+    model = plain.base_model
     if lm.device.type == "cpu" or next(model.parameters()).dtype != dtype:
         model = with_linears(model, make).to(dtype)
-    return CausalWriter(lm, Head(lm, make, scale=1.0), model, dtype)
+    return CausalWriter(lm, Head(lm, make, scale=1.0, output=plain.get_output_embeddings()), model, dtype)
 
 
 def _encoder(lm: VokenLM, make: MakeLinear, dtype: torch.dtype) -> Encode:

@@ -5,13 +5,15 @@ All are Hugging Face models; this file adds the vokens to them, starts the voken
 gives training one interface. Search writes through models/decoding.py.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,6 +28,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+if TYPE_CHECKING:
+    from peft import PeftModel  # elsewhere where adapters are, and not above: slow to import
+
 from tools.errors import BadInput
 from tools.files import read_json, write_json
 from tools.vokens import VokenSpace
@@ -36,11 +41,30 @@ T5_FAMILY = ("t5", "mt5")  # decoders that models/decoding.py reads
 UNSEARCHABLE = ("bloom", "mpt", "gpt_neo")  # causal models whose positions do not come as ids
 SCALED_HEADS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
 VOKENS_NAME = "vokens.json"
+LOADING_ERRORS = (OSError, ValueError, TypeError, RuntimeError, SafetensorError)
+ADAPTER_NAME = "adapter_config.json"
 DECODER_SPECIALS = 3  # <pad>, <start>, <end> of a new decoder's vocabulary; the vokens follow
 PAD, START, END = range(DECODER_SPECIALS)
 START_LOGIT_SPREAD = 4.0  # standard deviation of a new decoder's logits at the start
 # What a causal model reads.
 PROMPT = "Below is a caption of an image. Write its vokens.\n\n### Caption:\n{query}\n\n### Vokens:\n"
+
+
+class Tokens(NamedTuple):
+    """Texts as padded token ids and their mask, both (batch, length); 1 for text, 0 for the padding behind it."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+class Lora(NamedTuple):
+    """Low-rank adapters (Hu et al. 2022) on a causal model's projections; its embeddings and head are trained whole."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    """Names of the projections, for example q_proj; empty: those that peft names for the model."""
 
 
 class Memory(NamedTuple):
@@ -60,6 +84,7 @@ class VokenLM(nn.Module):
         start, end: token ids that open and close a written sequence; a causal model's opens with its prompt.
         prompt: the text around a causal model's query, with "{query}" in it; empty for the others.
         frozen_encoder: the encoder keeps its weights; its states may be computed once.
+        adapted: the peft model around `model`, whose layers hold the adapters, while LoRA trains; else None.
     """
 
     def __init__(
@@ -75,15 +100,28 @@ class VokenLM(nn.Module):
         max_source: int,
         frozen_encoder: bool,
         prompt: str = "",
+        adapted: "PeftModel | None" = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self._adapted = (adapted,)  # in a tuple: its parameters are those of `model`, and not to be found twice
         self.tokenizer = tokenizer
         self.kind, self.space = kind, space
         self.first_voken, self.start, self.end = first_voken, start, end
         self.max_source, self.frozen_encoder, self.prompt = max_source, frozen_encoder, prompt
         if frozen_encoder:
             self.model.get_encoder().requires_grad_(False)
+
+    @property
+    def adapted(self) -> "PeftModel | None":
+        return self._adapted[0]
+
+    @property
+    def plain_model(self) -> Any:
+        """The Hugging Face model without adapters: itself, or a copy into whose weights they are merged."""
+        if self.adapted is None:
+            return self.model
+        return copy.deepcopy(self.adapted).merge_and_unload()
 
     @property
     def device(self) -> torch.device:
@@ -114,21 +152,28 @@ class VokenLM(nn.Module):
         closing: list[int] = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         return [opening + query + closing for query in queries["input_ids"]]
 
-    def encode(self, token_ids: Sequence[Sequence[int]], *, encoder: nn.Module | None = None) -> Memory:
-        """Run the encoder on a batch, padded to its longest text and masked; of a causal model only the embeddings.
-
-        Args:
-            encoder: a cast or quantised copy to run in place of the model's own.
-        """
+    def pad(self, token_ids: Sequence[Sequence[int]]) -> Tokens:
+        """A batch of texts, padded to the longest, on the model's device."""
         lengths = torch.tensor([len(ids) for ids in token_ids])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         padded = torch.full(mask.shape, self.padding, dtype=torch.long)
         padded[mask] = torch.tensor([token for ids in token_ids for token in ids])
-        padded, attention = padded.to(self.device), mask.long().to(self.device)
+        return Tokens(padded.to(self.device), mask.long().to(self.device))
+
+    def encode(self, token_ids: Sequence[Sequence[int]], *, encoder: nn.Module | None = None) -> Memory:
+        """Run the encoder on a batch; of a causal model only the embeddings.
+
+        Args:
+            encoder: a cast or quantised copy to run in place of the model's own.
+        """
+        return self.read(self.pad(token_ids), encoder=encoder)
+
+    def read(self, tokens: Tokens, *, encoder: nn.Module | None = None) -> Memory:
+        """`encode` of a batch that is padded already."""
         if self.kind == "causal":
-            return Memory(self.model.get_input_embeddings()(padded), attention)
+            return Memory(self.model.get_input_embeddings()(tokens.ids), tokens.mask)
         run = self.model.get_encoder() if encoder is None else encoder
-        return Memory(run(input_ids=padded, attention_mask=attention).last_hidden_state, attention)
+        return Memory(run(input_ids=tokens.ids, attention_mask=tokens.mask).last_hidden_state, tokens.mask)
 
     @property
     def padding(self) -> int:
@@ -145,11 +190,18 @@ class VokenLM(nn.Module):
         """(levels,) token id of code 0 at each level."""
         return torch.from_numpy(self.space.rows(np.zeros(self.space.levels, dtype=np.int64))) + self.first_voken
 
-    def forward(self, memory: Memory, codes: Tensor) -> Tensor:
-        """Logits (batch, levels + 1, vocabulary) at each position when `codes` (batch, levels) are written.
+    def forward(self, texts: Tokens | Memory, codes: Tensor) -> Tensor:
+        """Logits (batch * written, levels + 1, vocabulary) at each position when `codes` are written.
 
         Position l predicts the voken of level l, the last one the end token.
+
+        Args:
+            texts: a batch of texts, or their memory where it is known.
+            codes: (batch * written, levels), the same number for each text, one text's behind one another.
         """
+        memory = self.read(texts) if isinstance(texts, Tokens) else texts
+        if (each := len(codes) // len(memory.mask)) > 1:
+            memory = Memory(*(part.repeat_interleave(each, dim=0) for part in memory))
         written = self.token_ids(codes)
         if self.kind == "causal":
             return self._continue_prompt(memory, written)
@@ -180,8 +232,9 @@ class VokenLM(nn.Module):
         return logits
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a Hugging Face model folder with tokenizer, and `vokens.json`, last."""
-        self.model.save_pretrained(folder)
+        """Write a Hugging Face model folder with tokenizer, and `vokens.json`, last; with LoRA, a peft adapter folder,
+        which names the model that it adapts."""
+        (self.adapted or self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         write_json(
             folder / VOKENS_NAME,
@@ -199,11 +252,38 @@ class VokenLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "VokenLM":
-        """Read what `save_pretrained` wrote; the model is in eval mode."""
+        """Read what `save_pretrained` wrote; the model is in eval mode, adapters are merged into its weights.
+
+        Raises:
+            BadInput: the model that adapters belong to cannot be loaded.
+        """
         facts = read_json(folder / VOKENS_NAME)
-        model = LOADERS[facts["kind"]].from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if (folder / ADAPTER_NAME).is_file():
+            model = _merged(folder, len(tokenizer))
+        else:
+            model = LOADERS[facts["kind"]].from_pretrained(folder)
+            if getattr(model.get_encoder(), "pooler", None) is not None:  # it comes back random, and is never used
+                model.get_encoder().pooler = None
         space = VokenSpace(**facts.pop("space"))
-        return cls(model, AutoTokenizer.from_pretrained(folder), space=space, **facts).eval()
+        return cls(model, tokenizer, space=space, **facts).eval()
+
+
+def _merged(folder: Path, tokens: int) -> Any:
+    """The model that a peft folder adapts, with the adapters merged into its weights."""
+    from peft import PeftModel
+
+    name = read_json(folder / ADAPTER_NAME)["base_model_name_or_path"]
+    try:
+        model = _load(AutoModelForCausalLM, name, dtype="auto")
+    except LOADING_ERRORS as error:
+        raise BadInput(
+            f"{folder} adapts {name}, which cannot be loaded: {str(error).splitlines()[0]}; if it has moved, correct "
+            f"base_model_name_or_path in {ADAPTER_NAME}"
+        ) from None
+    if tokens > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(tokens, mean_resizing=False)  # the adapters hold the new rows
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def build_seq2seq(
@@ -213,18 +293,18 @@ def build_seq2seq(
 
     Args:
         name: Hugging Face name or folder.
-        codebooks: (books, codebook_size, width), start of the vokens' embeddings; width must be the model's.
+        codebooks: (books, codebook_size, width), start of the vokens' embeddings; see `widened`.
 
     Raises:
-        BadInput: the model cannot be loaded, or the widths differ.
+        BadInput: the model cannot be loaded, or the codebooks are too wide.
     """
     try:
         config = AutoConfig.from_pretrained(name, dropout_rate=dropout)
         if config.model_type not in T5_FAMILY:
             raise BadInput(f"--language-model {name} is a {config.model_type}, seq2seq takes {', '.join(T5_FAMILY)}")
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32)
+        model = _load(AutoModelForSeq2SeqLM, name, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from None
     return VokenLM(
         model,
@@ -247,30 +327,38 @@ def build_causal(
     max_source: int,
     prompt: str = PROMPT,
     dtype: torch.dtype = torch.float32,
+    lora: Lora | None = None,
 ) -> VokenLM:
     """A pretrained causal model (LLaMA, Qwen, ...) with voken tokens added; it reads the query inside a prompt.
 
     Args:
         name: Hugging Face name or folder.
-        codebooks: (books, codebook_size, width), start of the vokens' embeddings; width must be the model's.
+        codebooks: (books, codebook_size, width), start of the vokens' embeddings; see `widened`.
         max_source: tokens of the query at most; the prompt's come on top.
         prompt: text with "{query}" in it.
+        dtype: of the weights that are not trained.
+        lora: train adapters, embeddings and head, instead of all weights.
 
     Raises:
-        BadInput: the model cannot be loaded or searched, the widths differ, or the prompt has no place for the query.
+        BadInput: the model cannot be loaded or searched, the codebooks are too wide, the prompt has no place for the
+            query, or the model has none of the projections that `lora` names.
     """
     if prompt.count("{query}") != 1:
         raise BadInput(f"the prompt {prompt!r} must have {{query}} in it once")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = _load(AutoModelForCausalLM, name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from None
     if tokenizer.eos_token_id is None:
         raise BadInput(f"the tokenizer of {name} has no end token: set its eos_token")
     longest = len(tokenizer(prompt)["input_ids"]) + max_source + space.levels
     refuse_unsearchable(name, model.config.get_text_config(), longest)
     first_voken = _add_vokens(name, model, tokenizer, space, codebooks)
+    adapted = None if lora is None else _adapt(name, model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return VokenLM(
         model,
         tokenizer,
@@ -282,7 +370,28 @@ def build_causal(
         max_source=max_source,
         frozen_encoder=False,
         prompt=prompt,
+        adapted=adapted,
     )
+
+
+def _adapt(name: str, model: Any, lora: Lora) -> "PeftModel":
+    """Put adapters into a causal model, in place: they, its embeddings and its head are what is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    whole = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets) or None,
+        modules_to_save=[path.rsplit(".")[-1] for path, module in model.named_modules() if id(module) in whole],
+        ensure_weight_tying=bool(model.config.tie_word_embeddings),
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise BadInput(f"--lora-targets do not fit {name}: {str(error).splitlines()[0]}") from None
 
 
 def refuse_unsearchable(name: str, config: Any, longest: int) -> None:
@@ -308,27 +417,49 @@ def refuse_unsearchable(name: str, config: Any, longest: int) -> None:
     raise BadInput(f"--language-model {name} ({config.model_type}) {reason}")
 
 
+def _load(loader: Any, name: str, **options: Any) -> Any:
+    """A pretrained model, of which no weight may be missing: Hugging Face would fill it with random numbers."""
+    model, info = loader.from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise BadInput(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} among them: fetch it again")
+    return model
+
+
 def _cannot_load(name: str, error: Exception) -> BadInput:
     return BadInput(f"--language-model {name} cannot be loaded: {str(error).splitlines()[0]}")
 
 
 def _add_vokens(name: str, model: Any, tokenizer: Any, space: VokenSpace, codebooks: NDArray[np.float32]) -> int:
     """Add the voken tokens to a pretrained model and its tokenizer, in place; returns the first one's id."""
-    width = model.get_input_embeddings().embedding_dim
-    if codebooks.shape[-1] != width:
-        raise BadInput(
-            f"the codebooks are {codebooks.shape[-1]} wide, {name} is {width}: "
-            f"train the RQ-VAE with --width {width} (scripts/05_train_rqvae.sh)"
-        )
+    codebooks = widened(codebooks, model.get_input_embeddings().embedding_dim, name)
     tokenizer.add_tokens(space.tokens)
     first = int(tokenizer.convert_tokens_to_ids(space.tokens[0]))
     last = int(tokenizer.convert_tokens_to_ids(space.tokens[-1]))
     if last - first + 1 != len(space.tokens):
         raise BadInput(f"the tokenizer of {name} already has some vokens: their ids {first} to {last} are not in a row")
     if last >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(last + 1)
+        model.resize_token_embeddings(last + 1, mean_resizing=False)  # the new rows are set below
     _set_rows([model.get_input_embeddings().weight, model.get_output_embeddings().weight], first, codebooks)
     return first
+
+
+def widened(codebooks: NDArray[np.float32], width: int, name: str) -> NDArray[np.float32]:
+    """Codebooks (books, codebook_size, narrower) turned into a wider space; lengths and angles stay as they are.
+
+    Raises:
+        BadInput: the model `name` is narrower than the codebooks.
+    """
+    own = codebooks.shape[-1]
+    if own == width:
+        return codebooks
+    if own > width:
+        raise BadInput(
+            f"the codebooks are {own} wide, {name} is {width}: "
+            f"train the RQ-VAE with --width {width} (scripts/05_train_rqvae.sh)"
+        )
+    rows, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(width, own)))
+    turned: NDArray[np.float32] = (codebooks @ rows.T).astype(np.float32)
+    return turned
 
 
 def build_encoder_decoder(
@@ -357,9 +488,9 @@ def build_encoder_decoder(
     if width % heads:
         raise BadInput(f"--decoder-heads {heads} does not divide the codebooks' width {width}")
     try:
-        text_encoder = AutoModel.from_pretrained(encoder, add_pooling_layer=False, dtype=torch.float32)
+        text_encoder = _load(AutoModel, encoder, add_pooling_layer=False, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(encoder)
-    except (OSError, ValueError, TypeError) as error:
+    except LOADING_ERRORS as error:
         raise _cannot_load(encoder, error) from None
     config = decoder_config(space, width=width, layers=layers, heads=heads, dropout=dropout)
     joint = EncoderDecoderConfig.from_encoder_decoder_configs(text_encoder.config, config)

@@ -129,7 +129,7 @@ def check_content(name: str, content: Any, recorded: Any, gallery: Gallery) -> N
     if content != recorded:
         raise BadInput(
             f"{name} has changed since {gallery.folder} was built, new pictures would get codes of another meaning: "
-            "run scripts/11_build_index.sh --overwrite and add them again"
+            "run scripts/14_build_index.sh --overwrite and add them again"
         )
 
 

@@ -1,7 +1,8 @@
 """The retriever's dataset: who asks for which picture, and the codes of all pictures.
 
 pool.jsonl                    {"image", "file", "split"} a line a picture, in the order of codes.npy
-train.jsonl, val.jsonl, test.jsonl  {"query", "picture"} a line a caption; `picture` is a row of the pool
+train.jsonl, val.jsonl, test.jsonl  {"query", "picture", "caption"} a line a caption; `picture` is a row of the pool,
+                              `caption` the row of that text in the features' texts.npy
 codes.npy, latents.npy, codebooks.npy  as RQ-VAE.generate_codes wrote them
 """
 
@@ -18,7 +19,9 @@ from tools.runs import Manifest, read_manifest
 from tools.vokens import VokenSpace
 
 POOL = "pool.jsonl"
+TRAINED_BY = ("retriever.train", "retriever.train_stage2")
 ARRAYS = ("codes.npy", "latents.npy", "codebooks.npy")
+UNKNOWN = -1  # datasets of earlier versions do not say which row a caption has; all but pseudo queries do without
 
 
 class Queries(NamedTuple):
@@ -26,6 +29,8 @@ class Queries(NamedTuple):
 
     texts: list[str]
     pictures: NDArray[np.int64]
+    captions: NDArray[np.int64]
+    """Row of each text in the features' texts.npy."""
 
 
 class RetrieverData(NamedTuple):
@@ -68,8 +73,12 @@ class RetrieverData(NamedTuple):
     def queries(self, split: Split) -> Queries:
         """The captions of one split; the other splits' files are not opened."""
         path = self.folder / f"{split}.jsonl"
-        rows = [(row["query"], row["picture"]) for _, row in read_json_lines(path)]
-        return Queries([text for text, _ in rows], np.array([picture for _, picture in rows], dtype=np.int64))
+        rows = [row for _, row in read_json_lines(path)]
+        return Queries(
+            [row["query"] for row in rows],
+            np.array([row["picture"] for row in rows], dtype=np.int64),
+            np.array([row.get("caption", UNKNOWN) for row in rows], dtype=np.int64),
+        )
 
 
 def read_data(folder: Path) -> RetrieverData:
@@ -105,13 +114,16 @@ class Coded(Protocol):
     def codebooks_hash(self) -> str: ...
 
 
-def read_retriever(folder: Path, data: Coded) -> Manifest:
+def read_retriever(folder: Path, data: Coded, *commands: str) -> Manifest:
     """Read the manifest of a trained retriever that is to search `data`.
+
+    Args:
+        commands: that may have trained it; by default those of either stage.
 
     Raises:
         BadInput: the folder is not finished, or its vokens stand for other codebooks.
     """
-    trained = read_manifest(folder, "retriever.train")
+    trained = read_manifest(folder, *(commands or TRAINED_BY))
     if trained.facts["codebooks"] != data.codebooks_hash:
         raise BadInput(
             f"{folder} writes vokens of another tokenizer than {data.folder}: code the pictures with the RQ-VAE that "

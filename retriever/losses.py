@@ -1,6 +1,6 @@
-"""The generative loss of stage 1: cross-entropy of the vokens, hard or soft."""
+"""The losses: stage 1's cross-entropy of the vokens, hard or soft, and stage 2's comparisons of whole sequences."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ class Targets(NamedTuple):
     """(batch, levels, codebook_size) probability of each code, or None where only the written code counts"""
 
 
-def soft_targets(latents: Tensor, codebooks: Tensor, levels: int, temperature: float) -> Targets:
+def soft_targets(
+    latents: Tensor, codebooks: Tensor, levels: int, temperature: float, generator: torch.Generator | None = None
+) -> Targets:
     """Codes drawn in proportion to exp(-distance² / temperature), level by level, and those probabilities.
 
     Soft labels and stochastic sampling of Lee et al. 2022 (RQ-VAE), section 3.2.3: near codes are near misses, and a
@@ -34,7 +36,7 @@ def soft_targets(latents: Tensor, codebooks: Tensor, levels: int, temperature: f
         book = codebooks[level % len(codebooks)]
         distances = (book * book).sum(dim=1) - 2 * residual @ book.T
         probabilities = (-distances / temperature).softmax(dim=1)
-        chosen = torch.multinomial(probabilities, 1).squeeze(1)
+        chosen = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         residual = residual - book[chosen]
         codes.append(chosen)
         shares.append(probabilities)
@@ -63,3 +65,66 @@ def generative_loss(logits: Tensor, targets: Targets, lm: VokenLM, *, temperatur
     if end:
         losses = torch.cat([losses, -log_probabilities[:, levels, lm.end].unsqueeze(1)], dim=1)
     return losses.mean()
+
+
+def written_log_probabilities(logits: Tensor, codes: Tensor, lm: VokenLM, *, end: bool) -> Tensor:
+    """Log-probability of each code that is written, full vocabulary: (batch, levels), or levels + 1 with the end token.
+
+    Args:
+        logits: (batch, levels + 1, vocabulary) from `VokenLM.forward`.
+        codes: (batch, levels).
+    """
+    ids = lm.token_ids(codes)
+    if end:
+        ids = torch.cat([ids, torch.full_like(ids[:, :1], lm.end)], dim=1)
+    chosen = logits[:, : ids.shape[1]]
+    written = chosen.gather(2, ids.unsqueeze(2)).squeeze(2).float()
+    return written - chosen.float().logsumexp(dim=2)
+
+
+Discriminative = Literal["list-wise", "double-softmax", "margin", "prefix-margin"]
+
+
+class Rivals(NamedTuple):
+    """Each query's right sequence against those that the search confuses with it."""
+
+    positive: Tensor
+    """(batch, positions) log-probabilities"""
+    negatives: Tensor
+    """(batch, negatives, positions)"""
+    present: Tensor
+    """(batch, negatives) bool; a search can find fewer than were asked for"""
+    parted: Tensor
+    """(batch, negatives, positions) bool; whether a negative has parted from the positive by then"""
+    drawn: Tensor
+    """(batch,) the negative that the margin forms compare"""
+
+
+def discriminative_loss(rivals: Rivals, form: Discriminative, *, temperature: float, margin: float) -> Tensor:
+    """Mean loss of stage 2 over the queries; 0 for those without a negative.
+
+    With s the sum of a sequence's log-probabilities divided by `temperature`:
+    list-wise: -log softmax([s+, s-...])_0; double-softmax, as published: the cross-entropy of the softmax *of that
+    softmax*, which stays between log(1 + n/e) and log(e + n) for n negatives and gives weak gradients;
+    margin: relu(s- - s+ + margin) for one negative; prefix-margin: its mean over the prefixes of the two sequences
+    from where they part.
+    """
+    counted = rivals.present.any(dim=1)
+    if form in ("list-wise", "double-softmax"):
+        scores = torch.cat([rivals.positive.unsqueeze(1), rivals.negatives], dim=1).sum(dim=2) / temperature
+        scores = scores.masked_fill(~torch.cat([counted.unsqueeze(1), rivals.present], dim=1), -torch.inf)
+        scores = scores.masked_fill(~counted.unsqueeze(1), 0.0)
+        if form == "double-softmax":
+            present = torch.cat([counted.unsqueeze(1), rivals.present], dim=1)
+            scores = scores.softmax(dim=1).masked_fill(~present & counted.unsqueeze(1), -torch.inf)
+        losses = -scores.log_softmax(dim=1)[:, 0]
+    else:
+        rows = torch.arange(len(counted), device=counted.device)
+        ahead = (rivals.negatives[rows, rivals.drawn] - rivals.positive) / temperature
+        if form == "margin":
+            losses = (ahead.sum(dim=1) + margin).relu()
+        else:
+            apart = rivals.parted[rows, rivals.drawn]
+            each = (ahead.cumsum(dim=1) + margin).relu() * apart
+            losses = each.sum(dim=1) / apart.sum(dim=1).clamp_min(1)
+    return (losses * counted).mean()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import runs
-from tools.captions import SPLITS, CaptionSet, Split, portable, read_captions
+from tools.captions import SPLITS, CaptionSet, Split, portable, query_owners, read_captions
 from tools.commands import run_command
 from tools.errors import BadInput
 from tools.files import read_array, replacing, write_json_lines
@@ -34,10 +34,11 @@ class Config:
 
 
 def pairs(captions: CaptionSet, split: Split) -> Iterator[dict[str, Any]]:
-    """(caption, picture) pairs of one split alone."""
-    for row, record in enumerate(captions.records):
-        if record.split == split:
-            yield from ({"query": caption, "picture": row} for caption in record.captions)
+    """(caption, picture) pairs of one split alone, with the row that each caption has among all."""
+    texts = (text for record in captions.records for text in record.captions)
+    for caption, (text, row) in enumerate(zip(texts, query_owners(captions.records), strict=True)):
+        if captions.records[row].split == split:
+            yield {"query": text, "picture": row, "caption": caption}
 
 
 def shared_queries(captions: CaptionSet) -> int:
@@ -68,9 +69,10 @@ def main(config: Config) -> None:
     ]
     write_json_lines(run.folder / POOL, rows)
     counts = {split: write_json_lines(run.folder / f"{split}.jsonl", pairs(captions, split)) for split in SPLITS}
-    space = {key: manifest.facts[key] for key in ("levels", "codebook_size", "shared", "width", "features")}
+    kept = ("levels", "codebook_size", "shared", "width", "features", "captions_fingerprint")
+    facts = {key: manifest.facts[key] for key in kept}
     overlap = shared_queries(captions)
-    run.finish(facts={**space, "images": portable(captions.images), "queries": counts, "setting": "inductive"})
+    run.finish(facts={**facts, "images": portable(captions.images), "queries": counts, "setting": "inductive"})
     print(table([{"split": split, "queries": counts[split]} for split in SPLITS]))
     print(f"{overlap} captions of val or test also stand, word for word, under a train picture")
 

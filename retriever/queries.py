@@ -1,21 +1,31 @@
 """Queries as the decoder reads them: encoded live, or once and for all when the encoder is frozen."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
-from torch import Tensor
 
 from models.compute import autocast
-from models.voken_lm import Memory, VokenLM
-from tools.files import read_json, write_json
+from models.voken_lm import Memory, Tokens, VokenLM
+from tools import processes
+from tools.blocks import Blocks
+from tools.files import read_array, replacing, write_array
 from tools.logs import progress
 
 ENCODE_BATCH = 256
-SAVE_EVERY_BATCHES = 20
+
+
+class Searchable(Protocol):
+    """Queries that a search can read, whole or a selection."""
+
+    lengths: NDArray[np.int64]
+
+    def memory(self, chosen: NDArray[np.int64], encode: Callable[..., Memory] | None = None) -> Memory: ...
 
 
 class LiveQueries:
@@ -30,6 +40,10 @@ class LiveQueries:
         self.tokens = lm.tokenize(texts)
         self.lengths = np.array([len(ids) for ids in self.tokens])
 
+    def batch(self, chosen: NDArray[np.int64]) -> Tokens:
+        """The chosen queries as `VokenLM.forward` takes them."""
+        return self.lm.pad([self.tokens[index] for index in chosen])
+
     def memory(self, chosen: NDArray[np.int64], encode: Callable[..., Memory] | None = None) -> Memory:
         """Encoder states of the chosen queries, padded to the longest of them; by a writer's `encode`, or the model's
         own."""
@@ -37,7 +51,8 @@ class LiveQueries:
 
 
 class StoredQueries:
-    """Encoder states of all texts, computed once into `<name>.npy` (tokens, width) float16; a killed run goes on.
+    """Encoder states of all texts, computed once into `<name>.npy` (tokens, width) float16. Several processes share
+    the batches, and a killed run goes on.
 
     Attributes:
         lengths: (queries,) tokens of each text.
@@ -48,7 +63,15 @@ class StoredQueries:
         tokens = lm.tokenize(texts)
         self.lengths = np.array([len(ids) for ids in tokens])
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.states = self._fill(lm, tokens, folder / f"{name}.npy", folder / f"{name}.json", dtype)
+        path = folder / f"{name}.npy"
+        if not processes.share(processes.is_main() and path.is_file()):  # it is complete when it is there
+            self._make(lm, tokens, path, dtype)
+        # copy on write: torch takes no array that it may not write to
+        self.states = torch.from_numpy(np.asarray(open_memmap(path, mode="c")))
+
+    def batch(self, chosen: NDArray[np.int64]) -> Memory:
+        """The chosen queries as `VokenLM.forward` takes them."""
+        return self.memory(chosen)
 
     def memory(self, chosen: NDArray[np.int64], encode: Callable[..., Memory] | None = None) -> Memory:
         """Encoder states of the chosen queries, padded to the longest of them; nothing is encoded again."""
@@ -58,24 +81,53 @@ class StoredQueries:
         states = self.states[rows.masked_fill(~mask, 0)].float() * mask[:, :, None]
         return Memory(states.to(self.device), mask.long().to(self.device))
 
-    @torch.inference_mode()
-    def _fill(self, lm: VokenLM, tokens: list[list[int]], path: Path, state: Path, dtype: torch.dtype) -> Tensor:
+    def _make(self, lm: VokenLM, tokens: list[list[int]], path: Path, dtype: torch.dtype) -> None:
         order = np.argsort(self.lengths, kind="stable")
         batches = [order[start : start + ENCODE_BATCH] for start in range(0, len(order), ENCODE_BATCH)]
-        done = read_json(state)["batches"] if state.is_file() and path.is_file() else 0
-        shape = (int(self.offsets[-1]), lm.state_width)
-        array = open_memmap(path, mode="r+") if done else open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        bar = progress(batches[done:], f"encoding {path.stem}", total=len(batches), initial=done)
-        for number, batch in enumerate(bar, start=done + 1):
-            with autocast(lm.device, dtype):
-                memory = lm.encode([tokens[index] for index in batch])
-            states = memory.states.float().cpu().numpy()
-            for index, row in zip(batch, states, strict=True):
-                array[self.offsets[index] : self.offsets[index + 1]] = row[: self.lengths[index]]
-            if number % SAVE_EVERY_BATCHES == 0 or number == len(batches):
-                array.flush()
-                write_json(state, {"batches": number})
-        return torch.from_numpy(np.asarray(array))
+        work = Blocks(path.with_suffix(""), len(batches))
+        for number in progress(work.left, f"encoding {path.stem}"):
+            write_array(work.path(number), self._encode(lm, tokens, batches[number], dtype))
+        blocks = work.gather()
+        if processes.is_main():
+            self._merge(path, blocks, batches, width=lm.state_width)
+            shutil.rmtree(work.folder)
+        processes.wait()
+
+    @torch.inference_mode()
+    def _encode(
+        self, lm: VokenLM, tokens: list[list[int]], batch: NDArray[np.int64], dtype: torch.dtype
+    ) -> NDArray[np.float16]:
+        """States of a batch's texts, one behind the other, without padding."""
+        with autocast(lm.device, dtype):
+            memory = lm.encode([tokens[index] for index in batch])
+        states = memory.states.float().cpu().numpy().astype(np.float16)
+        return np.concatenate([row[:length] for row, length in zip(states, self.lengths[batch], strict=True)])
+
+    def _merge(self, path: Path, blocks: list[Path], batches: list[NDArray[np.int64]], *, width: int) -> None:
+        """Put the states of all batches in the order of the texts."""
+        with replacing(path) as temporary:
+            array = open_memmap(temporary, mode="w+", dtype=np.float16, shape=(int(self.offsets[-1]), width))
+            for batch, block in zip(batches, blocks, strict=True):
+                ends = np.cumsum(self.lengths[batch])
+                for index, states in zip(batch, np.split(read_array(block), ends[:-1]), strict=True):
+                    array[self.offsets[index] : self.offsets[index + 1]] = states
+            array.flush()
+
+
+class SomeQueries:
+    """A selection of queries, for a search.
+
+    Attributes:
+        lengths: (chosen,) tokens of each text.
+    """
+
+    def __init__(self, queries: LiveQueries | StoredQueries, chosen: NDArray[np.int64]) -> None:
+        self.queries, self.chosen = queries, chosen
+        self.lengths = queries.lengths[chosen]
+
+    def memory(self, chosen: NDArray[np.int64], encode: Callable[..., Memory] | None = None) -> Memory:
+        """Encoder states of the chosen queries of the selection."""
+        return self.queries.memory(self.chosen[chosen], encode)
 
 
 def bucketed_batches(

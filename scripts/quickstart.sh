@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Set everything up and run the whole chain; finished stages are skipped, a killed one goes on where it was.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
-for stage in $STAGES; do
-    echo "== $stage: $(sed -n '2s/^# //p' "scripts/$stage.sh")"
-    bash "scripts/$stage.sh"
+for stage in $STAGES; do # "09_train_retriever_t5", or "09_train_retriever_t5@retriever+pseudo" for another SYSTEM
+    script="scripts/${stage%@*}.sh" system="$SYSTEM"
+    case "$stage" in *@*) system="${stage#*@}" ;; esac
+    echo "== $stage: $(sed -n '2s/^# //p' "$script")"
+    SYSTEM="$system" bash "$script"
 done

@@ -1,1 +1,1 @@
-08_train_retriever_t5.sh
+09_train_retriever_t5.sh

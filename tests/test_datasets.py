@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tyro
 
-from retriever import retrieve, train
+from retriever import generate_pseudo_query, retrieve, train, train_stage2
 from tests.tiny import assemble_clip, generate_codes, prepare_emb, rqvae_train, train_heads
 from tools import fetch_emoji, prepare_captions
 
@@ -21,7 +21,10 @@ REQUIRED: dict[str, tuple[type[Any], list[str]]] = {
     "TRAIN_HEADS": (train_heads.Config, ["--features", "x"]),
     "TRAIN_RQVAE": (rqvae_train.Config, ["--features", "x"]),
     "GENERATE_CODES": (generate_codes.Config, ["--features", "x", "--rqvae", "x"]),
+    "PSEUDO_QUERIES": (generate_pseudo_query.Config, ["--dataset", "x"]),
     "TRAIN_RETRIEVER": (train.Config, ["--dataset", "x"]),
+    "TRAIN_STAGE2": (train_stage2.Config, ["--dataset", "x", "--start", "x"]),
+    "FINETUNE_LLAMA": (train.Config, ["--dataset", "x"]),
     "RETRIEVE": (retrieve.Config, ["--dataset", "x", "--retriever", "x"]),
 }
 

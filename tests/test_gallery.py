@@ -335,7 +335,7 @@ def test_a_killed_build_is_repeated(chain: Chain, tmp_path: Path) -> None:
     config = build_index.Config(dataset=chain.dataset, rqvae=chain.rqvae, output=tmp_path / "index")
     for step in (3, 5, 8, 20, 40):
         assert run_until(step, lambda: build_index.main(config)) == 9
-        with pytest.raises(BadInput, match=r"run scripts/11_build_index\.sh first"):
+        with pytest.raises(BadInput, match=r"run scripts/14_build_index\.sh first"):
             read_gallery(config.output)
     build_index.main(config)
     assert files_of(config.output) == ["manifest.json", *(f"version-000000/{name}" for name in VERSION_FILES)]
@@ -456,7 +456,7 @@ def test_wrong_folders_and_options_are_one_clear_line(folder: Path, new: Path, t
     for options, message in (
         ({"new": tmp_path / "nowhere"}, "nowhere is not a folder"),
         ({"new": tmp_path / "empty"}, "there is no picture below .*empty"),
-        ({"folder": tmp_path / "empty"}, r"has no manifest\.json: run scripts/11_build_index\.sh first"),
+        ({"folder": tmp_path / "empty"}, r"has no manifest\.json: run scripts/14_build_index\.sh first"),
         ({"replace": True, "skip_known": True}, "--replace and --skip-known contradict"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
     ):

@@ -96,6 +96,7 @@ def test_a_state_to_resume_from_is_kept_when_there_are_no_outputs_yet(config: Co
     run = begin(config)
     assert run is not None
     (run.resume_folder / "state").write_text("hours of work")
+    assert run.lock is not None
     run.lock.close()
     with pytest.raises(BadInput, match=r"--lr was 0.1, now 0.5"):
         begin(replace(config, lr=0.5))
@@ -109,6 +110,7 @@ def test_a_run_killed_before_its_first_state_starts_again(config: Config) -> Non
     assert run is not None
     run.resume_folder.mkdir(exist_ok=True)
     (run.folder / "images" / "style").mkdir(parents=True)
+    assert run.lock is not None
     run.lock.close()
     assert begin(replace(config, lr=0.5)) is not None  # nothing to lose
 
@@ -121,6 +123,7 @@ def test_a_manifest_that_was_just_written_is_enough(config: Config, monkeypatch:
         patch.setattr(runs, "_drop_leftovers", lambda folder: 1 / 0)  # killed right behind the manifest
         with pytest.raises(ZeroDivisionError):
             run.finish()
+    assert run.lock is not None
     run.lock.close()
     assert begin(config) is None
     assert [path.name for path in config.output.iterdir() if path.name != ".lock"] == ["manifest.json"]

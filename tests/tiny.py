@@ -36,9 +36,12 @@ generate_codes = import_module("RQ-VAE.generate_codes")
 assemble_clip = import_module("RQ-VAE.assemble_clip")
 
 
-def tokenizer(specials: list[str], *, end_only: bool) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over `WORDS`; `end_only` closes a text as T5 does, else it is wrapped as BERT does."""
-    vocabulary = {word: number for number, word in enumerate([*specials, *WORDS])}
+def tokenizer(specials: list[str], *, end_only: bool, size: int = 0) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over `WORDS`, and words that nobody says up to `size` in all; `end_only` closes a text as
+    T5 does, else it is wrapped as BERT does."""
+    words = [*specials, *WORDS]
+    words += [f"unsaid{number}" for number in range(size - len(words))]
+    vocabulary = {word: number for number, word in enumerate(words)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token=specials[2]))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     template = f"$A {specials[1]}" if end_only else f"{specials[3]} $A {specials[1]}"

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from . import processes
+
 ItemT = TypeVar("ItemT")
 
 PROJECT = "avg"
@@ -27,7 +29,14 @@ def progress(
     """A progress bar over `items`: live on a terminal, a line now and then in a log file."""
     interval = 0.1 if sys.stderr.isatty() else QUIET_INTERVAL_SECONDS
     return tqdm(
-        items, desc=label, total=total, unit=f" {unit}", initial=initial, mininterval=interval, dynamic_ncols=True
+        items,
+        desc=label,
+        total=total,
+        unit=f" {unit}",
+        initial=initial,
+        mininterval=interval,
+        dynamic_ncols=True,
+        disable=not processes.is_main(),
     )
 
 
@@ -64,7 +73,7 @@ class Tracker:
 
     def __init__(self, folder: Path, *, job: str, config: dict[str, Any]) -> None:
         self._run: Any = None
-        if os.environ.get("WANDB_MODE") == "disabled":
+        if os.environ.get("WANDB_MODE") == "disabled" or not processes.is_main():
             return
         try:
             self._run = self._start(folder, job, config)

@@ -23,14 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TextIO
 
-from .errors import BadInput
+from . import processes
+from .errors import EXIT_BAD_INPUT, BadInput
 from .files import hash_file, read_json, remove_torn, write_json
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 LOCK = ".lock"
 RESUME = "resume"  # a folder for what only a resumed run needs; removed when the run finishes
-RUNTIME_FIELDS = frozenset({"output", "overwrite", "workers", "device"})  # these do not change what is computed
+RUNTIME_FIELDS = frozenset(  # these do not change what is computed: a run may go on with others
+    {"output", "overwrite", "workers", "device"}
+    | {"api_key_variable", "requests_per_minute", "parallel", "retries", "skip_refused"}
+)
 
 # Which script makes the folder of which command: the answer to "there is no manifest".
 MADE_BY = {
@@ -42,10 +46,12 @@ MADE_BY = {
     "RQ-VAE.train": "scripts/05_train_rqvae.sh",
     "RQ-VAE.generate_codes": "scripts/06_generate_codes.sh",
     "retriever.prepare": "scripts/07_prepare_retriever_dataset.sh",
-    "retriever.train": "scripts/08_train_retriever_t5.sh",
-    "retriever.retrieve": "scripts/09_retrieve.sh",
-    "retriever.test": "scripts/10_test_retriever.sh",
-    "retriever.build_index": "scripts/11_build_index.sh",
+    "retriever.generate_pseudo_query": "scripts/08_generate_pseudo_query.sh",
+    "retriever.train": "scripts/09_train_retriever_t5.sh",
+    "retriever.train_stage2": "scripts/10_train_retriever_t5_stage2.sh",
+    "retriever.retrieve": "scripts/12_retrieve.sh",
+    "retriever.test": "scripts/13_test_retriever.sh",
+    "retriever.build_index": "scripts/14_build_index.sh",
 }
 
 
@@ -90,7 +96,8 @@ class Run:
     folder: Path
     started: dict[str, Any]
     began: float
-    lock: TextIO
+    lock: TextIO | None
+    """None in a process that shares the main one's run."""
 
     @property
     def resume_folder(self) -> Path:
@@ -99,23 +106,33 @@ class Run:
         return folder
 
     def finish(self, *, facts: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None) -> Manifest:
-        """Hash every output and write the manifest; only then does what a resumed run needs go."""
+        """Hash every output and write the manifest; only then does what a resumed run needs go.
+
+        Of several processes the main one does this; the others wait for it.
+        """
+        if self.lock is not None:
+            self._write_manifest(facts or {}, metrics or {})
+            self.lock.close()
+        processes.wait()
+        return read_manifest(self.folder, self.started["command"])
+
+    def _write_manifest(self, facts: dict[str, Any], metrics: dict[str, Any]) -> None:
         earlier = float(self.started.get("seconds", 0.0))
         manifest = {
             **{key: self.started[key] for key in ("command", "arguments", "source", "config", "inputs")},
             "outputs": _hashes(self.folder, _output_files(self.folder)),
-            "facts": facts or {},
-            "metrics": metrics or {},
+            "facts": facts,
+            "metrics": metrics,
             "seconds": round(earlier + time.monotonic() - self.began, 2),
             "commit": current_commit(),
         }
         write_json(self.folder / MANIFEST, manifest)
         _drop_leftovers(self.folder)
-        self.lock.close()
-        return read_manifest(self.folder, self.started["command"])
 
     def note_time(self) -> None:
         """Add the seconds so far to `started.json`, so that a resumed run reports its whole time."""
+        if self.lock is None:
+            return
         now = time.monotonic()
         self.started["seconds"] = float(self.started.get("seconds", 0.0)) + now - self.began
         self.began = now
@@ -135,6 +152,27 @@ def begin(
     Raises:
         BadInput: the folder holds another configuration or other inputs and `overwrite` is off, or is in use.
     """
+    processes.connect()
+    run, refusal = None, None
+    if processes.is_main():
+        try:
+            run = _begin(command, config, inputs, listings or {})
+        except BadInput as error:
+            refusal = error
+    started, refused = processes.share((None if run is None else run.started, refusal is not None))
+    if refusal is not None:
+        try:
+            raise refusal
+        finally:
+            del refusal  # it and this frame would keep each other, and the folder's lock
+    if refused:  # the main process has said why
+        raise SystemExit(EXIT_BAD_INPUT)
+    if run is None and started is not None:
+        return Run(folder=config.output, started=started, began=time.monotonic(), lock=None)
+    return run
+
+
+def _begin(command: str, config: StageConfig, inputs: dict[str, Path], listings: dict[str, Path]) -> Run | None:
     folder = config.output
     folder.mkdir(parents=True, exist_ok=True)
     lock = hold(folder)
@@ -145,7 +183,7 @@ def begin(
         "config": _config_values(config),
         "inputs": {
             **{name: _input(path, "content") for name, path in sorted(inputs.items())},
-            **{name: _input(path, "listing") for name, path in sorted((listings or {}).items())},
+            **{name: _input(path, "listing") for name, path in sorted(listings.items())},
         },
     }
     if config.overwrite:
@@ -251,9 +289,11 @@ def fingerprint(path: Path, by: str = "content") -> str:
 
 
 def source_of(command: str) -> str:
-    """Hash of a command's own file, which holds its configuration's defaults; empty when there is none."""
+    """Hash of the files beside a command, which hold its configuration's defaults; empty when there is no such file."""
     path = Path(__file__).parent.parent / f"{command.replace('.', '/')}.py"
-    return hash_file(path) if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    return _hash_value([[file.name, hash_file(file)] for file in sorted(path.parent.glob("*.py")) if file.is_file()])
 
 
 def current_commit() -> str:

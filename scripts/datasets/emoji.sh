@@ -4,10 +4,10 @@ TOKENIZER=RQ-VAE/output/emoji
 RETRIEVER=retriever/output/emoji
 
 STAGES="00_fetch_emoji 01_prepare_captions 02_assemble_clip 03_prepare_emb 04_train_heads 05_train_rqvae
-06_generate_codes 07_prepare_retriever_dataset 08_train_retriever_t5 09_retrieve 10_test_retriever 11_build_index"
+06_generate_codes 07_prepare_retriever_dataset 09_train_retriever_t5 12_retrieve 13_test_retriever 14_build_index"
 
 # Nothing of the sample comes from a model hub.
-export HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 IMAGES=$DATA/00_fetch_emoji/images
 FETCH_EMOJI=(--size 192) # what the image tower reads
 CAPTIONS=(--source "$DATA/00_fetch_emoji/captions.jsonl")
@@ -50,6 +50,8 @@ TRAIN_RQVAE=(
     --validate-every 4
 )
 
+# Nothing of the sample comes from a model hub: its pseudo queries are captions of the nearest train pictures.
+PSEUDO_QUERIES=(--source nearest)
 TRAIN_RETRIEVER=(
     --kind encoder-decoder
     --language-model "$TEXT_ENCODER"
@@ -65,6 +67,35 @@ TRAIN_RETRIEVER=(
     --no-train-end
     --beams 10
     --validate-every 1
+    --validate-queries 1000
+)
+TRAIN_STAGE2=(
+    --epochs 2
+    --queries-per-epoch 16384
+    --batch-size 128
+    --lr 2e-4
+    --weight-decay 0.05
+    --negatives 9
+    --temperature 1.0
+    --label-temperature 0.03
+    --no-train-end
+    --beams 10
+    --validate-queries 1000
+)
+# LLAMA names a causal model on disk, or, with HF_HUB_OFFLINE=0, on the Hugging Face Hub.
+FINETUNE_LLAMA=(
+    --kind causal
+    --language-model "${LLAMA:-meta-llama/Llama-3.2-1B}"
+    --epochs 3
+    --batch-size 16
+    --lr 3e-4
+    --lora-rank 8
+    --lora-alpha 16
+    --lora-dropout 0.1
+    --temperature 1.0
+    --label-temperature 0.03
+    --no-train-end
+    --beams 10
     --validate-queries 1000
 )
 RETRIEVE=(

@@ -7,11 +7,11 @@ DATA=RQ-VAE/data/folder
 TOKENIZER=RQ-VAE/output/folder
 RETRIEVER=retriever/output/folder
 
-STAGES="01_prepare_captions 03_prepare_emb 06_generate_codes 07_prepare_retriever_dataset 11_build_index"
+STAGES="01_prepare_captions 03_prepare_emb 06_generate_codes 07_prepare_retriever_dataset 14_build_index"
 
 CAPTIONS=(--skip-bad)
 CLIP=(--model RQ-VAE/output/emoji/04_train_heads/clip)
 FEATURES=$TOKENIZER/03_prepare_emb
 RQVAE=RQ-VAE/output/emoji/05_train_rqvae
-TRAINED=retriever/output/emoji/08_train
+TRAINED=retriever/output/emoji/09_train/retriever
 GENERATE_CODES=()

@@ -8,7 +8,11 @@ TOKENIZER=RQ-VAE/output/mscoco-$RECIPE
 RETRIEVER=retriever/output/mscoco-$RECIPE
 
 STAGES="01_prepare_captions 03_prepare_emb 05_train_rqvae 06_generate_codes 07_prepare_retriever_dataset
-08_train_retriever_t5 09_retrieve 10_test_retriever 11_build_index"
+08_generate_pseudo_query
+09_train_retriever_t5 12_retrieve 13_test_retriever
+09_train_retriever_t5@retriever+pseudo 12_retrieve@retriever+pseudo 13_test_retriever@retriever+pseudo
+10_train_retriever_t5_stage2@retriever+pseudo+stage2 12_retrieve@retriever+pseudo+stage2
+13_test_retriever@retriever+pseudo+stage2 14_build_index"
 
 IMAGES=$DATA/images
 CAPTIONS=(--source "$DATA/dataset_coco.json" --format karpathy --expect 113287 5000 5000)
@@ -36,6 +40,15 @@ TRAIN_RQVAE=(
     --lr 1e-4
 )
 GENERATE_CODES=()
+# A model behind an OpenAI-compatible address can write them too (add --dry-run to count the calls first):
+#   PSEUDO_QUERIES=(--source endpoint --url https://HOST/v1 --language-model NAME --requests-per-minute 60)
+#   with the key in OPENAI_API_KEY, or in the variable that --api-key-variable names
+PSEUDO_QUERIES=(
+    --source model
+    --captioner Salesforce/blip2-opt-2.7b
+    --candidates 10
+    --per-picture 5
+)
 TRAIN_RETRIEVER=(
     --kind seq2seq
     --language-model t5-large
@@ -50,6 +63,32 @@ TRAIN_RETRIEVER=(
     --precision bf16
     --beams 10
 )
+TRAIN_STAGE2=(
+    --epochs 5
+    --batch-size 32
+    --accumulate 4
+    --lr 1e-4
+    --negatives 9
+    --discriminative-weight 0.5
+    --temperature 0.5
+    --precision bf16
+    --beams 10
+)
+FINETUNE_LLAMA=(
+    --kind causal
+    --language-model meta-llama/Llama-2-7b-hf # or meta-llama/Meta-Llama-3-8B
+    --epochs 10
+    --batch-size 1
+    --accumulate 16
+    --lr 3e-4
+    --lora-rank 8
+    --lora-alpha 16
+    --lora-dropout 0.1
+    --temperature 1.0
+    --gradient-checkpointing
+    --precision bf16
+    --beams 10
+)
 RETRIEVE=(
     --pools test all
     --beams 10
@@ -60,7 +99,11 @@ if [ "$RECIPE" = faithful ]; then
     TRAIN_RQVAE+=(--shared-codebook --no-normalize --no-skip --kmeans-balance 0 --revive-every 0)
     GENERATE_CODES+=(--no-resolve-collisions)
     TRAIN_RETRIEVER+=(--label-temperature 0 --train-end --score-end)
+    TRAIN_STAGE2+=(--label-temperature 0 --train-end --score-end --discriminative double-softmax --no-spare-same-words)
+    FINETUNE_LLAMA+=(--label-temperature 0 --train-end --score-end)
     RETRIEVE+=(--score-end)
 else
     TRAIN_RETRIEVER+=(--label-temperature 0.03)
+    TRAIN_STAGE2+=(--label-temperature 0.03 --discriminative list-wise)
+    FINETUNE_LLAMA+=(--label-temperature 0.03)
 fi

@@ -1,0 +1,357 @@
+"""Write pseudo queries: captions for pictures of the pool, made without their own captions, to train on.
+
+In:  a `retriever.prepare` folder and the features it was made from; captions of train pictures alone are read.
+Out: `<output>/pseudo.jsonl` (retriever/pseudo_queries.py), grouped by picture, the best first; answers are kept as they
+     come: a killed run goes on where it was.
+Command: python -m retriever.generate_pseudo_query --dataset DIR --source nearest --output DIR
+
+Candidates come from the nearest train pictures, from an image-to-text model, or from an HTTP endpoint. The two-tower
+model then decides: a picture keeps the candidates whose text features are nearest to its own.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from models.compute import Precision, pick_device, pick_dtype
+from tools import processes, runs
+from tools.blocks import Blocks
+from tools.captions import Split, portable
+from tools.commands import run_command
+from tools.errors import BadInput
+from tools.features import IMAGES, TEXTS, Floats, normalized
+from tools.files import read_array, read_json, write_json, write_json_lines
+from tools.logs import progress
+
+from .candidates import Candidates, Pool, TrainCaptions
+from .data import read_data
+from .endpoint import Endpoint, Request, ask_all, make_prompt
+from .pseudo_queries import FILE_NAME
+
+Source = Literal["nearest", "model", "endpoint"]
+
+SELECT_BLOCK = 256  # pictures that are decided on at a time
+EXAMPLES = 3  # pictures shown at the end
+ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+BELONGS_TO: dict[str, tuple[Source, ...]] = {
+    **dict.fromkeys(("neighbours",), ("nearest",)),
+    **dict.fromkeys(("candidates", "precision"), ("model", "endpoint")),
+    **dict.fromkeys(("captioner", "prompt", "temperature", "top_p", "max_new_tokens", "batch_size"), ("model",)),
+    **dict.fromkeys(("url", "language_model", "api_key_variable", "requests_per_minute"), ("endpoint",)),
+    **dict.fromkeys(("parallel", "retries", "skip_refused", "dry_run"), ("endpoint",)),
+}
+"""Flags that mean nothing to other sources."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which pictures get pseudo queries, who writes them, and which are kept."""
+
+    dataset: Path
+    """Run folder of retriever.prepare."""
+    output: Path
+    """Run folder to write."""
+    source: Source
+    """nearest: captions of similar train pictures; model: an image-to-text model; endpoint: a model behind an
+    OpenAI-compatible address."""
+    splits: tuple[Split, ...] = ("val", "test")
+    """Whose pictures get pseudo queries."""
+    per_picture: int = 5
+    """Pseudo queries kept of a picture, at most."""
+    candidates: int = 10
+    """Captions written of a picture, to choose from (model, endpoint)."""
+    min_similarity: float | None = None
+    """Candidates whose two-tower cosine to the picture is below this are dropped; by default none."""
+    neighbours: int = 5
+    """Train pictures whose captions are a picture's candidates (nearest)."""
+    captioner: str | None = None
+    """Name or folder of a Hugging Face image-to-text model: BLIP, BLIP-2, or any other (model)."""
+    prompt: str | None = None
+    """What a caption goes on from, or what a chat model is asked; by default what the model needs (model)."""
+    temperature: float = 1.0
+    """Of the sampling (model)."""
+    top_p: float = 0.9
+    """Words are drawn from the likeliest that have this probability together (model)."""
+    max_new_tokens: int = 30
+    """Length of a caption, at most (model)."""
+    batch_size: int = 16
+    """Pictures a batch (model)."""
+    precision: Precision = "auto"
+    """Arithmetic of the models; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32 (model,
+    endpoint)."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default the GPU where there is one."""
+    url: str | None = None
+    """Address of the endpoint, usually ending in /v1 (endpoint)."""
+    language_model: str | None = None
+    """Name of a model there that reads pictures (endpoint)."""
+    api_key_variable: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the key; the key itself is written nowhere (endpoint)."""
+    requests_per_minute: float = 60.0
+    """At most, of all processes together; requests made again are not counted (endpoint)."""
+    parallel: int = 4
+    """Requests under way at a time, in each process (endpoint)."""
+    retries: int = 5
+    """Times a request is made again, with growing pauses, after HTTP 408, 409, 429, 5xx or no answer (endpoint)."""
+    skip_refused: bool = False
+    """Go on without captions of pictures that the endpoint refuses (endpoint)."""
+    dry_run: bool = False
+    """Count the requests, show one prompt, ask nothing and write nothing (endpoint)."""
+    seed: int = 0
+    """Of the sampling."""
+    overwrite: bool = False
+    """Throw away what the output folder holds and start again."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            sources = BELONGS_TO.get(field.name, (self.source,))
+            if self.source not in sources and getattr(self, field.name) != field.default:
+                raise BadInput(f"{flag(field.name)} is for --source {' or '.join(sources)}, not --source {self.source}")
+        self._check_numbers()
+        if self.source == "model" and self.captioner is None:
+            raise BadInput("--source model needs --captioner, for example Salesforce/blip2-opt-2.7b")
+        if self.source == "endpoint":
+            self._check_endpoint()
+
+    def _check_numbers(self) -> None:
+        whole = ("per_picture", "candidates", "neighbours", "max_new_tokens", "batch_size", "parallel")
+        if wrong := [name for name in whole if getattr(self, name) < 1]:
+            raise BadInput(f"{flag(wrong[0])} must be at least 1")
+        if self.source != "nearest" and self.candidates < self.per_picture:
+            raise BadInput(f"--candidates {self.candidates} cannot give --per-picture {self.per_picture}: raise it")
+        if not self.splits or len(set(self.splits)) < len(self.splits):
+            raise BadInput("--splits takes each of train, val, test at most once, and at least one of them")
+        if not (self.temperature > 0 and 0 < self.top_p <= 1):
+            raise BadInput("--temperature must be above 0, --top-p above 0 and at most 1")
+        if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
+            raise BadInput("--min-similarity is a cosine: between -1 and 1")
+        if not self.requests_per_minute > 0 or self.retries < 0:
+            raise BadInput("--requests-per-minute must be above 0, --retries at least 0")
+
+    def _check_endpoint(self) -> None:
+        if self.url is None or self.language_model is None:
+            missing = "--url" if self.url is None else "--language-model"
+            raise BadInput(f"--source endpoint needs {missing}")
+        address = urlsplit(self.url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise BadInput("--url must begin with http:// or https:// and name a host")
+        if address.username or address.password or address.query:  # the manifest would tell
+            raise BadInput("--url takes no user, password or query: export the key, --api-key-variable names it")
+        if not ENVIRONMENT_NAME.fullmatch(self.api_key_variable):  # perhaps the key itself: not to be shown
+            raise BadInput("--api-key-variable takes the name of an environment variable, not the key")
+
+
+def flag(name: str) -> str:
+    """A field of the configuration as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def read_pool(config: Config) -> Pool:
+    """Read the dataset, its train captions, and the features.
+
+    Raises:
+        BadInput: a folder is not finished, they do not fit together, or there is nothing to do or to learn from.
+    """
+    data = read_data(config.dataset)
+    features = runs.read_manifest(Path(data.manifest.facts["features"]), "RQ-VAE.prepare_emb", "RQ-VAE.train_heads")
+    if data.manifest.facts.get("captions_fingerprint") != features.facts["captions_fingerprint"]:
+        raise BadInput(
+            f"{data.folder} and {features.folder} were made from other captions, or the first by an earlier version: "
+            "run scripts/07_prepare_retriever_dataset.sh --overwrite"
+        )
+    chosen = np.array([row for row, split in enumerate(data.splits) if split in config.splits], dtype=np.int64)
+    if not len(chosen):
+        raise BadInput(f"{data.folder} has no pictures in --splits {' '.join(config.splits)}")
+    train = data.queries("train")
+    if not train.texts and config.source == "nearest":
+        raise BadInput(f"{data.folder} has no train captions, --source nearest lives on them: take another --source")
+    images, texts = (read_array(features.folder / name) for name in (IMAGES, TEXTS))
+    return Pool(data, chosen, train, images, texts, features)
+
+
+def make_requests(pool: Pool, config: Config) -> list[Request]:
+    """What the endpoint is asked for each chosen picture."""
+    train = TrainCaptions(pool)
+    styles = ([text for row in near.tolist() for text in train.texts(row)] for near in train.nearest(pool.chosen, 1))
+    return [
+        Request(pool.data.images[row], file, make_prompt(config.candidates, style))
+        for row, file, style in zip(pool.chosen, pool.files, styles, strict=True)
+    ]
+
+
+def announce(pool: Pool, config: Config) -> None:
+    """Print what a run would ask the endpoint for."""
+    requests = make_requests(pool, config)
+    folder = answers_folder(config.output)
+    there = 0 if config.overwrite else len(list(folder.glob("*.json")))
+    if missing := [request.file for request in requests if not request.file.is_file()]:
+        raise BadInput(f"{missing[0]} does not exist ({len(missing)} of {len(requests)} pictures are missing)")
+    size = sum(request.file.stat().st_size for request in requests)
+    print(f"pictures: {len(requests):,} ({size:,} bytes; a third more as they are sent)")
+    print(f"calls:    {len(requests) - there:,} to {config.url}, {there:,} answers are there already")
+    print(f"prompt, beside the picture, of {requests[0].image}:\n{requests[0].prompt}")
+
+
+def answers_folder(output: Path) -> Path:
+    """Where the endpoint's answers are kept until the run has finished."""
+    return output / runs.RESUME / "answers"
+
+
+def ask_endpoint(run: runs.Run, pool: Pool, config: Config) -> list[list[str]]:
+    """Captions of each chosen picture by the endpoint, those of this run that was killed included."""
+    assert config.url is not None
+    assert config.language_model is not None
+    endpoint = Endpoint(
+        url=config.url,
+        language_model=config.language_model,
+        api_key_variable=config.api_key_variable,
+        requests_per_minute=config.requests_per_minute,
+        parallel=config.parallel,
+        retries=config.retries,
+        skip_refused=config.skip_refused,
+    )
+    work = Blocks(answers_folder(run.folder), len(pool.chosen), suffix=".json")
+    ask_all(endpoint, make_requests(pool, config), work, captions=config.candidates)
+    return [read_json(path) for path in work.gather()]
+
+
+def ask_model(run: runs.Run, pool: Pool, config: Config) -> list[list[str]]:
+    """Captions of each chosen picture by the image-to-text model: a batch is a block, drawn from a seed of its own."""
+    from models.captioner import Sampling, load_captioner, write_captions  # slow to load, no other source needs it
+
+    assert config.captioner is not None
+    work = Blocks(run.resume_folder / "written", -(-len(pool.chosen) // config.batch_size), suffix=".json")
+    if work.left:
+        device = pick_device(config.device)
+        captioner = load_captioner(config.captioner, device=device, dtype=pick_dtype(config.precision, device))
+        sampling = Sampling(config.candidates, config.temperature, config.top_p, config.max_new_tokens, config.prompt)
+        files = pool.files
+        for number in progress(work.left, "captioning"):
+            batch = slice(number * config.batch_size, (number + 1) * config.batch_size)
+            pictures = [open_picture(file) for file in files[batch]]
+            seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+            write_json(work.path(number), write_captions(captioner, pictures, sampling, seed=seed))
+    return [texts for path in work.gather() for texts in read_json(path)]
+
+
+def open_picture(file: Path) -> Image.Image:
+    """Decode one picture."""
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read any more ({error}): run the same script again") from None
+
+
+def find_candidates(run: runs.Run, pool: Pool, config: Config) -> Callable[[slice], Iterator[Candidates]]:
+    """A function from a slice of the chosen pictures to their candidates."""
+    if config.source == "nearest":
+        train = TrainCaptions(pool)
+        return lambda block: train.candidates(pool.chosen[block], config.neighbours)
+    written = ask_model(run, pool, config) if config.source == "model" else ask_endpoint(run, pool, config)
+    from .text_tower import TextTower  # slow to load, the nearest captions have features already
+
+    tower = TextTower(pool.features, precision=config.precision, device=config.device)
+    return lambda block: tower.candidates(written[block])
+
+
+def select(candidates: Candidates, image: Floats, config: Config) -> list[tuple[str, float]]:
+    """The candidates nearest to a picture's features (width,), best first, with their cosines; no text twice."""
+    if not candidates.texts:
+        return []
+    similarities = normalized(candidates.features) @ normalized(image[None])[0]
+    lowest = -np.inf if config.min_similarity is None else config.min_similarity
+    kept: dict[str, tuple[str, float]] = {}
+    for index in np.argsort(-similarities, kind="stable"):
+        text, similarity = " ".join(candidates.texts[index].split()), float(similarities[index])
+        if text and similarity >= lowest and len(kept) < config.per_picture:
+            kept.setdefault(text.casefold(), (text, round(similarity, 4)))
+    return list(kept.values())
+
+
+def select_all(run: runs.Run, pool: Pool, config: Config) -> list[dict[str, Any]]:
+    """For each chosen picture {"image", "candidates": how many there were, "kept": (query, similarity) pairs}."""
+    source = find_candidates(run, pool, config)
+    work = Blocks(run.resume_folder / "selected", -(-len(pool.chosen) // SELECT_BLOCK), suffix=".json")
+    for number in progress(work.left, "selecting"):
+        block = slice(number * SELECT_BLOCK, (number + 1) * SELECT_BLOCK)
+        rows = [
+            {
+                "image": pool.data.images[row],
+                "candidates": len(candidates.texts),
+                "kept": select(candidates, pool.images[row], config),
+            }
+            for row, candidates in zip(pool.chosen[block], source(block), strict=True)
+        ]
+        write_json(work.path(number), rows)
+    return [row for path in work.gather() for row in read_json(path)]
+
+
+def figures(selected: list[dict[str, Any]], per_picture: int) -> dict[str, Any]:
+    """Counts and the mean similarity."""
+    similarities = [similarity for row in selected for _, similarity in row["kept"]]
+    return {
+        "pictures": len(selected),
+        "candidates": sum(row["candidates"] for row in selected),
+        "queries": len(similarities),
+        "mean_similarity": round(float(np.mean(similarities)), 4) if similarities else None,
+        "pictures_with_fewer": sum(len(row["kept"]) < per_picture for row in selected),
+        "pictures_with_none": sum(not row["kept"] for row in selected),
+    }
+
+
+def show(selected: list[dict[str, Any]], found: dict[str, Any], config: Config) -> None:
+    """Print the figures and a few pictures with their pseudo queries."""
+    print(
+        f"{found['queries']:,} pseudo queries of {found['candidates']:,} candidates for {found['pictures']:,} "
+        f"pictures, mean cosine {found['mean_similarity']}; {found['pictures_with_fewer']:,} pictures have fewer than "
+        f"{config.per_picture}, {found['pictures_with_none']:,} of them none -> {config.output}"
+    )
+    for row in selected[:: max(1, len(selected) // EXAMPLES)][:EXAMPLES]:
+        print(f"{row['image']}: " + "; ".join(f'"{query}" ({cosine:.3f})' for query, cosine in row["kept"]))
+
+
+def main(config: Config) -> None:
+    pool = read_pool(config)
+    if config.dry_run:
+        announce(pool, config)
+        return
+    inputs = {"dataset": config.dataset, "features": pool.features.folder}
+    if config.captioner is not None and Path(config.captioner).is_dir():
+        inputs["captioner"] = Path(config.captioner)
+    run = runs.begin("retriever.generate_pseudo_query", config, inputs=inputs)
+    if run is None:
+        return
+    selected = select_all(run, pool, config)
+    found = figures(selected, config.per_picture)
+    if processes.is_main():
+        write_json_lines(
+            run.folder / FILE_NAME,
+            (
+                {"image": row["image"], "query": query, "source": config.source, "similarity": similarity}
+                for row in selected
+                for query, similarity in row["kept"]
+            ),
+        )
+    run.finish(
+        facts={
+            "source": config.source,
+            "splits": list(config.splits),
+            "dataset": portable(config.dataset),
+            "codebooks": pool.data.codebooks_hash,
+            "pictures": found["pictures"],
+            "queries": found["queries"],
+        },
+        metrics=found,
+    )
+    show(selected, found, config)
+
+
+if __name__ == "__main__":
+    run_command(main, Config, shares_work=True)

@@ -1,0 +1,47 @@
+"""Pseudo queries: captions that were generated for pictures of the pool, to train on.
+
+pseudo.jsonl  {"image", "query", "source", "similarity"} a line a pseudo query, from retriever.generate_pseudo_query
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.errors import BadInput
+from tools.files import read_json_lines
+from tools.runs import read_manifest
+
+from .data import RetrieverData
+
+FILE_NAME = "pseudo.jsonl"
+
+
+class PseudoQueries(NamedTuple):
+    """Texts and the pool row of the picture that each was written for."""
+
+    texts: list[str]
+    pictures: NDArray[np.int64]
+
+
+def read_pseudo_queries(folder: Path, data: RetrieverData) -> PseudoQueries:
+    """Read a finished folder of pseudo queries.
+
+    Raises:
+        BadInput: it is not finished, is empty, or names a picture that the dataset does not have.
+    """
+    read_manifest(folder, "retriever.generate_pseudo_query")
+    row_of = {image: row for row, image in enumerate(data.images)}
+    texts, pictures = [], []
+    for number, line in read_json_lines(folder / FILE_NAME):
+        if line["image"] not in row_of:
+            raise BadInput(
+                f"{folder / FILE_NAME}, line {number}: {data.folder} has no picture {line['image']}: make the pseudo "
+                "queries for this dataset (scripts/08_generate_pseudo_query.sh)"
+            )
+        texts.append(line["query"])
+        pictures.append(row_of[line["image"]])
+    if not texts:
+        raise BadInput(f"{folder} holds no pseudo queries: generate some, or train without --pseudo-queries")
+    return PseudoQueries(texts, np.array(pictures, dtype=np.int64))

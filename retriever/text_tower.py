@@ -1,0 +1,44 @@
+"""Two-tower features of texts that were written for pictures, by the model that made the pictures' features."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from models.clip import encode_tokens, load_clip, text_lengths, trim_padding
+from models.compute import Precision, pick_device, pick_dtype
+from tools.features import Floats
+from tools.runs import Manifest
+
+from .candidates import Candidates
+
+TEXT_BATCH = 256
+
+
+class TextTower:
+    """The text tower that made the features."""
+
+    def __init__(self, features: Manifest, *, precision: Precision, device: str | None) -> None:
+        self.clip = load_clip(features.facts["model"], features.facts["pretrained"])
+        self.device = pick_device(device)
+        self.clip.model.text.to(device=self.device, dtype=pick_dtype(precision, self.device))
+
+    def candidates(self, written: Sequence[list[str]]) -> Iterator[Candidates]:
+        """For each list of texts their features."""
+        found = self._encode([text for texts in written for text in texts])
+        ends = np.cumsum([len(texts) for texts in written])
+        for texts, end in zip(written, ends, strict=True):
+            yield Candidates(texts, found[end - len(texts) : end])
+
+    def _encode(self, texts: list[str]) -> Floats:
+        """Features (texts, width), computed in batches of similar length."""
+        if not texts:
+            return np.zeros((0, 0), np.float32)
+        tokens = self.clip.tokenizer(texts)
+        order = torch.argsort(text_lengths(self.clip, tokens), stable=True)
+        with torch.inference_mode():
+            batches = [
+                encode_tokens(self.clip, trim_padding(self.clip, tokens[chosen]).to(self.device)).cpu()
+                for chosen in order.split(TEXT_BATCH)
+            ]
+        return torch.cat(batches)[torch.argsort(order)].numpy()

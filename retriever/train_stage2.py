@@ -1,0 +1,210 @@
+"""Stage 2: train on to tell the right picture from those the search confuses it with.
+
+In:  a `retriever.prepare` folder and the `retriever.train` folder to start from.
+Out: `<output>/model/`, the best checkpoint by recall on val; the start itself where nothing beats it.
+Command: python -m retriever.train_stage2 --dataset DIR --start DIR --output DIR
+
+Before each epoch every train caption is searched over the train pictures by the search itself, in eval mode; what it
+finds beside the right codes are that epoch's negatives. Right and wrong codes are scored in one batch:
+L = L_gen + weight * L_disc, each score the sum of the full-vocabulary log-probabilities.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.compute import autocast, seed_everything
+from models.decoding import make_writer
+from models.voken_lm import VokenLM
+from tools import processes, runs
+from tools.commands import run_command
+from tools.errors import BadInput
+from tools.files import read_array, write_array
+from tools.logs import Tracker
+
+from .beam import RankedPictures
+from .data import RetrieverData, read_data, read_retriever
+from .losses import Discriminative, Rivals, discriminative_loss, generative_loss, written_log_probabilities
+from .queries import SomeQueries
+from .retrieve import search_queries
+from .training import Part, Training, TrainingConfig, finish
+
+NO_PICTURE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainingConfig):
+    """Losses and training. Published values: T5-base on Flickr30k."""
+
+    start: Path
+    """Run folder of retriever.train."""
+    epochs: int = 5
+    """Passes over the train captions."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    discriminative: Discriminative = "list-wise"
+    """list-wise: softmax of the scores; double-softmax: softmax of that softmax (published); margin, prefix-margin:
+    against one negative."""
+    discriminative_weight: float = 0.5
+    """L = L_gen + weight * L_disc."""
+    discriminative_temperature: float = 1.0
+    """Scores are divided by this."""
+    margin: float = 1.0
+    """Of the margin forms."""
+    negatives: int = 9
+    """Wrong sequences a caption, at most; they are searched with one beam more."""
+    search_batch: int = 64
+    """Captions a batch of the search for negatives."""
+    spare_same_words: bool = True
+    """A picture that a train caption of the very same words belongs to is no negative; published: it is one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negatives < 1 or self.search_batch < 1:
+            raise BadInput("--negatives and --search-batch must be at least 1")
+        if self.discriminative_weight < 0 or self.discriminative_temperature <= 0:
+            raise BadInput("--discriminative-weight must be at least 0, --discriminative-temperature above 0")
+
+
+class Stage2(Training):
+    """The training of stage 1 with the discriminative loss beside the generative one."""
+
+    config: Config
+
+    def __init__(self, config: Config, data: RetrieverData, run: runs.Run, lm: VokenLM) -> None:
+        super().__init__(config, data, run, lm)
+        self.pool = np.unique(self.train_split.pictures)
+        self.negatives = np.zeros((0, config.negatives), dtype=np.int64)
+        self.spared: dict[str, set[bytes]] = defaultdict(set)
+        if config.spare_same_words:
+            for text, picture in zip(self.train_split.texts, self.train_split.pictures, strict=True):
+                self.spared[text].add(data.codes[picture].tobytes())
+
+    def begin_epoch(self) -> None:
+        """Search this epoch's negatives, unless a run that was killed has done so."""
+        path = self.run.resume_folder / f"negatives-{self.epoch}.npy"
+        if not path.exists():
+            found = self._search()
+            if processes.is_main():
+                write_array(path, found)
+        processes.wait()
+        self.negatives = read_array(path)
+        if processes.is_main():
+            for old in self.run.resume_folder.glob("negatives-*.npy"):
+                if old != path:
+                    old.unlink()
+
+    def loss(self, part: Part) -> Tensor:
+        """L_gen of the right codes and L_disc against the negatives, from one forward pass.
+
+        The sequences of a caption are: what the generative loss writes, the right codes, the negatives.
+        """
+        config, targets = self.config, self.targets(part)
+        right = self.codes[torch.from_numpy(self.train_split.pictures[part.queries])].to(self.device)
+        rows = torch.from_numpy(np.array(self.negatives[part.queries]))
+        wrong = self.codes[rows.clamp_min(0)].to(self.device)
+        sequences = torch.cat([targets.codes.unsqueeze(1), right.unsqueeze(1), wrong], dim=1)
+        with autocast(self.device, self.dtype):
+            logits = self.model(self.train_split.queries.batch(part.queries), sequences.flatten(0, 1))
+        logits = logits.view(*sequences.shape[:2], *logits.shape[1:])
+        generative = generative_loss(
+            logits[:, 0], targets, self.lm, temperature=config.temperature, end=config.train_end
+        )
+        rivals = self._rivals(logits[:, 1:], sequences[:, 1:], (rows >= 0).to(self.device), part.queries)
+        discriminative = discriminative_loss(
+            rivals,
+            config.discriminative,
+            temperature=config.discriminative_temperature,
+            margin=config.margin,
+        )
+        return generative + config.discriminative_weight * discriminative
+
+    def _rivals(self, logits: Tensor, codes: Tensor, present: Tensor, queries: NDArray[np.int64]) -> Rivals:
+        """From logits (batch, 1 + negatives, levels + 1, vocabulary) of codes (batch, 1 + negatives, levels)."""
+        end = self.config.train_end
+        flat = written_log_probabilities(logits.flatten(0, 1), codes.flatten(0, 1), self.lm, end=end)
+        written = flat.view(*codes.shape[:2], -1)
+        parted = (codes[:, 1:] != codes[:, :1]).cumsum(dim=2) > 0
+        if end:
+            parted = torch.cat([parted, parted[:, :, -1:]], dim=2)
+        drawn = torch.from_numpy(queries + self.epoch).to(present.device) % present.sum(dim=1).clamp_min(1)
+        return Rivals(written[:, 0], written[:, 1:], present, parted, drawn)
+
+    def _search(self) -> NDArray[np.int64]:
+        """Pool rows of the negatives of this epoch's captions, hardest first: (train captions, negatives)."""
+        config = self.config
+        chosen = np.sort(np.concatenate(self.batches(self.epoch)))
+        self.lm.eval()
+        with self.whole_weights():
+            found = search_queries(
+                make_writer(self.lm, config.precision),
+                SomeQueries(self.train_split.queries, chosen),
+                self.data.codes,
+                self.pool,
+                beams=config.negatives + 1,
+                keep=config.negatives + 1,
+                batch_size=config.search_batch,
+                score_end=config.score_end,
+                blocks_folder=self.run.resume_folder / f"search-{self.epoch}",
+            )
+        negatives = np.full((len(self.train_split.texts), config.negatives), NO_PICTURE, dtype=np.int64)
+        for query, ranked in zip(chosen, found, strict=True):
+            wrong = self._wrong(ranked, int(query))
+            negatives[query, : len(wrong)] = wrong
+        return negatives
+
+    def _wrong(self, ranked: RankedPictures, query: int) -> list[int]:
+        """The first picture of each codes that are not right for a caption."""
+        codes, right = self.data.codes, self.train_split.pictures[query]
+        seen = {codes[right].tobytes()} | self.spared.get(self.train_split.texts[query], set())
+        wrong = []
+        for row in ranked.rows:
+            if (key := codes[row].tobytes()) not in seen:
+                seen.add(key)
+                wrong.append(row)
+        return wrong[: self.config.negatives]
+
+
+def read_start(config: Config, data: RetrieverData) -> tuple[VokenLM, runs.Manifest]:
+    """The model that stage 1 left.
+
+    Raises:
+        BadInput: it is not finished, writes other codebooks' vokens, or is made of adapters.
+    """
+    manifest = read_retriever(config.start, data, "retriever.train")
+    lm = VokenLM.from_pretrained(config.start / "model")
+    if lm.kind == "causal":
+        raise BadInput(f"--start {config.start} is a causal model: stage 2 trains seq2seq and encoder-decoder models")
+    return lm, manifest
+
+
+def main(config: Config) -> None:
+    data = read_data(config.dataset)
+    lm, start = read_start(config, data)
+    if start.facts["setting"] == "transductive" and config.pseudo_queries is None:
+        print("note: --start was trained on pseudo queries, this stage is not: the result counts as transductive")
+    run = runs.begin("retriever.train_stage2", config, inputs={**config.inputs(), "start": config.start})
+    if run is None:
+        return
+    seed_everything(config.seed)
+    training = Stage2(config, data, run, lm)
+    tracker = Tracker(run.folder, job="train_retriever_stage2", config=run.started["config"])
+    if not training.resume():
+        training.report(tracker, training.validate())  # the start is the first to beat
+        training.save()
+    training.fit(tracker)
+    setting = "transductive" if config.pseudo_queries else start.facts["setting"]
+    finish(training, tracker, facts={"setting": setting, "start": str(config.start)}, metrics={})
+    if training.best["epoch"] == 0:
+        print(f"no epoch beat the start on val: {run.folder / 'model'} is the model of {config.start}")
+    else:
+        print(f"best checkpoint: epoch {training.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config, shares_work=True)

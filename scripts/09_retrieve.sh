@@ -1,4 +1,0 @@
-#!/usr/bin/env bash
-# Search the pools for every test caption.
-source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
-python -m retriever.retrieve --dataset "$RETRIEVER/07_dataset" --retriever "${TRAINED:-$RETRIEVER/08_train}" "${RETRIEVE[@]}" --output "$RETRIEVER/09_retrieve" "$@"

@@ -1,0 +1,1 @@
+11_finetune_retriever_llama.sh

@@ -1,0 +1,1 @@
+10_train_retriever_t5_stage2.sh

@@ -1,0 +1,483 @@
+"""Both stages of training: losses by hand, negatives, adapters, transductive training, resuming, many processes."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from models.compute import seed_everything
+from models.decoding import make_writer
+from models.voken_lm import Lora, VokenLM, build_causal, widened
+from retriever import retrieve, train, train_stage2
+from retriever.data import RetrieverData, read_data
+from retriever.losses import Discriminative, Rivals, discriminative_loss, written_log_probabilities
+from retriever.training import Training, part_of
+from tests.chain import TRAIN, Chain, encoder_decoder_config
+from tests.test_pipeline import interrupted, t5_config
+from tests.tiny import codebooks, llama_folder, tiny_llama, tokenizer
+from tools import runs
+from tools.errors import BadInput
+from tools.files import read_json, read_json_lines, write_json_lines
+from tools.logs import Tracker
+from tools.vokens import VokenSpace
+
+SPACE = VokenSpace(3, 5, shared=False)
+
+
+def rivals(positive: list[float], negatives: list[list[list[float]]], present: list[list[bool]]) -> Rivals:
+    """One query a row; each sequence is given by its positions' log-probabilities, and parts at the second."""
+    right = torch.tensor([positive] * len(negatives))
+    wrong = torch.tensor(negatives)
+    parted = torch.ones(wrong.shape, dtype=torch.bool)
+    parted[:, :, 0] = False
+    return Rivals(right, wrong, torch.tensor(present), parted, torch.zeros(len(negatives), dtype=torch.long))
+
+
+def test_discriminative_losses_by_hand() -> None:
+    pair = rivals([-1.0, -1.0], [[[-1.0, -2.0], [-1.0, -9.0]]], [[True, False]])
+    assert loss_of(pair, "list-wise") == pytest.approx(-np.log(np.exp(-2) / (np.exp(-2) + np.exp(-3))))
+    assert loss_of(pair, "list-wise", temperature=0.5) == pytest.approx(-np.log(1 / (1 + np.exp(-2))))
+    right = 1 / (1 + np.exp(-1))
+    assert loss_of(pair, "double-softmax") == pytest.approx(
+        -np.log(np.exp(right) / (np.exp(right) + np.exp(1 - right)))
+    )
+    assert loss_of(pair, "margin", margin=3.0) == pytest.approx(-1.0 + 3.0)
+    assert loss_of(pair, "margin", margin=0.5) == 0.0
+    assert loss_of(pair, "prefix-margin", margin=3.0) == pytest.approx(2.0)  # only the second position has parted
+
+
+def loss_of(pair: Rivals, form: Discriminative, *, temperature: float = 1.0, margin: float = 1.0) -> float:
+    return discriminative_loss(pair, form, temperature=temperature, margin=margin).item()
+
+
+def test_double_softmax_stays_between_its_bounds() -> None:
+    """With nine negatives 1.461 to 2.461, however far the scores are apart."""
+    for gap, bound in ((50.0, np.log(1 + 9 / np.e)), (-50.0, np.log(np.e + 9))):
+        others = [[[-60.0 - 50.0 * (n > 0)] for n in range(9)]]
+        pair = rivals([-60.0 + gap], others, [[True] * 9])
+        assert loss_of(pair, "double-softmax") == pytest.approx(bound, abs=1e-3)
+
+
+@pytest.mark.parametrize("form", ["list-wise", "double-softmax", "margin", "prefix-margin"])
+def test_a_query_without_negatives_adds_nothing(form: Discriminative) -> None:
+    pair = rivals([-1.0, -1.0], [[[-1.0, -2.0]], [[0.0, 0.0]]], [[True], [False]])
+    pair = pair._replace(negatives=pair.negatives.requires_grad_(True))
+    loss = discriminative_loss(pair, form, temperature=1.0, margin=5.0)
+    alone = Rivals(*(part[:1].detach() for part in pair))
+    assert loss.item() == pytest.approx(loss_of(alone, form, margin=5.0) / 2)
+    loss.backward()
+    assert pair.negatives.grad is not None
+    assert pair.negatives.grad[0].abs().sum() > 0
+    assert pair.negatives.grad[1].abs().sum() == 0
+    assert pair.negatives.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_scores_of_stage_2_are_the_searchs(end: bool, tmp_path: Path) -> None:
+    lm = tiny_llama(tmp_path, SPACE)
+    codes = torch.tensor([[1, 2, 3], [4, 0, 1], [0, 0, 0], [2, 2, 2]])
+    tokens = lm.pad(lm.tokenize(["a red circle", "blue"]))
+    with torch.no_grad():
+        found = written_log_probabilities(lm(tokens, codes), codes, lm, end=end).sum(dim=1)
+    writer = make_writer(lm)
+    for number, row in enumerate(codes):
+        session = writer.begin(writer.encode(lm.tokenize([["a red circle", "blue"][number // 2]])))
+        states, score = session.open(), 0.0
+        for level, code in enumerate(row):
+            score += writer.head.log_probabilities(states, level, "full")[0, 0, code].item()
+            states = session.advance(lm.token_ids(row[None])[:, level : level + 1], torch.zeros(1, 1, dtype=torch.long))
+        score += writer.head.end_log_probability(states).item() if end else 0.0
+        assert found[number].item() == pytest.approx(score, abs=1e-4)
+
+
+def stage2_config(chain: Chain, start: Path, output: Path, **options: Any) -> train_stage2.Config:
+    settings = {**TRAIN, "epochs": 2, "validate_every": 1, "negatives": 3, "lr": 1e-3, "label_temperature": 0.05,
+                "train_end": False, **options}  # fmt: skip
+    settings.pop("dropout")
+    return train_stage2.Config(dataset=chain.dataset, start=start, output=output, **settings)
+
+
+def stage2_of(config: train_stage2.Config, tmp_path: Path) -> tuple[train_stage2.Stage2, RetrieverData]:
+    data = read_data(config.dataset)
+    run = runs.begin("retriever.train_stage2", config, inputs={"start": config.start})
+    assert run is not None
+    seed_everything(0)
+    return train_stage2.Stage2(config, data, run, VokenLM.from_pretrained(config.start / "model")), data
+
+
+def test_negatives_are_what_the_search_confuses_with_the_right_picture(
+    chain: Chain, retriever: Path, tmp_path: Path
+) -> None:
+    training, data = stage2_of(stage2_config(chain, retriever, tmp_path / "run"), tmp_path)
+    training.begin_epoch()
+    train_rows = set(data.rows("train").tolist())
+    filled = 0
+    for query, picture in enumerate(training.train_split.pictures):
+        negatives = [row for row in training.negatives[query] if row >= 0]
+        filled += len(negatives)
+        codes = {data.codes[row].tobytes() for row in negatives}
+        assert set(negatives) <= train_rows
+        assert data.codes[picture].tobytes() not in codes
+        assert len(codes) == len(negatives)
+    assert filled > 2 * len(training.negatives)  # of 3 each
+
+
+def test_pictures_under_the_same_words_are_spared(chain: Chain, retriever: Path, tmp_path: Path) -> None:
+    dataset = copy_with(chain, tmp_path, lambda rows: [{**row, "query": "a picture"} for row in rows])
+    config = stage2_config(chain._replace(dataset=dataset), retriever, tmp_path / "run")
+    training, _ = stage2_of(config, tmp_path)
+    training.begin_epoch()
+    assert (training.negatives == -1).all()
+    published = dataclasses.replace(config, output=tmp_path / "published", spare_same_words=False)
+    training, _ = stage2_of(published, tmp_path)
+    training.begin_epoch()
+    assert (training.negatives >= 0).any()
+
+
+def copy_with(
+    chain: Chain, folder: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], split: str = "train"
+) -> Path:
+    """A copy of the retriever's dataset with other lines in one split."""
+    import shutil
+
+    copy = folder / "dataset"
+    shutil.copytree(chain.dataset, copy)
+    lines = [row for _, row in read_json_lines(copy / f"{split}.jsonl")]
+    write_json_lines(copy / f"{split}.jsonl", change(lines))
+    return copy
+
+
+@pytest.mark.parametrize("form", ["list-wise", "double-softmax", "margin", "prefix-margin"])
+def test_stage_2_is_never_worse_than_its_start_on_val(
+    form: Discriminative, chain: Chain, retriever: Path, tmp_path: Path
+) -> None:
+    config = stage2_config(chain, retriever, tmp_path / "run", discriminative=form)
+    train_stage2.main(config)
+    start = runs.read_manifest(retriever, "retriever.train").metrics
+    end = runs.read_manifest(config.output, "retriever.train_stage2")
+    assert end.metrics["val/mean"] >= start["val/mean"]
+    assert end.facts["setting"] == "inductive"
+
+
+def test_a_start_that_nothing_beats_is_kept_and_said(
+    chain: Chain, retriever: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = stage2_config(chain, retriever, tmp_path / "run", lr=10.0)
+    train_stage2.main(config)
+    assert "no epoch beat the start on val" in capsys.readouterr().out
+    assert runs.read_manifest(config.output, "retriever.train_stage2").metrics["val/epoch"] == 0
+    start, kept = (load_file(folder / "model" / "model.safetensors") for folder in (retriever, config.output))
+    assert all(torch.equal(value, kept[name]) for name, value in start.items())
+
+
+def test_stage_2_moves_the_right_pictures_ahead(chain: Chain, retriever: Path, tmp_path: Path) -> None:
+    """The discriminative loss falls when it alone is trained, against the same negatives."""
+    config = stage2_config(
+        chain, retriever, tmp_path / "run", epochs=12, lr=3e-3, label_temperature=0.0, discriminative_weight=100.0
+    )
+    training, _ = stage2_of(config, tmp_path)
+    training.begin_epoch()
+    training.begin_epoch = lambda: None  # type: ignore[method-assign]
+    tracker = Tracker(training.run.folder, job="x", config={})
+    losses: list[float] = []
+    tracker.log = lambda values, **_: losses.append(values["train/loss"])  # type: ignore[method-assign]
+    for _ in range(config.epochs):
+        training.run_epoch(tracker)
+    batches = len(training.batches(0))
+    assert np.mean(losses[-batches:]) < 0.7 * np.mean(losses[:batches])
+
+
+def stage2_of_encoder_decoder(chain: Chain, output: Path) -> Any:
+    return stage2_config(chain, chain.root / "retriever", output)
+
+
+def llama_config(chain: Chain, output: Path, **options: Any) -> train.Config:
+    base = chain.root / "llama"
+    if not base.is_dir():
+        llama_folder(base)
+    settings = {**TRAIN, "lora_rank": 4, "lora_dropout": 0.1, "gradient_checkpointing": True, **options}
+    return train.Config(dataset=chain.dataset, language_model=str(base), kind="causal", output=output, **settings)
+
+
+@pytest.mark.parametrize(
+    ("command", "build", "weights", "call"),
+    [
+        (train_stage2, stage2_of_encoder_decoder, "model.safetensors", 9),
+        (train, llama_config, "adapter_model.safetensors", 14),
+    ],
+)
+def test_a_killed_training_ends_with_the_same_figures(
+    command: Any, build: Any, weights: str, call: int, chain: Chain, retriever: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from retriever import training
+
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
+    whole, cut = build(chain, tmp_path / "whole"), build(chain, tmp_path / "cut")
+    command.main(whole)
+    interrupted(monkeypatch, command.main, cut, torch.nn.utils, "clip_grad_norm_", call)
+    first, second = (load_file(config.output / "model" / weights) for config in (whole, cut))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-6), name
+    manifests = [read_json(config.output / "manifest.json")["metrics"] for config in (whole, cut)]
+    assert manifests[0] == manifests[1]
+
+
+def test_llama_with_adapters_from_data_to_recall(chain: Chain, tmp_path: Path) -> None:
+    config = llama_config(chain, tmp_path / "llama", precision="fp32")
+    train.main(config)
+    files = {path.name for path in (config.output / "model").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "vokens.json", "tokenizer.json"} <= files
+    assert "model.safetensors" not in files  # the base is not copied
+    manifest = runs.read_manifest(config.output, "retriever.train")
+    assert {"val/R@1", "val/R@5", "val/R@10"} <= manifest.metrics.keys()
+    found = retrieve.Config(
+        dataset=chain.dataset, retriever=config.output, output=tmp_path / "found", split="val", pools=("val",),
+        beams=config.beams, precision="fp32", device="cpu",
+    )  # fmt: skip
+    retrieve.main(found)
+    lines = [row for _, row in read_json_lines(tmp_path / "found" / "val.jsonl")]
+    recall = np.mean([row["image"] in row["ranked"][:1] for row in lines])
+    assert recall == pytest.approx(manifest.metrics["val/R@1"])
+
+
+def test_adapters_embeddings_and_head_learn_and_the_rest_stays(tmp_path: Path) -> None:
+    base = llama_folder(tmp_path / "llama")
+    prompt = "a picture of {query} drawing"
+    lm = build_causal(
+        str(base), space=SPACE, codebooks=codebooks(SPACE, 12), max_source=16, prompt=prompt,
+        lora=Lora(4, 8.0, 0.0, ("q_proj", "v_proj", "up_proj")),
+    )  # fmt: skip
+    before = {name: value.detach().clone() for name, value in lm.named_parameters()}
+    trained = [value for value in lm.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    codes = torch.tensor([[1, 2, 3], [4, 0, 1]])
+    tokens = lm.pad(lm.tokenize(["a red circle", "blue"]))
+    for _ in range(60):
+        loss = -written_log_probabilities(lm(tokens, codes), codes, lm, end=True).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+    for name, value in lm.named_parameters():
+        assert torch.equal(value, before[name]) == (not value.requires_grad), name
+    moved = {name.rsplit(".", 1)[0] for name, value in lm.named_parameters() if value.requires_grad}
+    assert {"model.lm_head.modules_to_save.default", "model.model.embed_tokens.modules_to_save.default"} <= moved
+    assert sum("lora_A" in name for name in moved) == 2 * 3
+    lm.eval()
+    lm.save_pretrained(tmp_path / "saved")
+    again = VokenLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.allclose(lm(tokens, codes), again(tokens, codes), atol=1e-4)
+    for each in (lm, again):
+        writer = make_writer(each)
+        states = writer.begin(writer.encode(each.tokenize(["a red circle", "blue"]))).open()
+        expected = again(tokens, codes)[:, 0].log_softmax(dim=1)[:, again.first_voken : again.first_voken + 5]
+        assert torch.allclose(writer.head.log_probabilities(states, 0, "full")[:, 0], expected, atol=1e-4)
+
+
+def test_a_base_model_that_moved_is_one_clear_line(chain: Chain, tmp_path: Path) -> None:
+    lm = build_causal(
+        str(llama_folder(tmp_path / "llama")), space=SPACE, codebooks=codebooks(SPACE, 16), max_source=8,
+        lora=Lora(2, 4.0, 0.0, ()),
+    )  # fmt: skip
+    lm.save_pretrained(tmp_path / "saved")
+    (tmp_path / "llama").rename(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match=r"adapts .*llama, which cannot be loaded.*correct base_model_name_or_path"):
+        VokenLM.from_pretrained(tmp_path / "saved")
+    with pytest.raises(BadInput, match="--lora-targets do not fit"):
+        build_causal(
+            str(tmp_path / "elsewhere"), space=SPACE, codebooks=codebooks(SPACE, 16), max_source=8,
+            lora=Lora(2, 4.0, 0.0, ("no_proj",)),
+        )  # fmt: skip
+
+
+def test_codebooks_keep_lengths_and_angles_in_a_wider_model() -> None:
+    books = codebooks(SPACE, 12)
+    wide = widened(books, 16, "x")
+    assert wide.shape == (3, 5, 16)
+    flat, turned = books.reshape(15, 12), wide.reshape(15, 16)
+    assert np.allclose(turned @ turned.T, flat @ flat.T, atol=1e-5)
+    assert widened(books, 12, "x") is books
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_parts_of_a_batch_weigh_as_the_batch(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = np.random.default_rng(0).random(100)
+    for size in (1, 4, 7):
+        batch = np.random.default_rng(size).permutation(100)[:size]
+        means: list[float] = []
+        seen: list[int] = []
+        for number in range(processes):
+            monkeypatch.setenv("RANK", str(number))
+            monkeypatch.setenv("WORLD_SIZE", str(processes))
+            part = part_of(batch)
+            means.append(losses[part.queries].mean() * part.weight)
+            seen += part.queries.tolist() if part.weight else []
+        assert np.mean(means) == pytest.approx(losses[batch].mean())
+        assert sorted(seen) == sorted(batch.tolist())
+
+
+def test_contradictions_are_named_before_any_work(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--lora-rank 8 is for --kind causal, not for --kind seq2seq"):
+        train.Config(dataset=tmp_path, language_model="t5-base", output=tmp_path / "x", lora_rank=8)
+    with pytest.raises(BadInput, match="--negatives"):
+        stage2_config(chain, tmp_path, tmp_path / "x", negatives=0)
+    with pytest.raises(BadInput, match=r"run scripts/09_train_retriever_t5\.sh first"):
+        train_stage2.main(stage2_config(chain, tmp_path, tmp_path / "x"))
+
+
+def test_stage_2_of_a_causal_model_is_refused(chain: Chain, tmp_path: Path) -> None:
+    config = llama_config(chain, tmp_path / "llama", epochs=1)
+    train.main(config)
+    with pytest.raises(BadInput, match="is a causal model: stage 2 trains seq2seq and encoder-decoder"):
+        train_stage2.main(stage2_config(chain, config.output, tmp_path / "stage2"))
+
+
+def test_t5_goes_through_stage_2_and_search(chain: Chain, tmp_path: Path) -> None:
+    start = t5_config(chain, tmp_path / "t5")
+    train.main(start)
+    config = stage2_config(chain, start.output, tmp_path / "stage2", train_end=True, score_end=True, accumulate=2)
+    train_stage2.main(config)
+    retrieve.main(
+        retrieve.Config(
+            dataset=chain.dataset, retriever=config.output, output=tmp_path / "found", score_end=True, beams=8,
+            precision="fp32", device="cpu",
+        )
+    )  # fmt: skip
+    assert len(list(read_json_lines(tmp_path / "found" / "test.jsonl"))) == 24
+
+
+def pseudo_folder(chain: Chain, folder: Path, lines: list[dict[str, Any]]) -> Path:
+    """A finished folder of pseudo queries."""
+    folder.mkdir()
+    write_json_lines(folder / "pseudo.jsonl", lines)
+    manifest = read_json(chain.dataset / "manifest.json")
+    manifest.update(command="retriever.generate_pseudo_query", outputs={"pseudo.jsonl": "0"}, facts={})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_pseudo_queries_make_a_training_transductive(chain: Chain, tmp_path: Path) -> None:
+    data = read_data(chain.dataset)
+    images = [data.images[row] for row in (*data.rows("val"), *data.rows("test"))]
+    lines = [{"image": image, "query": f"a {image[:-4].replace('-', ' ')}"} for image in images]
+    folder = pseudo_folder(chain, tmp_path / "pseudo", lines)
+    config = encoder_decoder_config(chain, tmp_path / "run", pseudo_queries=folder, epochs=1)
+    other = dataclasses.replace(config, output=tmp_path / "other")
+    run = runs.begin("retriever.train", other, inputs=other.inputs())
+    assert run is not None
+    training = Training(other, data, run, train.build_model(other, data))
+    assert training.train_split.texts[-len(lines) :] == [line["query"] for line in lines]
+    assert [data.images[row] for row in training.train_split.pictures[-len(lines) :]] == images
+    train.main(config)
+    assert runs.read_manifest(config.output, "retriever.train").facts["setting"] == "transductive"
+    again = stage2_config(chain, config.output, tmp_path / "stage2", epochs=1)
+    train_stage2.main(again)  # without the pseudo queries, but from a start that has seen them
+    assert runs.read_manifest(again.output, "retriever.train_stage2").facts["setting"] == "transductive"
+    found = retrieve.Config(dataset=chain.dataset, retriever=again.output, output=tmp_path / "found", device="cpu")
+    retrieve.main(found)
+    assert runs.read_manifest(found.output, "retriever.retrieve").facts["setting"] == "transductive"
+
+
+def test_pseudo_queries_of_other_pictures_are_refused(chain: Chain, tmp_path: Path) -> None:
+    folder = pseudo_folder(chain, tmp_path / "pseudo", [{"image": "x.png", "query": "a red circle"}])
+    with pytest.raises(BadInput, match=r"pseudo\.jsonl, line 1: .* has no picture x\.png"):
+        train.main(encoder_decoder_config(chain, tmp_path / "run", pseudo_queries=folder))
+    empty = pseudo_folder(chain, tmp_path / "empty", [])
+    with pytest.raises(BadInput, match="holds no pseudo queries"):
+        train.main(encoder_decoder_config(chain, tmp_path / "run2", pseudo_queries=empty))
+
+
+LLAMA_2_7B = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32,
+}  # fmt: skip
+LLAMA_3_8B = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+
+
+def sharded_checkpoint(folder: Path, sizes: dict[str, int], shards: int) -> dict[str, tuple[int, ...]]:
+    """The layout of a published LLaMA at full size: an index, and files whose data are holes on the disk."""
+    folder.mkdir()
+    config = LlamaConfig(**sizes)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    tokenizer(["<unk>", "</s>", "<pad>", "<s>"], end_only=False, size=sizes["vocab_size"]).save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in LlamaForCausalLM(config).state_dict().items()}
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        header, end = {}, 0
+        for name in sorted(shapes)[shard::shards]:
+            begin, end = end, end + 2 * int(np.prod(shapes[name]))
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [begin, end]}
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return shapes
+
+
+@pytest.mark.parametrize(("sizes", "parameters"), [(LLAMA_2_7B, 6_738_415_616), (LLAMA_3_8B, 8_030_261_248)])
+def test_a_full_size_sharded_checkpoint_loads_and_takes_adapters(
+    sizes: dict[str, int], parameters: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = sharded_checkpoint(tmp_path / "llama", sizes, shards=3)
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
+    read = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda name, **options: read(name, device_map="meta", **options)
+    )
+    space = VokenSpace(4, 1024, shared=True)
+    books = np.zeros((1, 1024, 768), dtype=np.float32)
+    lm = build_causal(
+        str(tmp_path / "llama"), space=space, codebooks=books, max_source=128, dtype=torch.bfloat16,
+        lora=Lora(8, 16.0, 0.1, ()),
+    )  # fmt: skip
+    words, width, layers = sizes["vocab_size"] + 1024, sizes["hidden_size"], sizes["num_hidden_layers"]
+    trained = {name: value for name, value in lm.named_parameters() if value.requires_grad}
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    whole = [tuple(value.shape) for name, value in trained.items() if "modules_to_save" in name]
+    assert whole == [(words, width)] * 2  # embeddings and head, with the vokens behind the words
+    keys = width * sizes["num_key_value_heads"] // sizes["num_attention_heads"]
+    adapters = sum(value.numel() for name, value in trained.items() if "lora_" in name)
+    assert adapters == layers * 8 * (width + width + width + keys)  # of the projections of queries and values
+    assert lm.first_voken == sizes["vocab_size"]
+
+
+def test_a_checkpoint_with_holes_is_one_clear_line(tmp_path: Path) -> None:
+    sizes = {**LLAMA_2_7B, "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+    sharded_checkpoint(tmp_path / "llama", sizes, shards=2)
+    books = codebooks(SPACE, 16)
+    build_causal(str(tmp_path / "llama"), space=SPACE, codebooks=books, max_source=8)
+    index = tmp_path / "llama" / "model.safetensors.index.json"
+    values = read_json(index)
+    values["weight_map"].pop("model.layers.1.mlp.up_proj.weight")
+    shard = tmp_path / "llama" / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match="llama cannot be loaded"):
+        build_causal(str(tmp_path / "llama"), space=SPACE, codebooks=books, max_source=8)
+    shard.unlink()
+    with pytest.raises(BadInput, match="llama cannot be loaded"):
+        build_causal(str(tmp_path / "llama"), space=SPACE, codebooks=books, max_source=8)
+    for name in [name for name, file in values["weight_map"].items() if file == shard.name]:
+        values["weight_map"].pop(name)
+    index.write_text(json.dumps(values))
+    with pytest.raises(BadInput, match=r"lacks \d+ of the model's weights, .* among them"):
+        build_causal(str(tmp_path / "llama"), space=SPACE, codebooks=books, max_source=8)

@@ -1,0 +1,96 @@
+"""The processes of one command: `accelerate launch` and `torchrun` start several, and each knows its number.
+
+With one process everything here is free, and torch is not loaded. With several, process 0 is the main one: it alone
+opens run folders, prints, and writes results; the others share its work.
+"""
+
+import os
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+from .errors import BadInput
+
+ValueT = TypeVar("ValueT")
+
+PATIENCE = timedelta(hours=12)  # for the slowest process; the launcher ends the others when one dies
+
+
+def number() -> int:
+    """This process's number among all of all machines, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def count() -> int:
+    """Processes of all machines together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def on_this_machine() -> int:
+    """This process's number on its machine: which GPU is its own."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    """Whether this is the process that opens run folders, prints, and writes results."""
+    return number() == 0
+
+
+def go_alone() -> None:
+    """Let this process forget the others."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+
+
+def connect() -> None:
+    """Join the other processes; nothing with one process, or when it is done already."""
+    if count() > 1:
+        _group()
+
+
+def share(value: ValueT) -> ValueT:
+    """The main process's value, in every process. It is pickled: only for values of our own making."""
+    if count() == 1:
+        return value
+    import torch.distributed as dist
+
+    values = [value]
+    _talk(dist.broadcast_object_list, values, src=0, group=_group())
+    return values[0]
+
+
+def collect(value: ValueT) -> list[ValueT]:
+    """Every process's value, in the order of their numbers, in every process."""
+    if count() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * count()
+    _talk(dist.all_gather_object, values, value, group=_group())
+    return values
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    collect(None)
+
+
+@cache
+def _group() -> Any:
+    """A group for messages between the processors; the gradients' own group may run on the GPUs."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _talk(call: Any, *args: Any, **options: Any) -> None:
+    try:
+        call(*args, **options)
+    except RuntimeError as error:
+        raise BadInput(
+            f"process {number()} of {count()} lost another one ({str(error).splitlines()[0]}): the reason stands in "
+            "that one's output; start the same command again, it resumes"
+        ) from None

@@ -1,0 +1,85 @@
+"""The rows of all systems on one dataset (`summary.json`), and the tables made of them.
+
+Command: python -m tools.results --summary retriever/output/emoji/summary.json [--markdown]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .commands import run_command
+from .files import read_json, write_json
+from .logs import table
+from .recall import CUTOFFS
+
+KEY = ("system", "dataset", "split", "pool", "level")
+FIRST = "two-tower"  # systems whose names begin so stand at the head of each pool
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which rows, and for whom."""
+
+    summary: Path
+    """JSON file that retriever.test adds its rows to."""
+    levels: tuple[str, ...] = ("image", "code")
+    """Rows to show: recall of pictures, of codes, or both."""
+    markdown: bool = False
+    """A table for a Markdown file."""
+
+
+def merge_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put rows into the summary: in place of rows of the same system, split, pool and level, else at its end."""
+    merged = {_key(row): row for row in (read_json(path) if path.is_file() else [])}
+    merged.update({_key(row): row for row in rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, list(merged.values()))
+
+
+def ordered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by split and pool in the order of their first appearance, two-tower search first."""
+    places: dict[tuple[str, str], int] = {}
+    for row in rows:
+        places.setdefault((row["split"], row["pool"]), len(places))
+    return sorted(rows, key=lambda row: (places[row["split"], row["pool"]], not row["system"].startswith(FIRST)))
+
+
+def printable(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table for people."""
+    return table([_cells(row) for row in ordered(rows)])
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    cells = [_cells(row) for row in ordered(rows)]
+    lines = [list(cells[0]), ["---"] * len(cells[0])]
+    lines += [["–" if value is None else str(value) for value in row.values()] for row in cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "system": row["system"],
+        "level": row["level"],
+        "split": row["split"],
+        "pool": f"{row['pool']} ({row['pool_size']:,})",
+        "setting": row["setting"],
+        **{f"R@{cutoff}": f"{row['recall'][str(cutoff)]:.1%}" for cutoff in CUTOFFS},
+        "MRR": row["mrr"],
+        "median rank": row["median_rank"],
+        "queries/s": row["queries_per_second"],
+    }
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def main(config: Config) -> None:
+    rows = [row for row in read_json(config.summary) if row["level"] in config.levels]
+    print(markdown(rows) if config.markdown else printable(rows))
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
