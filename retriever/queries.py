@@ -51,8 +51,8 @@ class LiveQueries:
 
 
 class StoredQueries:
-    """Encoder states of all texts, computed once into `<name>.npy` (tokens, width) float16. Several processes share
-    the batches, and a killed run goes on.
+    """Encoder states of all texts, each distinct one computed once into `<name>.npy` (tokens, width) float16. Several
+    processes share the batches, and a killed run goes on.
 
     Attributes:
         lengths: (queries,) tokens of each text.
@@ -60,9 +60,12 @@ class StoredQueries:
 
     def __init__(self, lm: VokenLM, texts: Sequence[str], *, folder: Path, name: str, dtype: torch.dtype) -> None:
         self.device = lm.device
-        tokens = lm.tokenize(texts)
-        self.lengths = np.array([len(ids) for ids in tokens])
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        tokens = lm.tokenize(list(place))
+        self.distinct_lengths = np.array([len(ids) for ids in tokens])
+        self.offsets = np.concatenate([[0], np.cumsum(self.distinct_lengths)])
+        self.places = np.array([place[text] for text in texts])
+        self.lengths = self.distinct_lengths[self.places]
         path = folder / f"{name}.npy"
         if not processes.share(processes.is_main() and path.is_file()):  # it is complete when it is there
             self._make(lm, tokens, path, dtype)
@@ -77,12 +80,12 @@ class StoredQueries:
         """Encoder states of the chosen queries, padded to the longest of them; nothing is encoded again."""
         lengths = torch.from_numpy(self.lengths[chosen])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        rows = torch.from_numpy(self.offsets[chosen])[:, None] + torch.arange(mask.shape[1])
+        rows = torch.from_numpy(self.offsets[self.places[chosen]])[:, None] + torch.arange(mask.shape[1])
         states = self.states[rows.masked_fill(~mask, 0)].float() * mask[:, :, None]
         return Memory(states.to(self.device), mask.long().to(self.device))
 
     def _make(self, lm: VokenLM, tokens: list[list[int]], path: Path, dtype: torch.dtype) -> None:
-        order = np.argsort(self.lengths, kind="stable")
+        order = np.argsort(self.distinct_lengths, kind="stable")
         batches = [order[start : start + ENCODE_BATCH] for start in range(0, len(order), ENCODE_BATCH)]
         work = Blocks(path.with_suffix(""), len(batches))
         for number in progress(work.left, f"encoding {path.stem}"):
@@ -101,14 +104,14 @@ class StoredQueries:
         with autocast(lm.device, dtype):
             memory = lm.encode([tokens[index] for index in batch])
         states = memory.states.float().cpu().numpy().astype(np.float16)
-        return np.concatenate([row[:length] for row, length in zip(states, self.lengths[batch], strict=True)])
+        return np.concatenate([row[:length] for row, length in zip(states, self.distinct_lengths[batch], strict=True)])
 
     def _merge(self, path: Path, blocks: list[Path], batches: list[NDArray[np.int64]], *, width: int) -> None:
         """Put the states of all batches in the order of the texts."""
         with replacing(path) as temporary:
             array = open_memmap(temporary, mode="w+", dtype=np.float16, shape=(int(self.offsets[-1]), width))
             for batch, block in zip(batches, blocks, strict=True):
-                ends = np.cumsum(self.lengths[batch])
+                ends = np.cumsum(self.distinct_lengths[batch])
                 for index, states in zip(batch, np.split(read_array(block), ends[:-1]), strict=True):
                     array[self.offsets[index] : self.offsets[index + 1]] = states
             array.flush()

@@ -230,6 +230,7 @@ class Training:
         """Image-level recall on val by constrained search over the val pictures; keeps the best model."""
         config = self.config
         self.lm.eval()
+        blocks = self.run.resume_folder / f"validation-{self.epoch}" if processes.count() > 1 else None
         with self.whole_weights():
             ranking = search_queries(
                 make_writer(self.lm, config.precision),
@@ -241,6 +242,7 @@ class Training:
                 batch_size=64,
                 score_end=config.score_end,
                 quiet=True,
+                blocks_folder=blocks,
             )
             images, _ = ranks_of(ranking, self.val_split.pictures, self.data.codes)
             recalls = report(images).recalls
