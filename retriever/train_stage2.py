@@ -2,7 +2,7 @@
 
 In:  a `retriever.prepare` folder and the `retriever.train` folder to start from.
 Out: `<output>/model/`, the best checkpoint by recall on val; the start itself where nothing beats it.
-Command: python -m retriever.train_stage2 --dataset DIR --start DIR --output DIR
+Command: python -m retriever.train_stage2 --dataset DIR --stage1 DIR --output DIR
 
 Before each epoch every train caption is searched over the train pictures by the search itself, in eval mode; what it
 finds beside the right codes are that epoch's negatives. Right and wrong codes are scored in one batch:
@@ -41,8 +41,8 @@ NO_PICTURE = -1
 class Config(TrainingConfig):
     """Losses and training. Published values: T5-base on Flickr30k."""
 
-    start: Path
-    """Run folder of retriever.train."""
+    stage1: Path
+    """Run folder of retriever.train, to start from."""
     epochs: int = 5
     """Passes over the train captions."""
     lr: float = 1e-4
@@ -176,10 +176,10 @@ def read_start(config: Config, data: RetrieverData) -> tuple[VokenLM, runs.Manif
     Raises:
         BadInput: it is not finished, writes other codebooks' vokens, or is made of adapters.
     """
-    manifest = read_retriever(config.start, data, "retriever.train")
-    lm = VokenLM.from_pretrained(config.start / "model")
+    manifest = read_retriever(config.stage1, data, "retriever.train")
+    lm = VokenLM.from_pretrained(config.stage1 / "model")
     if lm.kind == "causal":
-        raise BadInput(f"--start {config.start} is a causal model: stage 2 trains seq2seq and encoder-decoder models")
+        raise BadInput(f"--stage1 {config.stage1} is a causal model: stage 2 trains seq2seq and encoder-decoder models")
     return lm, manifest
 
 
@@ -187,8 +187,8 @@ def main(config: Config) -> None:
     data = read_data(config.dataset)
     lm, start = read_start(config, data)
     if start.facts["setting"] == "transductive" and config.pseudo_queries is None:
-        print("note: --start was trained on pseudo queries, this stage is not: the result counts as transductive")
-    run = runs.begin("retriever.train_stage2", config, inputs={**config.inputs(), "start": config.start})
+        print("note: --stage1 was trained on pseudo queries, this stage is not: the result counts as transductive")
+    run = runs.begin("retriever.train_stage2", config, inputs={**config.inputs(), "stage1": config.stage1})
     if run is None:
         return
     seed_everything(config.seed)
@@ -199,9 +199,9 @@ def main(config: Config) -> None:
         training.save()
     training.fit(tracker)
     setting = "transductive" if config.pseudo_queries else start.facts["setting"]
-    finish(training, tracker, facts={"setting": setting, "start": str(config.start)}, metrics={})
+    finish(training, tracker, facts={"setting": setting, "stage1": str(config.stage1)}, metrics={})
     if training.best["epoch"] == 0:
-        print(f"no epoch beat the start on val: {run.folder / 'model'} is the model of {config.start}")
+        print(f"no epoch beat the start on val: {run.folder / 'model'} is the model of {config.stage1}")
     else:
         print(f"best checkpoint: epoch {training.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
 

@@ -156,6 +156,8 @@ class Training:
         self.dtype = pick_dtype(config.precision, self.device)
         self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
         self.sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.sharded and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
+            raise BadInput("DeepSpeed does not train with --precision fp16: write bf16 or fp32")
         self.lm = lm.to(self.device)
         self.train_split, self.val_split = self._train_split(), self._val_split()
         self.codes = torch.tensor(data.codes)
@@ -167,7 +169,7 @@ class Training:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_share(step, steps=self.steps, warmup=config.warmup, decay="linear")
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16 and not self.sharded)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.model, self.optimizer = self._prepare(optimizer)
         self.best: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
@@ -282,6 +284,7 @@ class Training:
             "epoch": self.epoch,
             "batch": self.batch,
             "best": self.best,
+            "layout": self.layout,
         }
         if self.sharded:
             state["shards"] = f"{SHARDED}-{self.epoch}-{self.batch}"
@@ -306,10 +309,16 @@ class Training:
         return self.run.resume_folder / f"best-{self.best['epoch']}"
 
     def resume(self) -> bool:
-        """Take up the last saved state; False when there is none."""
+        """Take up the last saved state; False when there is none.
+
+        Raises:
+            BadInput: DeepSpeed would have to take up another state than its own, or another one its.
+        """
         state = load_state(self.run.resume_folder / "state.pt")
         if state is None:
             return False
+        if (layout := state.get("layout", "without DeepSpeed")) != self.layout:
+            raise BadInput(f"{self.run.folder} was begun {layout}, this is {self.layout}: go on as it was begun")
         if self.sharded:
             shards = self.run.resume_folder / state["shards"]
             self.model.load_checkpoint(shards, load_module_strict=False, load_lr_scheduler_states=False)
@@ -322,16 +331,28 @@ class Training:
         self.epoch, self.batch, self.best = state["epoch"], state["batch"], state["best"]
         return True
 
+    @property
+    def layout(self) -> str:
+        """How the saved state lies in files: DeepSpeed's, in parts that fit the same stage and processes alone."""
+        if not self.sharded:
+            return "without DeepSpeed"
+        return f"with DeepSpeed's ZeRO-{self._zero_stage} on {processes.count()} processes"
+
     @contextlib.contextmanager
     def whole_weights(self) -> Any:
         """Inside it every process has all weights, which DeepSpeed's ZeRO-3 keeps in parts, and may copy the model."""
-        if self.sharded and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        if self._zero_stage == 3:
             import deepspeed
 
             with deepspeed.zero.unwrap_model_for_generation(self.model):  # its hooks, too, are off for the time
                 yield
         else:
             yield
+
+    @property
+    def _zero_stage(self) -> int:
+        """What DeepSpeed keeps in parts: 0 nothing, 2 optimiser and gradients, 3 weights too."""
+        return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.sharded else 0
 
     def _seed(self, stream: int) -> int:
         """A seed for one batch and one purpose."""

@@ -57,6 +57,14 @@ if [ -z "${CONDA_PREFIX:-}" ] || ! has_packages; then
     set_up_venv
 fi
 
+case "${LAUNCH:-}" in *zero*)
+    if ! command python -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("deepspeed"))'; then
+        echo "error: LAUNCH=$LAUNCH needs DeepSpeed: install it with 'pip install deepspeed' into $(command -v python)" >&2
+        exit 2
+    fi
+    ;;
+esac
+
 python() { # a finished command is recognised without loading its libraries
     command python -m tools.finished "$@" || command ${LAUNCH:-python} "$@"
 }

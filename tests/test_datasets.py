@@ -23,7 +23,7 @@ REQUIRED: dict[str, tuple[type[Any], list[str]]] = {
     "GENERATE_CODES": (generate_codes.Config, ["--features", "x", "--rqvae", "x"]),
     "PSEUDO_QUERIES": (generate_pseudo_query.Config, ["--dataset", "x"]),
     "TRAIN_RETRIEVER": (train.Config, ["--dataset", "x"]),
-    "TRAIN_STAGE2": (train_stage2.Config, ["--dataset", "x", "--start", "x"]),
+    "TRAIN_STAGE2": (train_stage2.Config, ["--dataset", "x", "--stage1", "x"]),
     "FINETUNE_LLAMA": (train.Config, ["--dataset", "x"]),
     "RETRIEVE": (retrieve.Config, ["--dataset", "x", "--retriever", "x"]),
 }

@@ -101,15 +101,15 @@ def stage2_config(chain: Chain, start: Path, output: Path, **options: Any) -> tr
     settings = {**TRAIN, "epochs": 2, "validate_every": 1, "negatives": 3, "lr": 1e-3, "label_temperature": 0.05,
                 "train_end": False, **options}  # fmt: skip
     settings.pop("dropout")
-    return train_stage2.Config(dataset=chain.dataset, start=start, output=output, **settings)
+    return train_stage2.Config(dataset=chain.dataset, stage1=start, output=output, **settings)
 
 
 def stage2_of(config: train_stage2.Config, tmp_path: Path) -> tuple[train_stage2.Stage2, RetrieverData]:
     data = read_data(config.dataset)
-    run = runs.begin("retriever.train_stage2", config, inputs={"start": config.start})
+    run = runs.begin("retriever.train_stage2", config, inputs={"stage1": config.stage1})
     assert run is not None
     seed_everything(0)
-    return train_stage2.Stage2(config, data, run, VokenLM.from_pretrained(config.start / "model")), data
+    return train_stage2.Stage2(config, data, run, VokenLM.from_pretrained(config.stage1 / "model")), data
 
 
 def test_negatives_are_what_the_search_confuses_with_the_right_picture(
