@@ -78,11 +78,11 @@ class Stage2(Training):
 
     def __init__(self, config: Config, data: RetrieverData, run: runs.Run, lm: VokenLM) -> None:
         super().__init__(config, data, run, lm)
-        self.pool = np.unique(self.train_split.pictures)
+        self.pool = np.unique(self.pairs.pictures)
         self.negatives = np.zeros((0, config.negatives), dtype=np.int64)
         self.spared: dict[str, set[bytes]] = defaultdict(set)
         if config.spare_same_words:
-            for text, picture in zip(self.train_split.texts, self.train_split.pictures, strict=True):
+            for text, picture in zip(*self.pairs, strict=True):
                 self.spared[text].add(data.codes[picture].tobytes())
 
     def begin_epoch(self) -> None:

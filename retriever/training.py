@@ -36,7 +36,7 @@ from tools.errors import BadInput
 from tools.logs import Tracker, progress
 from tools.recall import CUTOFFS, report
 
-from .data import Queries, RetrieverData
+from .data import RetrieverData
 from .losses import Targets, generative_loss, soft_targets
 from .pseudo_queries import read_pseudo_queries
 from .queries import LiveQueries, StoredQueries, bucketed_batches
@@ -116,8 +116,19 @@ class TrainingConfig:
         }
 
 
+class Pairs(NamedTuple):
+    """Captions, and the pool row of the picture each asks for."""
+
+    texts: list[str]
+    pictures: NDArray[np.int64]
+
+    def some(self, chosen: NDArray[np.int64]) -> "Pairs":
+        """A selection, by place."""
+        return Pairs([self.texts[index] for index in chosen], self.pictures[chosen])
+
+
 class Split(NamedTuple):
-    """Queries of one split, ready to encode, and the pool rows they ask for."""
+    """Captions of one split that a training reads, ready to encode, and the pool rows they ask for."""
 
     queries: LiveQueries | StoredQueries
     pictures: NDArray[np.int64]
@@ -159,7 +170,10 @@ class Training:
         if self.sharded and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
             raise BadInput("DeepSpeed does not train with --precision fp16: write bf16 or fp32")
         self.lm = lm.to(self.device)
-        self.train_split, self.val_split = self._train_split(), self._val_split()
+        self.pairs = self._train_pairs()
+        self.read = np.unique(np.concatenate([self._drawn(epoch) for epoch in range(config.epochs)]))
+        self.train_split = self._encodable(self.pairs.some(self.read), "train")
+        self.val_split = self._encodable(self._val_pairs(), "val")
         self.codes = torch.tensor(data.codes)
         self.latents = torch.from_numpy(np.array(data.latents))
         self.codebooks = torch.from_numpy(np.array(data.codebooks))
@@ -176,13 +190,11 @@ class Training:
         self.saved, self.save_pause = time.monotonic(), SAVE_EVERY_SECONDS
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The batches of an epoch, the same in every process."""
+        """The batches of an epoch, places in `train_split`; the same in every process."""
+        drawn = np.searchsorted(self.read, self._drawn(epoch))
         generator = np.random.default_rng([self.config.seed, epoch])
-        lengths = self.train_split.queries.lengths
-        if (most := self.config.queries_per_epoch) is None or most >= len(lengths):
-            return bucketed_batches(lengths, self.config.batch_size, generator)
-        drawn = generator.permutation(len(lengths))[:most]
-        return [drawn[batch] for batch in bucketed_batches(lengths[drawn], self.config.batch_size, generator)]
+        lengths = self.train_split.queries.lengths[drawn]
+        return [drawn[batch] for batch in bucketed_batches(lengths, self.config.batch_size, generator)]
 
     def targets(self, part: Part) -> Targets:
         """What the model should write for a part of a batch, drawn for the whole batch in every process."""
@@ -397,30 +409,35 @@ class Training:
         due = time.monotonic() - self.saved > self.save_pause
         return processes.share(due) if self.sharded else due and processes.is_main()
 
-    def _train_split(self) -> Split:
-        queries = self._queries("train")
-        if self.config.pseudo_queries is not None:
-            pseudo = read_pseudo_queries(self.config.pseudo_queries, self.data)
-            pictures = np.concatenate([queries.pictures, pseudo.pictures])
-            return self._encodable(queries.texts + pseudo.texts, pictures, "train")
-        return self._encodable(queries.texts, queries.pictures, "train")
+    def _train_pairs(self) -> Pairs:
+        pairs = self._pairs("train")
+        if self.config.pseudo_queries is None:
+            return pairs
+        pseudo = read_pseudo_queries(self.config.pseudo_queries, self.data)
+        return Pairs(pairs.texts + pseudo.texts, np.concatenate([pairs.pictures, pseudo.pictures]))
 
-    def _val_split(self) -> Split:
-        queries, most = self._queries("val"), self.config.validate_queries
-        kept = np.sort(np.random.default_rng(self.config.seed).permutation(len(queries.texts))[:most])
-        return self._encodable([queries.texts[index] for index in kept], queries.pictures[kept], "val")
+    def _val_pairs(self) -> Pairs:
+        pairs, most = self._pairs("val"), self.config.validate_queries
+        return pairs.some(np.sort(np.random.default_rng(self.config.seed).permutation(len(pairs.texts))[:most]))
 
-    def _queries(self, name: captions.Split) -> Queries:
+    def _pairs(self, name: captions.Split) -> Pairs:
         queries = self.data.queries(name)
         if not queries.texts:
             raise BadInput(f"{self.data.folder} has no {name} captions: a retriever cannot be trained on it")
-        return queries
+        return Pairs(queries.texts, queries.pictures)
 
-    def _encodable(self, texts: list[str], pictures: NDArray[np.int64], name: str) -> Split:
+    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+        """Places in `pairs` of an epoch's captions, sorted."""
+        every = np.arange(len(self.pairs.texts))
+        if (most := self.config.queries_per_epoch) is None:
+            return every
+        return np.sort(np.random.default_rng([self.config.seed, epoch, 1]).permutation(every)[:most])
+
+    def _encodable(self, pairs: Pairs, name: str) -> Split:
         if not self.lm.frozen_encoder:
-            return Split(LiveQueries(self.lm, texts), pictures, texts)
-        stored = StoredQueries(self.lm, texts, folder=self.run.resume_folder, name=name, dtype=self.dtype)
-        return Split(stored, pictures, texts)
+            return Split(LiveQueries(self.lm, pairs.texts), pairs.pictures, pairs.texts)
+        stored = StoredQueries(self.lm, pairs.texts, folder=self.run.resume_folder, name=name, dtype=self.dtype)
+        return Split(stored, pairs.pictures, pairs.texts)
 
 
 def finish(training: Training, tracker: Tracker, *, facts: dict[str, Any], metrics: dict[str, Any]) -> None:

@@ -40,11 +40,12 @@ class PowerCut(Exception):
     """Stands for a killed process."""
 
 
-def t5_config(chain: Chain, output: Path) -> train.Config:
+def t5_config(chain: Chain, output: Path, **options: Any) -> train.Config:
     model = chain.root / "t5"
     if not model.is_dir():
         t5_folder(model)
-    return train.Config(dataset=chain.dataset, language_model=str(model), output=output, accumulate=2, **TRAIN)
+    settings = {**TRAIN, "accumulate": 2, **options}
+    return train.Config(dataset=chain.dataset, language_model=str(model), output=output, **settings)
 
 
 def test_each_command_leaves_exactly_its_files(chain: Chain, retriever: Path) -> None:

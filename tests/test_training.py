@@ -481,3 +481,17 @@ def test_a_checkpoint_with_holes_is_one_clear_line(tmp_path: Path) -> None:
     index.write_text(json.dumps(values))
     with pytest.raises(BadInput, match=r"lacks \d+ of the model's weights, .* among them"):
         build_causal(str(tmp_path / "llama"), space=SPACE, codebooks=books, max_source=8)
+
+
+def test_an_epoch_of_drawn_captions_reads_no_others(chain: Chain, tmp_path: Path) -> None:
+    config = encoder_decoder_config(chain, tmp_path / "run", queries_per_epoch=20, epochs=3)
+    data = read_data(chain.dataset)
+    run = runs.begin("retriever.train", config, inputs=config.inputs())
+    assert run is not None
+    training = Training(config, data, run, train.build_model(config, data))
+    epochs = [np.concatenate(training.batches(epoch)) for epoch in range(3)]
+    assert [len(np.unique(epoch)) for epoch in epochs] == [20] * 3
+    assert len(training.train_split.texts) == len(np.unique(np.concatenate(epochs))) < len(training.pairs.texts)
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 3
+    pairs = set(zip(training.pairs.texts, training.pairs.pictures.tolist(), strict=True))
+    assert set(zip(training.train_split.texts, training.train_split.pictures.tolist(), strict=True)) < pairs
