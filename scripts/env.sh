@@ -2,7 +2,7 @@
 #   DATASET       a name in scripts/datasets/, or your own file of that form (default: emoji)
 #   REQUIREMENTS  the pins to install (default: requirements.txt; test.sh takes requirements-dev.txt)
 #   SYSTEM        which retriever: retriever (inductive, default), retriever+pseudo (transductive: trained on pseudo
-#                 queries too), either with +stage2, or llama, llama+pseudo
+#                 queries too), either with +stage2; llama, llama+pseudo; best: what the dataset's file names
 #   ABLATION      a name for stages 05 to 13 with other flags, which then write to a folder of that name
 #   LAUNCH        how many processes: "accelerate launch --num_processes 8" (docs/scale.md)
 #   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
@@ -92,6 +92,7 @@ if [ -n "${ABLATION:-}" ]; then # stages from the tokenizer on write into a fold
 fi
 
 SYSTEM="${SYSTEM:-retriever}"
+if [ "$SYSTEM" = best ]; then SYSTEM="${BEST:-retriever}"; fi
 PSEUDO=()
 case "$SYSTEM" in *+pseudo*) PSEUDO=(--pseudo-queries "$PSEUDO_FOLDER") ;; esac
 STAGE1="$RETRIEVER/09_train/${SYSTEM%+stage2}"

@@ -22,6 +22,8 @@ PUBLISHED_NAMES = (
     "RQ-VAE/scripts/generate_codes.sh",
     "scripts/prepare_retriever_dataset.sh",
     "scripts/train_retriever_t5.sh",
+    "scripts/train_retriever_t5_stage2.sh",
+    "scripts/finetune_retriever_llama.sh",
 )
 NUMBERED = sorted((ROOT / "scripts").glob("[0-9][0-9]_*.sh"))
 

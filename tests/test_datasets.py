@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tyro
 
+from models.voken_lm import Lora
 from retriever import generate_pseudo_query, retrieve, train, train_stage2
 from tests.tiny import assemble_clip, generate_codes, prepare_emb, rqvae_train, train_heads
 from tools import fetch_emoji, prepare_captions
@@ -65,7 +66,8 @@ def test_flags_are_the_commands_own(dataset: str, environment: dict[str, str], a
 
 
 def test_the_faithful_recipe_is_the_published_one() -> None:
-    flags = {array: settings("flickr30k", array, RECIPE="faithful") for array in ("TRAIN_RQVAE", "TRAIN_RETRIEVER")}
+    arrays = ("TRAIN_RQVAE", "TRAIN_RETRIEVER", "TRAIN_STAGE2", "FINETUNE_LLAMA")
+    flags = {array: settings("flickr30k", array, RECIPE="faithful") for array in arrays}
     rqvae = tyro.cli(rqvae_train.Config, args=["--features", "x", "--output", "y", *flags["TRAIN_RQVAE"]])
     assert (rqvae.shared_codebook, rqvae.codebook_size, rqvae.levels, rqvae.width) == (True, 1024, 4, 768)
     assert (rqvae.alignment, rqvae.align_at, rqvae.normalize, rqvae.skip) == ("mse", "after", False, False)
@@ -74,6 +76,15 @@ def test_the_faithful_recipe_is_the_published_one() -> None:
     assert (model.language_model, model.epochs, model.lr, model.batch_size) == ("t5-base", 100, 1e-3, 128)
     assert (model.temperature, model.warmup, model.dropout, model.label_temperature) == (0.5, 0.1, 0.2, 0.0)
     assert (model.train_end, model.score_end, model.beams) == (True, True, 10)
+    stage2 = tyro.cli(
+        train_stage2.Config, args=["--dataset", "x", "--stage1", "x", "--output", "y", *flags["TRAIN_STAGE2"]]
+    )
+    assert (stage2.discriminative, stage2.discriminative_weight, stage2.negatives) == ("double-softmax", 0.5, 9)
+    assert (stage2.epochs, stage2.lr, stage2.spare_same_words, stage2.train_end) == (5, 1e-4, False, True)
+    llama = tyro.cli(train.Config, args=["--dataset", "x", "--output", "y", *flags["FINETUNE_LLAMA"]])
+    assert (llama.kind, llama.epochs, llama.lr, llama.batch_size, llama.accumulate) == ("causal", 10, 3e-4, 1, 16)
+    assert llama.lora == Lora(8, 16.0, 0.1, ())
+    assert (llama.temperature, llama.label_temperature) == (1.0, 0.0)
 
 
 def test_an_unknown_dataset_is_one_clear_line() -> None:
@@ -98,3 +109,68 @@ def test_a_users_own_file_reaches_every_stage(tmp_path: Path) -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.stderr.splitlines()[-1] == f"error: no usable picture: nothing in {folder} matches the source"
+
+
+def variables(system: str, *names: str, **environment: str) -> list[str]:
+    """What env.sh makes of a SYSTEM."""
+    command = "source scripts/env.sh; " + "; ".join(f'echo "${{{name}[*]}}"' for name in names)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env={**os.environ, "DATASET": "emoji", "SYSTEM": system, **environment},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+def test_a_system_names_its_folders_and_its_setting() -> None:
+    output = "retriever/output/emoji"
+    pseudo = f"--pseudo-queries {output}/08_pseudo_queries"
+    for system, stage1, trained, flags in (
+        ("retriever", "09_train/retriever", "09_train/retriever", ""),
+        ("retriever+pseudo", "09_train/retriever+pseudo", "09_train/retriever+pseudo", pseudo),
+        ("retriever+stage2", "09_train/retriever", "10_stage2/retriever+stage2", ""),
+        ("retriever+pseudo+stage2", "09_train/retriever+pseudo", "10_stage2/retriever+pseudo+stage2", pseudo),
+        ("llama+pseudo", "09_train/llama+pseudo", "11_llama/llama+pseudo", pseudo),
+    ):
+        assert variables(system, "STAGE1", "TRAINED", "PSEUDO") == [f"{output}/{stage1}", f"{output}/{trained}", flags]
+    assert variables("best", "TRAINED") == [f"{output}/10_stage2/retriever+pseudo+stage2"]
+    ablation = variables("retriever", "RQVAE", "CODES", "STAGE1", "SUMMARY", ABLATION="x")
+    folder = f"{output}/ablations/x"
+    assert ablation == [
+        f"{folder}/05_train_rqvae", f"{folder}/06_generate_codes", f"{folder}/09_train/retriever",
+        f"{output}/ablations/summary.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SYSTEM": "retriver"}, "error: SYSTEM=retriver: write retriever, retriever+pseudo, either with +stage2"),
+        ({"LAUNCH": "accelerate launch --config_file scripts/accelerate/zero2.yaml"}, "needs DeepSpeed: install it"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_clear_line(environment: dict[str, str], message: str) -> None:
+    done = subprocess.run(
+        ["bash", "scripts/12_retrieve.sh"], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dataset", ["emoji", "flickr30k", "mscoco"])
+def test_stages_are_scripts_in_an_order_that_works(dataset: str) -> None:
+    """A search comes after the training it searches with, a test after its search."""
+    done: set[tuple[str, str]] = set()
+    for item in " ".join(settings(dataset, "STAGES")).split():
+        script, _, system = item.partition("@")
+        assert (ROOT / "scripts" / f"{script}.sh").is_file()
+        system = system or "retriever"
+        if script == "12_retrieve":
+            stage = "10_train_retriever_t5_stage2" if system.endswith("+stage2") else "09_train_retriever_t5"
+            assert (stage, system.removesuffix("+stage2")) in done
+        if script == "13_test_retriever":
+            assert ("12_retrieve", system) in done
+        if script == "10_train_retriever_t5_stage2":
+            assert ("09_train_retriever_t5", system) in done
+        done.add((script, system))
+    assert ("13_test_retriever", "retriever+pseudo+stage2") in done

@@ -4,7 +4,13 @@ TOKENIZER=RQ-VAE/output/emoji
 RETRIEVER=retriever/output/emoji
 
 STAGES="00_fetch_emoji 01_prepare_captions 02_assemble_clip 03_prepare_emb 04_train_heads 05_train_rqvae
-06_generate_codes 07_prepare_retriever_dataset 09_train_retriever_t5 12_retrieve 13_test_retriever 14_build_index"
+06_generate_codes 07_prepare_retriever_dataset 08_generate_pseudo_query
+09_train_retriever_t5 12_retrieve 13_test_retriever
+10_train_retriever_t5_stage2 12_retrieve@retriever+stage2 13_test_retriever@retriever+stage2
+09_train_retriever_t5@retriever+pseudo 12_retrieve@retriever+pseudo 13_test_retriever@retriever+pseudo
+10_train_retriever_t5_stage2@retriever+pseudo 12_retrieve@retriever+pseudo+stage2
+13_test_retriever@retriever+pseudo+stage2 14_build_index"
+BEST=retriever+pseudo+stage2 # what search.sh searches with
 
 # Nothing of the sample comes from a model hub.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
@@ -51,7 +57,7 @@ TRAIN_RQVAE=(
 )
 
 # Nothing of the sample comes from a model hub: its pseudo queries are captions of the nearest train pictures.
-PSEUDO_QUERIES=(--source nearest)
+PSEUDO_QUERIES=(--source nearest --neighbours 5 --per-picture 20)
 TRAIN_RETRIEVER=(
     --kind encoder-decoder
     --language-model "$TEXT_ENCODER"
