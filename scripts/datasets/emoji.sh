@@ -76,17 +76,17 @@ TRAIN_RETRIEVER=(
     --validate-queries 1000
 )
 TRAIN_STAGE2=(
-    --epochs 2
-    --queries-per-epoch 16384
+    --epochs 1
+    --queries-per-epoch 12288
     --batch-size 128
-    --lr 2e-4
+    --lr 3e-4
     --weight-decay 0.05
     --negatives 9
     --temperature 1.0
     --label-temperature 0.03
     --no-train-end
     --beams 10
-    --validate-queries 1000
+    --validate-queries 2500
 )
 # LLAMA names a causal model on disk, or, with HF_HUB_OFFLINE=0, on the Hugging Face Hub.
 FINETUNE_LLAMA=(
