@@ -59,11 +59,11 @@ class Config:
     alignment_weight: float = 1.0
     """Weight of the alignment in the objective."""
     sinkhorn_temperature: float = 0.0
-    """Above 0: balanced assignment during training."""
+    """Above 0: balanced assignment (Sinkhorn) during training; published: yes, with a value that is not known."""
     kmeans_start: bool = True
     """Start the codebooks from residual k-means over the train split."""
     kmeans_sample: int = 200_000
-    """Pictures that k-means sees at most."""
+    """Pictures that k-means sees at most, drawn at random; published: one batch."""
     kmeans_iterations: int = 100
     """Iterations of k-means."""
     kmeans_balance: float = 0.05
@@ -74,6 +74,8 @@ class Config:
     """Passes over the train pictures."""
     batch_size: int = 16384
     """Pictures a batch."""
+    shuffle: bool = True
+    """Other batches in each epoch; published: no."""
     optimizer: str = "adamw"
     """Name of an optimiser of torch.optim."""
     lr: float = 1e-4
@@ -131,10 +133,10 @@ class TrainData:
         self.images = torch.from_numpy(features.images[self.rows].copy()).to(device)
         self.texts = torch.tensor(features.texts).to(device)
 
-    def batches(self, size: int, seed: int, epoch: int) -> list[tuple[Tensor, Tensor]]:
-        """Shuffled batches of (features, caption features), each (batch, features), for one epoch."""
+    def batches(self, size: int, seed: int, epoch: int, *, shuffle: bool = True) -> list[tuple[Tensor, Tensor]]:
+        """Batches of (features, caption features), each (batch, features), for one epoch."""
         generator = np.random.default_rng([seed, epoch])
-        order = generator.permutation(len(self.rows))
+        order = generator.permutation(len(self.rows)) if shuffle else np.arange(len(self.rows))
         captions = self.features.draw_captions(self.rows, generator)
         count = max(1, len(order) // size)  # none smaller than `size`: batch norm needs company
         return [
@@ -212,7 +214,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> di
     bar = progress(range(start, config.epochs), "training RQ-VAE", total=config.epochs, unit="epoch", initial=start)
     for epoch in bar:
         model.train()
-        for images, captions in data.batches(config.batch_size, config.seed, epoch):
+        for images, captions in data.batches(config.batch_size, config.seed, epoch, shuffle=config.shuffle):
             losses = model.losses(images, captions)
             optimizer.zero_grad()
             losses.total(config.alignment_weight).backward()  # type: ignore[no-untyped-call]

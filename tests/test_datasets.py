@@ -71,6 +71,7 @@ def test_the_faithful_recipe_is_the_published_one() -> None:
     rqvae = tyro.cli(rqvae_train.Config, args=["--features", "x", "--output", "y", *flags["TRAIN_RQVAE"]])
     assert (rqvae.shared_codebook, rqvae.codebook_size, rqvae.levels, rqvae.width) == (True, 1024, 4, 768)
     assert (rqvae.alignment, rqvae.align_at, rqvae.normalize, rqvae.skip) == ("mse", "after", False, False)
+    assert (rqvae.shuffle, rqvae.kmeans_sample, rqvae.sinkhorn_temperature > 0) == (False, 16384, True)
     assert (rqvae.lr, rqvae.batch_size, rqvae.epochs, rqvae.hidden) == (1e-4, 16384, 3000, (1024, 512))
     model = tyro.cli(train.Config, args=["--dataset", "x", "--output", "y", *flags["TRAIN_RETRIEVER"]])
     assert (model.language_model, model.epochs, model.lr, model.batch_size) == ("t5-base", 100, 1e-3, 128)

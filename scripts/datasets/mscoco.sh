@@ -97,7 +97,8 @@ RETRIEVE=(
 )
 
 if [ "$RECIPE" = faithful ]; then
-    TRAIN_RQVAE+=(--shared-codebook --no-normalize --no-skip --kmeans-balance 0 --revive-every 0)
+    TRAIN_RQVAE+=(--shared-codebook --no-normalize --no-skip --kmeans-balance 0 --revive-every 0 --no-shuffle)
+    TRAIN_RQVAE+=(--kmeans-sample 2048 --sinkhorn-temperature 0.003) # k-means on one batch; the 0.003 is not published
     GENERATE_CODES+=(--no-resolve-collisions)
     TRAIN_RETRIEVER+=(--label-temperature 0 --train-end --score-end)
     TRAIN_STAGE2+=(--label-temperature 0 --train-end --score-end --discriminative double-softmax --no-spare-same-words)
