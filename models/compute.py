@@ -36,6 +36,10 @@ def pick_device(name: str | None = None) -> torch.device:
         raise BadInput(f"--device {name} is not a torch device: write cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"--device {name}: torch sees no CUDA GPU; leave the option out to use the CPU")
+    if device.type == "cuda" and device.index is not None:
+        if processes.count() > 1:
+            raise BadInput(f"--device {name} would be every process's: write cuda, and each gets its own")
+        torch.cuda.set_device(device)  # accelerate goes to the current one
     if name == "cuda" and processes.count() > 1:
         own, there = processes.on_this_machine(), torch.cuda.device_count()
         if own >= there:

@@ -33,6 +33,17 @@ class Queries(NamedTuple):
     """Row of each text in the features' texts.npy."""
 
 
+class Pairs(NamedTuple):
+    """Captions to train on or to validate with, and the pool row of the picture each asks for."""
+
+    texts: list[str]
+    pictures: NDArray[np.int64]
+
+    def some(self, chosen: NDArray[np.int64]) -> "Pairs":
+        """A selection, by place."""
+        return Pairs([self.texts[index] for index in chosen], self.pictures[chosen])
+
+
 class RetrieverData(NamedTuple):
     """A finished `retriever.prepare` folder."""
 

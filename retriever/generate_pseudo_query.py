@@ -131,8 +131,8 @@ class Config:
             raise BadInput("--temperature must be above 0, --top-p above 0 and at most 1")
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise BadInput("--min-similarity is a cosine: between -1 and 1")
-        if not self.requests_per_minute > 0 or self.retries < 0:
-            raise BadInput("--requests-per-minute must be above 0, --retries at least 0")
+        if not self.requests_per_minute > 0 or min(self.retries, self.seed) < 0:
+            raise BadInput("--requests-per-minute must be above 0, --retries and --seed at least 0")
 
     def _check_endpoint(self) -> None:
         if self.url is None or self.language_model is None:
@@ -345,6 +345,7 @@ def main(config: Config) -> None:
             "splits": list(config.splits),
             "dataset": portable(config.dataset),
             "codebooks": pool.data.codebooks_hash,
+            "captions_fingerprint": pool.data.manifest.facts["captions_fingerprint"],
             "pictures": found["pictures"],
             "queries": found["queries"],
         },

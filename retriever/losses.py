@@ -125,6 +125,6 @@ def discriminative_loss(rivals: Rivals, form: Discriminative, *, temperature: fl
             losses = (ahead.sum(dim=1) + margin).relu()
         else:
             apart = rivals.parted[rows, rivals.drawn]
-            each = (ahead.cumsum(dim=1) + margin).relu() * apart
+            each = ((ahead * apart).cumsum(dim=1) + margin).relu() * apart
             losses = each.sum(dim=1) / apart.sum(dim=1).clamp_min(1)
     return (losses * counted).mean()

@@ -4,34 +4,31 @@ pseudo.jsonl  {"image", "query", "source", "similarity"} a line a pseudo query, 
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tools.errors import BadInput
 from tools.files import read_json_lines
 from tools.runs import read_manifest
 
-from .data import RetrieverData
+from .data import Pairs, RetrieverData
 
 FILE_NAME = "pseudo.jsonl"
 
 
-class PseudoQueries(NamedTuple):
-    """Texts and the pool row of the picture that each was written for."""
-
-    texts: list[str]
-    pictures: NDArray[np.int64]
-
-
-def read_pseudo_queries(folder: Path, data: RetrieverData) -> PseudoQueries:
+def read_pseudo_queries(folder: Path, data: RetrieverData) -> Pairs:
     """Read a finished folder of pseudo queries.
 
     Raises:
-        BadInput: it is not finished, is empty, or names a picture that the dataset does not have.
+        BadInput: it is not finished, is empty, was made from other captions (whose splits may be others: a caption of a
+            train picture of theirs may be one of test here), or names a picture that the dataset does not have.
     """
-    read_manifest(folder, "retriever.generate_pseudo_query")
+    manifest = read_manifest(folder, "retriever.generate_pseudo_query")
+    if manifest.facts["captions_fingerprint"] != data.manifest.facts.get("captions_fingerprint"):
+        raise BadInput(
+            f"{folder} was made from other captions than {data.folder}: run scripts/08_generate_pseudo_query.sh "
+            "--overwrite"
+        )
     row_of = {image: row for row, image in enumerate(data.images)}
     texts, pictures = [], []
     for number, line in read_json_lines(folder / FILE_NAME):
@@ -44,4 +41,4 @@ def read_pseudo_queries(folder: Path, data: RetrieverData) -> PseudoQueries:
         pictures.append(row_of[line["image"]])
     if not texts:
         raise BadInput(f"{folder} holds no pseudo queries: generate some, or train without --pseudo-queries")
-    return PseudoQueries(texts, np.array(pictures, dtype=np.int64))
+    return Pairs(texts, np.array(pictures, dtype=np.int64))

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from models.compute import autocast
 from models.voken_lm import Memory, Tokens, VokenLM
 from tools import processes
-from tools.blocks import Blocks
+from tools.blocks import Blocks, wait_for
+from tools.errors import BadInput
 from tools.files import read_array, replacing, write_array
 from tools.logs import progress
 
@@ -71,6 +72,8 @@ class StoredQueries:
             self._make(lm, tokens, path, dtype)
         # copy on write: torch takes no array that it may not write to
         self.states = torch.from_numpy(np.asarray(open_memmap(path, mode="c")))
+        if len(self.states) != self.offsets[-1]:
+            raise BadInput(f"{path} holds the states of other texts: start again with --overwrite")
 
     def batch(self, chosen: NDArray[np.int64]) -> Memory:
         """The chosen queries as `VokenLM.forward` takes them."""
@@ -93,8 +96,10 @@ class StoredQueries:
         blocks = work.gather()
         if processes.is_main():
             self._merge(path, blocks, batches, width=lm.state_width)
-            shutil.rmtree(work.folder)
         processes.wait()
+        if processes.is_main():
+            shutil.rmtree(work.folder)
+        wait_for([path])
 
     @torch.inference_mode()
     def _encode(

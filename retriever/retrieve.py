@@ -1,6 +1,6 @@
 """Rank the pictures of one or more pools for every query of a split, by constrained beam search.
 
-In:  a `retriever.prepare` folder and a `retriever.train` folder.
+In:  a `retriever.prepare` folder and a `retriever.train` or `retriever.train_stage2` folder.
 Out: `<output>/<pool>.jsonl`: {"query", "image", "ranked": [image, ...], "scores": [...]} a line a query. Several
      processes share the queries, and a killed run goes on where it was.
 Command: python -m retriever.retrieve --dataset DIR --retriever DIR --split test --pools test all --output DIR
@@ -47,7 +47,7 @@ class Config:
     dataset: Path
     """Run folder of retriever.prepare."""
     retriever: Path
-    """Run folder of retriever.train."""
+    """Run folder of retriever.train or retriever.train_stage2."""
     output: Path
     """Run folder to write."""
     split: Split = "test"
@@ -115,7 +115,10 @@ def search_queries(
     def search(batch: NDArray[np.int64]) -> list[RankedPictures]:
         with torch.inference_mode():
             memory = queries.memory(batch, writer.encode)
-        found = beam_search(writer, memory, levels, beams=beams, scoring=scoring, score_end=score_end)
+        try:
+            found = beam_search(writer, memory, levels, beams=beams, scoring=scoring, score_end=score_end)
+        except FloatingPointError as error:
+            raise BadInput(str(error)) from None
         return [RankedPictures(rows[own].tolist(), scores) for own, scores in expand(found, index, keep=keep)]
 
     if blocks_folder is None:

@@ -85,7 +85,10 @@ def main(config: Config) -> None:
             gallery, levels = current, to_device(current.index, device)
         with torch.inference_mode():
             memory = writer.encode(lm.tokenize([query]))
-        beams = beam_search(writer, memory, levels, beams=config.beams, scoring=config.scoring)
+        try:
+            beams = beam_search(writer, memory, levels, beams=config.beams, scoring=config.scoring)
+        except FloatingPointError as error:
+            raise BadInput(str(error)) from None
         found = expand(beams, gallery.index, keep=config.keep)[0]
         print(f'"{query}", {len(gallery):,} pictures, {time.monotonic() - began:.2f} s')
         files = [Path(gallery.picture(row).file) for row in found.rows[: config.keep]]

@@ -111,7 +111,8 @@ def two_tower_row(case: Case, features: Features, pictures: Floats, config: Conf
     found = search_flat(texts, pool, keep=case.keep)
     ranks = ranks_in(case.rows[found.rows], case.targets, NOT_FOUND)
     speed = queries_per_second(features, case.texts, pool, device=config.device) if system == "two-tower" else None
-    return case.row(config, system, "image", report(ranks), speed, str(features.manifest.folder))
+    row = case.row(config, system, "image", report(ranks), speed, str(features.manifest.folder))
+    return {**row, "setting": "inductive"}  # whatever the retriever beside it was trained on
 
 
 def quantized_features(features: Features, rqvae: Path, codes: NDArray[np.int64]) -> Floats:

@@ -4,8 +4,9 @@ In:  a `retriever.prepare` folder and the `retriever.train` folder to start from
 Out: `<output>/model/`, the best checkpoint by recall on val; the start itself where nothing beats it.
 Command: python -m retriever.train_stage2 --dataset DIR --stage1 DIR --output DIR
 
-Before each epoch every train caption is searched over the train pictures by the search itself, in eval mode; what it
-finds beside the right codes are that epoch's negatives. Right and wrong codes are scored in one batch:
+Before each epoch its captions are searched, in eval mode, over the pictures that are trained on (those of val and test
+too where there are pseudo queries); what is found beside the right codes are that epoch's negatives. Right and wrong
+codes are scored in one batch:
 L = L_gen + weight * L_disc, each score the sum of the full-vocabulary log-probabilities.
 """
 
@@ -22,6 +23,7 @@ from models.compute import autocast, seed_everything
 from models.decoding import make_writer
 from models.voken_lm import VokenLM
 from tools import processes, runs
+from tools.blocks import wait_for
 from tools.commands import run_command
 from tools.errors import BadInput
 from tools.files import read_array, write_array
@@ -60,6 +62,9 @@ class Config(TrainingConfig):
     """Wrong sequences a caption, at most; they are searched with one beam more."""
     search_batch: int = 64
     """Captions a batch of the search for negatives."""
+    mix: tuple[float, ...] = (0.5, 0.75)
+    """After each epoch also validate weights of which this share is new and the rest the start's (Wortsman et al. 2022,
+    WiSE-FT): they keep more of what the start knew; published: none."""
     spare_same_words: bool = True
     """A picture that a train caption of the very same words belongs to is no negative; published: it is one."""
 
@@ -67,6 +72,8 @@ class Config(TrainingConfig):
         super().__post_init__()
         if self.negatives < 1 or self.search_batch < 1:
             raise BadInput("--negatives and --search-batch must be at least 1")
+        if any(not 0 < share < 1 for share in self.mix):
+            raise BadInput("--mix takes shares between 0 and 1; without values there is none")
         if self.discriminative_weight < 0 or self.discriminative_temperature <= 0:
             raise BadInput("--discriminative-weight must be at least 0, --discriminative-temperature above 0")
 
@@ -80,6 +87,9 @@ class Stage2(Training):
         super().__init__(config, data, run, lm)
         self.pool = np.unique(self.pairs.pictures)
         self.negatives = np.zeros((0, config.negatives), dtype=np.int64)
+        self.start = {name: value.detach().clone() for name, value in self._trained()}
+        if self.sharded and config.mix:
+            raise BadInput("--mix needs whole weights, DeepSpeed keeps them in parts: give --mix no values")
         self.spared: dict[str, set[bytes]] = defaultdict(set)
         if config.spare_same_words:
             for text, picture in zip(*self.pairs, strict=True):
@@ -88,16 +98,38 @@ class Stage2(Training):
     def begin_epoch(self) -> None:
         """Search this epoch's negatives, unless a run that was killed has done so."""
         path = self.run.resume_folder / f"negatives-{self.epoch}.npy"
-        if not path.exists():
-            found = self._search()
-            if processes.is_main():
-                write_array(path, found)
-        processes.wait()
-        self.negatives = read_array(path)
+        if processes.share(path.exists()):
+            wait_for([path])
+            self.negatives = np.array(read_array(path))
+            return
+        self.negatives = self._search()
+        processes.wait()  # every process has read the blocks
         if processes.is_main():
             for old in self.run.resume_folder.glob("negatives-*.npy"):
-                if old != path:
-                    old.unlink()
+                old.unlink()
+            write_array(path, self.negatives)
+            runs.keep_only(self.run.resume_folder, "search-*", None)
+
+    def validate(self) -> dict[str, float]:
+        """Recall of the new weights, and of each mixture with the start's: the best of all is kept."""
+        figures = super().validate()
+        if self.epoch == 0:
+            return figures
+        trained = [(value, value.detach().clone(), self.start[name]) for name, value in self._trained()]
+        for share in self.config.mix:
+            for value, new, start in trained:
+                value.data = torch.lerp(start, new, share)
+            best = self.best
+            mixed = super().validate()
+            if self.best is not best:
+                self.best["new_share"] = share
+            figures |= {f"{name} at {share:g}": recall for name, recall in mixed.items()}
+        for value, new, _ in trained:
+            value.data = new
+        return figures
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, value) for name, value in self.lm.named_parameters() if value.requires_grad]
 
     def loss(self, part: Part) -> Tensor:
         """L_gen of the right codes and L_disc against the negatives, from one forward pass.
@@ -203,7 +235,11 @@ def main(config: Config) -> None:
     if training.best["epoch"] == 0:
         print(f"no epoch beat the start on val: {run.folder / 'model'} is the model of {config.stage1}")
     else:
-        print(f"best checkpoint: epoch {training.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
+        share = training.best.get("new_share", 1)
+        print(
+            f"best checkpoint: epoch {training.best['epoch']} of {config.epochs}, {share:.0%} of its weights -> "
+            f"{run.folder / 'model'}"
+        )
 
 
 if __name__ == "__main__":

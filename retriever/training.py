@@ -36,7 +36,7 @@ from tools.errors import BadInput
 from tools.logs import Tracker, progress
 from tools.recall import CUTOFFS, report
 
-from .data import RetrieverData
+from .data import Pairs, RetrieverData
 from .losses import Targets, generative_loss, soft_targets
 from .pseudo_queries import read_pseudo_queries
 from .queries import LiveQueries, StoredQueries, bucketed_batches
@@ -106,25 +106,19 @@ class TrainingConfig:
                 "--epochs, --queries-per-epoch, --batch-size, --accumulate, --beams, --validate-every and "
                 "--validate-queries must be at least 1"
             )
-        if self.temperature <= 0 or self.label_temperature < 0:
-            raise BadInput("--temperature must be above 0, --label-temperature at least 0")
+        if self.temperature <= 0 or self.label_temperature < 0 or self.seed < 0:
+            raise BadInput("--temperature must be above 0, --label-temperature and --seed at least 0")
+        if self.batch_size < processes.count():
+            raise BadInput(
+                f"--batch-size {self.batch_size} counts the captions of all {processes.count()} processes: raise it to "
+                f"{processes.count()} or more, and lower --accumulate as much"
+            )
 
     def inputs(self) -> dict[str, Path]:
         """Run folders that the training reads."""
         return {
             name: path for name, path in (("dataset", self.dataset), ("pseudo_queries", self.pseudo_queries)) if path
         }
-
-
-class Pairs(NamedTuple):
-    """Captions, and the pool row of the picture each asks for."""
-
-    texts: list[str]
-    pictures: NDArray[np.int64]
-
-    def some(self, chosen: NDArray[np.int64]) -> "Pairs":
-        """A selection, by place."""
-        return Pairs([self.texts[index] for index in chosen], self.pictures[chosen])
 
 
 class Split(NamedTuple):
@@ -171,7 +165,7 @@ class Training:
             raise BadInput("DeepSpeed does not train with --precision fp16: write bf16 or fp32")
         self.lm = lm.to(self.device)
         self.pairs = self._train_pairs()
-        self.read = np.unique(np.concatenate([self._drawn(epoch) for epoch in range(config.epochs)]))
+        self.read = self._read()
         self.train_split = self._encodable(self.pairs.some(self.read), "train")
         self.val_split = self._encodable(self._val_pairs(), "val")
         self.codes = torch.tensor(data.codes)
@@ -270,6 +264,7 @@ class Training:
                 if processes.is_main():
                     self.lm.save_pretrained(self.best_folder)
         processes.wait()
+        self._drop_validations()
         return {f"val/R@{cutoff}": value for cutoff, value in recalls.items()}
 
     def fit(self, tracker: Tracker) -> None:
@@ -326,6 +321,7 @@ class Training:
         Raises:
             BadInput: DeepSpeed would have to take up another state than its own, or another one its.
         """
+        self._drop_validations()
         state = load_state(self.run.resume_folder / "state.pt")
         if state is None:
             return False
@@ -365,6 +361,12 @@ class Training:
     def _zero_stage(self) -> int:
         """What DeepSpeed keeps in parts: 0 nothing, 2 optimiser and gradients, 3 weights too."""
         return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.sharded else 0
+
+    def _drop_validations(self) -> None:
+        """Remove what a search on val left: a later one has other weights."""
+        if processes.is_main():
+            runs.keep_only(self.run.resume_folder, "validation-*", None)
+        processes.wait()
 
     def _seed(self, stream: int) -> int:
         """A seed for one batch and one purpose."""
@@ -425,6 +427,12 @@ class Training:
         if not queries.texts:
             raise BadInput(f"{self.data.folder} has no {name} captions: a retriever cannot be trained on it")
         return Pairs(queries.texts, queries.pictures)
+
+    def _read(self) -> NDArray[np.int64]:
+        """Places in `pairs` of the captions that some epoch draws, sorted."""
+        if self.config.queries_per_epoch is None:
+            return np.arange(len(self.pairs.texts))
+        return np.unique(np.concatenate([self._drawn(epoch) for epoch in range(self.config.epochs)]))
 
     def _drawn(self, epoch: int) -> NDArray[np.int64]:
         """Places in `pairs` of an epoch's captions, sorted."""

@@ -1,9 +1,10 @@
 # Sourced by every script: goes to the repository's root, sets Python up once, reads the dataset's settings.
 #   DATASET       a name in scripts/datasets/, or your own file of that form (default: emoji)
 #   REQUIREMENTS  the pins to install (default: requirements.txt; test.sh takes requirements-dev.txt)
-#   SYSTEM        which retriever: retriever (inductive, default), retriever+pseudo (transductive: trained on pseudo
-#                 queries too), either with +stage2; llama, llama+pseudo; best: what the dataset's file names
-#   ABLATION      a name for stages 05 to 13 with other flags, which then write to a folder of that name
+#   SYSTEM        which retriever: retriever (stage 1 on captions alone, inductive; the default), retriever+pseudo
+#                 (stage 1 on pseudo queries too, transductive), retriever+stage2 (stage 2 behind that, transductive),
+#                 inductive+stage2 (stage 2 behind the first); llama, llama+pseudo; best: what the dataset's file names
+#   ABLATION      a name for stages 05 to 07 and 09 to 13 with other flags, which then write to a folder of that name
 #   LAUNCH        how many processes: "accelerate launch --num_processes 8" (docs/scale.md)
 #   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
 set -euo pipefail
@@ -94,16 +95,23 @@ fi
 SYSTEM="${SYSTEM:-retriever}"
 if [ "$SYSTEM" = best ]; then SYSTEM="${BEST:-retriever}"; fi
 PSEUDO=()
-case "$SYSTEM" in *+pseudo*) PSEUDO=(--pseudo-queries "$PSEUDO_FOLDER") ;; esac
-STAGE1="$RETRIEVER/09_train/${SYSTEM%+stage2}"
-STAGE2="$RETRIEVER/10_stage2/${SYSTEM%+stage2}+stage2"
+case "$SYSTEM" in *+pseudo | retriever+stage2) PSEUDO=(--pseudo-queries "$PSEUDO_FOLDER") ;; esac
+case "$(basename "$0"):$SYSTEM:${ABLATION:-}" in
+*train_retriever_t5.sh:*stage2:*) echo "error: SYSTEM=$SYSTEM starts from retriever+pseudo or retriever: train that here" >&2; exit 2 ;;
+*train_retriever_t5_stage2.sh:*[!2]:*) echo "error: SYSTEM=$SYSTEM: stage 2 makes retriever+stage2 or inductive+stage2" >&2; exit 2 ;;
+*train_retriever_t5*:llama*) echo "error: SYSTEM=$SYSTEM is trained by scripts/11_finetune_retriever_llama.sh" >&2; exit 2 ;;
+*finetune_retriever_llama.sh:retriever*) echo "error: SYSTEM=$SYSTEM is not a llama: leave it out here" >&2; exit 2 ;;
+*generate_pseudo_query.sh:*:?*) echo "error: pseudo queries are the same in every ABLATION: leave it out here" >&2; exit 2 ;;
+esac
+STAGE1="$RETRIEVER/09_train/retriever${PSEUDO:++pseudo}"
+STAGE2="$RETRIEVER/10_stage2/$SYSTEM"
 FINETUNED="$RETRIEVER/11_llama/$SYSTEM"
 case "$SYSTEM" in
 retriever | retriever+pseudo) TRAINED="${TRAINED:-$STAGE1}" ;;
-retriever+stage2 | retriever+pseudo+stage2) TRAINED="${TRAINED:-$STAGE2}" ;;
+retriever+stage2 | inductive+stage2) TRAINED="${TRAINED:-$STAGE2}" ;;
 llama | llama+pseudo) TRAINED="${TRAINED:-$FINETUNED}" ;;
 *)
-    echo "error: SYSTEM=$SYSTEM: write retriever, retriever+pseudo, either with +stage2, llama or llama+pseudo" >&2
+    echo "error: SYSTEM=$SYSTEM: write retriever, retriever+pseudo, retriever+stage2, inductive+stage2, llama or llama+pseudo" >&2
     exit 2
     ;;
 esac

@@ -2,7 +2,7 @@
 # Set everything up and run the whole chain; finished stages are skipped, a killed one goes on where it was.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
 for stage in $STAGES; do # "09_train_retriever_t5", or "09_train_retriever_t5@retriever+pseudo" for another SYSTEM
-    script="scripts/${stage%@*}.sh" system="$SYSTEM"
+    script="scripts/${stage%@*}.sh" system=retriever
     case "$stage" in *@*) system="${stage#*@}" ;; esac
     echo "== $stage: $(sed -n '2s/^# //p' "$script")"
     SYSTEM="$system" bash "$script"

@@ -169,12 +169,36 @@ def test_stage_2_is_never_worse_than_its_start_on_val(
 def test_a_start_that_nothing_beats_is_kept_and_said(
     chain: Chain, retriever: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = stage2_config(chain, retriever, tmp_path / "run", lr=10.0)
+    config = stage2_config(chain, retriever, tmp_path / "run", lr=1e-12)
     train_stage2.main(config)
     assert "no epoch beat the start on val" in capsys.readouterr().out
     assert runs.read_manifest(config.output, "retriever.train_stage2").metrics["val/epoch"] == 0
     start, kept = (load_file(folder / "model" / "model.safetensors") for folder in (retriever, config.output))
     assert all(torch.equal(value, kept[name]) for name, value in start.items())
+
+
+def test_a_mixture_of_weights_is_validated_and_the_training_goes_on_unmixed(
+    chain: Chain, retriever: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, _ = stage2_of(stage2_config(chain, retriever, tmp_path / "run", lr=1e-2, mix=(0.25,)), tmp_path)
+    training.run_epoch(Tracker(training.run.folder, job="x", config={}))
+    new = {name: value.detach().clone() for name, value in training.lm.named_parameters()}
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def validate(self: Training) -> dict[str, float]:
+        seen.append({name: value.detach().clone() for name, value in self.lm.named_parameters()})
+        self.best = {"mean": len(seen), "epoch": 1}  # each is better than the one before
+        return {"val/R@1": float(len(seen))}
+
+    monkeypatch.setattr(Training, "validate", validate)
+    assert training.validate() == {"val/R@1": 1.0, "val/R@1 at 0.25": 2.0}
+    assert training.best["new_share"] == 0.25
+    assert training.start.keys() == {name for name, value in training.lm.named_parameters() if value.requires_grad}
+    for name, start in training.start.items():
+        assert torch.equal(seen[0][name], new[name])
+        assert torch.allclose(seen[1][name], 0.75 * start + 0.25 * new[name], atol=1e-6)
+        assert not torch.equal(start, new[name])
+    assert all(torch.equal(value, new[name]) for name, value in training.lm.named_parameters())
 
 
 def test_stage_2_moves_the_right_pictures_ahead(chain: Chain, retriever: Path, tmp_path: Path) -> None:
@@ -361,7 +385,7 @@ def pseudo_folder(chain: Chain, folder: Path, lines: list[dict[str, Any]]) -> Pa
     folder.mkdir()
     write_json_lines(folder / "pseudo.jsonl", lines)
     manifest = read_json(chain.dataset / "manifest.json")
-    manifest.update(command="retriever.generate_pseudo_query", outputs={"pseudo.jsonl": "0"}, facts={})
+    manifest.update(command="retriever.generate_pseudo_query", outputs={"pseudo.jsonl": "0"})
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

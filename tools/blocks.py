@@ -10,6 +10,7 @@ What a block holds must not depend on the number of processes: then neither does
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import processes
@@ -45,9 +46,18 @@ class Blocks:
         """
         processes.wait()
         paths = [self.path(number) for number in range(self.count)]
-        began = time.monotonic()
-        while hidden := [path for path in paths if not path.exists()]:
-            if time.monotonic() - began > SECONDS_TO_APPEAR:
-                raise BadInput(f"{hidden[0]} is finished but not to be seen here: all machines must share the folder")
-            time.sleep(1)
+        wait_for(paths)
         return paths
+
+
+def wait_for(paths: Sequence[Path]) -> None:
+    """Wait for files that another machine has written: a shared folder may show them late.
+
+    Raises:
+        BadInput: a file does not appear: this machine does not share the folder.
+    """
+    began = time.monotonic()
+    while hidden := [path for path in paths if not path.exists()]:
+        if time.monotonic() - began > SECONDS_TO_APPEAR:
+            raise BadInput(f"{hidden[0]} is finished but not to be seen here: all machines must share the folder")
+        time.sleep(1)

@@ -90,7 +90,8 @@ def _talk(call: Any, *args: Any, **options: Any) -> None:
     try:
         call(*args, **options)
     except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
         raise BadInput(
-            f"process {number()} of {count()} lost another one ({str(error).splitlines()[0]}): the reason stands in "
-            "that one's output; start the same command again, it resumes"
+            f"process {number()} of {count()} lost another one ({reason}): the cause stands in that one's output; "
+            "start the same command again, it resumes"
         ) from None

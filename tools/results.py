@@ -6,9 +6,10 @@ Command: python -m tools.results --summary retriever/output/emoji/summary.json [
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .commands import run_command
+from .errors import BadInput
 from .files import read_json, write_json
 from .logs import table
 from .recall import CUTOFFS
@@ -23,7 +24,7 @@ class Config:
 
     summary: Path
     """JSON file that retriever.test adds its rows to."""
-    levels: tuple[str, ...] = ("image", "code")
+    levels: tuple[Literal["image", "code"], ...] = ("image", "code")
     """Rows to show: recall of pictures, of codes, or both."""
     markdown: bool = False
     """A table for a Markdown file."""
@@ -78,6 +79,8 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def main(config: Config) -> None:
     rows = [row for row in read_json(config.summary) if row["level"] in config.levels]
+    if not rows:
+        raise BadInput(f"{config.summary} has no rows of --levels {' '.join(config.levels)}")
     print(markdown(rows) if config.markdown else printable(rows))
 
 

@@ -108,13 +108,17 @@ class Run:
     def finish(self, *, facts: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None) -> Manifest:
         """Hash every output and write the manifest; only then does what a resumed run needs go.
 
-        Of several processes the main one does this; the others wait for it.
+        Of several processes the main one does this, when all have come here, and tells the others.
         """
+        processes.wait()
+        manifest = None
         if self.lock is not None:
             self._write_manifest(facts or {}, metrics or {})
             self.lock.close()
-        processes.wait()
-        return read_manifest(self.folder, self.started["command"])
+            manifest = read_manifest(self.folder, self.started["command"])
+        told = processes.share(manifest)
+        assert told is not None, "the main process has no run"
+        return told
 
     def _write_manifest(self, facts: dict[str, Any], metrics: dict[str, Any]) -> None:
         earlier = float(self.started.get("seconds", 0.0))
@@ -261,8 +265,8 @@ def hold(folder: Path) -> TextIO:
     return file
 
 
-def keep_only(folder: Path, pattern: str, kept: Path) -> None:
-    """Remove the folders of a pattern that the saved state no longer speaks of."""
+def keep_only(folder: Path, pattern: str, kept: Path | None) -> None:
+    """Remove the folders of a pattern that the saved state no longer speaks of, all but `kept`."""
     for path in folder.glob(pattern):
         if path != kept:
             shutil.rmtree(path)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Ablation: stage 1 with and without pseudo queries; the trainings are those of the main table.
+set -e
 for SYSTEM in retriever retriever+pseudo; do
     (
         ABLATION=

@@ -6,11 +6,10 @@ RETRIEVER=retriever/output/emoji
 STAGES="00_fetch_emoji 01_prepare_captions 02_assemble_clip 03_prepare_emb 04_train_heads 05_train_rqvae
 06_generate_codes 07_prepare_retriever_dataset 08_generate_pseudo_query
 09_train_retriever_t5 12_retrieve 13_test_retriever
-10_train_retriever_t5_stage2 12_retrieve@retriever+stage2 13_test_retriever@retriever+stage2
 09_train_retriever_t5@retriever+pseudo 12_retrieve@retriever+pseudo 13_test_retriever@retriever+pseudo
-10_train_retriever_t5_stage2@retriever+pseudo 12_retrieve@retriever+pseudo+stage2
-13_test_retriever@retriever+pseudo+stage2 14_build_index"
-BEST=retriever+pseudo+stage2 # what search.sh searches with
+10_train_retriever_t5_stage2@retriever+stage2 12_retrieve@retriever+stage2 13_test_retriever@retriever+stage2
+14_build_index"
+BEST=retriever+stage2 # what search.sh searches with
 
 # Nothing of the sample comes from a model hub.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
@@ -76,16 +75,18 @@ TRAIN_RETRIEVER=(
     --validate-queries 1000
 )
 TRAIN_STAGE2=(
-    --epochs 1
-    --queries-per-epoch 12288
+    --epochs 2
+    --queries-per-epoch 16384
     --batch-size 128
-    --lr 3e-4
+    --lr 5e-4
     --weight-decay 0.05
     --negatives 9
+    --discriminative-weight 1.0
     --temperature 1.0
     --label-temperature 0.03
     --no-train-end
     --beams 10
+    --validate-every 2
     --validate-queries 2500
 )
 # LLAMA names a causal model on disk, or, with HF_HUB_OFFLINE=0, on the Hugging Face Hub.

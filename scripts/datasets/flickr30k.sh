@@ -11,9 +11,9 @@ STAGES="01_prepare_captions 03_prepare_emb 05_train_rqvae 06_generate_codes 07_p
 08_generate_pseudo_query
 09_train_retriever_t5 12_retrieve 13_test_retriever
 09_train_retriever_t5@retriever+pseudo 12_retrieve@retriever+pseudo 13_test_retriever@retriever+pseudo
-10_train_retriever_t5_stage2@retriever+pseudo 12_retrieve@retriever+pseudo+stage2
-13_test_retriever@retriever+pseudo+stage2 14_build_index"
-BEST=retriever+pseudo+stage2 # what search.sh searches with
+10_train_retriever_t5_stage2@retriever+stage2 12_retrieve@retriever+stage2 13_test_retriever@retriever+stage2
+14_build_index"
+BEST=retriever+stage2 # what search.sh searches with
 
 IMAGES=$DATA/images
 CAPTIONS=(--source "$DATA/dataset_flickr30k.json" --format karpathy --expect 29000 1014 1000)
@@ -99,7 +99,7 @@ if [ "$RECIPE" = faithful ]; then
     TRAIN_RQVAE+=(--kmeans-sample 16384 --sinkhorn-temperature 0.003) # k-means on one batch; the 0.003 is not published
     GENERATE_CODES+=(--no-resolve-collisions)
     TRAIN_RETRIEVER+=(--label-temperature 0 --train-end --score-end)
-    TRAIN_STAGE2+=(--label-temperature 0 --train-end --score-end --discriminative double-softmax --no-spare-same-words)
+    TRAIN_STAGE2+=(--label-temperature 0 --train-end --score-end --discriminative double-softmax --no-spare-same-words --mix)
     FINETUNE_LLAMA+=(--label-temperature 0 --train-end --score-end)
     RETRIEVE+=(--score-end)
 else

@@ -13,5 +13,5 @@ CAPTIONS=(--skip-bad)
 CLIP=(--model RQ-VAE/output/emoji/04_train_heads/clip)
 FEATURES=$TOKENIZER/03_prepare_emb
 RQVAE=RQ-VAE/output/emoji/05_train_rqvae
-TRAINED=retriever/output/emoji/10_stage2/retriever+pseudo+stage2
+TRAINED=retriever/output/emoji/10_stage2/retriever+stage2
 GENERATE_CODES=()
