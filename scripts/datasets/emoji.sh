@@ -44,7 +44,7 @@ TRAIN_RQVAE=(
     --width 256
     --hidden 512
     --levels 4
-    --codebook-size 512
+    --codebook-size 1024
     --alignment contrastive
     --alignment-weight 0.3
     --kmeans-iterations 15
