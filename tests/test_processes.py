@@ -414,12 +414,16 @@ def test_each_process_gets_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert pick_device() == torch.device("cuda")
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    assert taken == [torch.device("cuda", 1)]
+    taken.clear()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     own = torch.device("cuda", 1)
     assert [pick_device(), pick_device("cuda"), *taken] == [own] * 4
     assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(BadInput, match="--device cuda:0 would be every process's: write cuda"):
+        pick_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(BadInput, match="each process needs a GPU, this machine has 2"):
         pick_device()

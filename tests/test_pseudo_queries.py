@@ -94,6 +94,7 @@ def test_nearest_takes_the_captions_of_the_most_similar_train_pictures(
     assert manifest.facts == {
         "source": "nearest", "splits": ["val", "test"], "dataset": str(chain.dataset),
         "codebooks": data.codebooks_hash, "pictures": 16, "queries": 64,
+        "captions_fingerprint": data.manifest.facts["captions_fingerprint"],
     }  # fmt: skip
     assert manifest.metrics["candidates"] == 16 * 9
     assert manifest.metrics["pictures_with_fewer"] == manifest.metrics["pictures_with_none"] == 0

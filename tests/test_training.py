@@ -412,6 +412,22 @@ def test_pseudo_queries_make_a_training_transductive(chain: Chain, tmp_path: Pat
     assert runs.read_manifest(found.output, "retriever.retrieve").facts["setting"] == "transductive"
 
 
+def test_pseudo_queries_from_other_captions_are_refused(chain: Chain, tmp_path: Path) -> None:
+    """Where pictures have changed splits, a caption that was a train picture's may be one of test now."""
+    folder = pseudo_folder(chain, tmp_path / "pseudo", [{"image": "red-circle.png", "query": "a red circle"}])
+    manifest = read_json(folder / "manifest.json")
+    manifest["facts"]["captions_fingerprint"] = "another"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match=r"was made from other captions.*08_generate_pseudo_query\.sh --overwrite"):
+        train.main(encoder_decoder_config(chain, tmp_path / "run", pseudo_queries=folder))
+
+
+def test_more_processes_than_captions_in_a_batch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(BadInput, match=r"--batch-size 1 counts the captions of all 8 processes: raise it to 8"):
+        train.Config(dataset=tmp_path, language_model="x", output=tmp_path / "x", batch_size=1, accumulate=16)
+
+
 def test_pseudo_queries_of_other_pictures_are_refused(chain: Chain, tmp_path: Path) -> None:
     folder = pseudo_folder(chain, tmp_path / "pseudo", [{"image": "x.png", "query": "a red circle"}])
     with pytest.raises(BadInput, match=r"pseudo\.jsonl, line 1: .* has no picture x\.png"):
