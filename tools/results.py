@@ -55,7 +55,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     cells = [_cells(row) for row in ordered(rows)]
     lines = [list(cells[0]), ["---"] * len(cells[0])]
-    lines += [["–" if value is None else str(value) for value in row.values()] for row in cells]
+    lines += [
+        ["–" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in cells
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
