@@ -20,7 +20,7 @@ from tools.errors import BadInput
 from tools.logs import Tracker
 
 from .data import RetrieverData, read_data
-from .training import Training, TrainingConfig, finish
+from .training import Training, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def main(config: Config) -> None:
     training.resume()
     tracker = Tracker(run.folder, job="train_retriever", config=run.started["config"])
     training.fit(tracker)
-    finish(training, tracker, facts={}, metrics={})
+    training.finish(tracker, facts={})
     print(f"best checkpoint: epoch {training.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from models.compute import autocast, seed_everything
 from models.decoding import make_writer
+from models.training import Part
 from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.blocks import wait_for
@@ -34,7 +35,7 @@ from .data import RetrieverData, read_data, read_retriever
 from .losses import Discriminative, Rivals, discriminative_loss, generative_loss, written_log_probabilities
 from .queries import SomeQueries
 from .retrieve import search_queries
-from .training import Part, Training, TrainingConfig, finish
+from .training import Training, TrainingConfig
 
 NO_PICTURE = -1
 
@@ -87,7 +88,7 @@ class Stage2(Training):
         super().__init__(config, data, run, lm)
         self.pool = np.unique(self.pairs.pictures)
         self.negatives = np.zeros((0, config.negatives), dtype=np.int64)
-        self.start = {name: value.detach().clone() for name, value in self._trained()}
+        self.start = {name: value.detach().clone() for name, value in self.trained().items()}
         if self.sharded and config.mix:
             raise BadInput("--mix needs whole weights, DeepSpeed keeps them in parts: give --mix no values")
         self.spared: dict[str, set[bytes]] = defaultdict(set)
@@ -115,7 +116,7 @@ class Stage2(Training):
         figures = super().validate()
         if self.epoch == 0:
             return figures
-        trained = [(value, value.detach().clone(), self.start[name]) for name, value in self._trained()]
+        trained = [(value, value.detach().clone(), self.start[name]) for name, value in self.trained().items()]
         for share in self.config.mix:
             for value, new, start in trained:
                 value.data = torch.lerp(start, new, share)
@@ -127,9 +128,6 @@ class Stage2(Training):
         for value, new, _ in trained:
             value.data = new
         return figures
-
-    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, value) for name, value in self.lm.named_parameters() if value.requires_grad]
 
     def loss(self, part: Part) -> Tensor:
         """L_gen of the right codes and L_disc against the negatives, from one forward pass.
@@ -231,7 +229,7 @@ def main(config: Config) -> None:
         training.save()
     training.fit(tracker)
     setting = "transductive" if config.pseudo_queries else start.facts["setting"]
-    finish(training, tracker, facts={"setting": setting, "stage1": str(config.stage1)}, metrics={})
+    training.finish(tracker, facts={"setting": setting, "stage1": str(config.stage1)})
     if training.best["epoch"] == 0:
         print(f"no epoch beat the start on val: {run.folder / 'model'} is the model of {config.stage1}")
     else:

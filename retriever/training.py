@@ -1,39 +1,24 @@
-"""One training of a retriever: the loop that both stages share, on one process or many.
+"""One training of a retriever: what a batch, its loss and its validation are, which both stages share.
 
-A batch is `--batch-size` captions of all processes together, each of which takes its part; draws depend on seed, epoch
-and batch alone. So the number of processes changes the speed, and dropout's masks, but nothing else; and a training
-that was killed goes on as if it had not been.
+The loop itself, on one process or many, is models/training.py.
 """
 
-import contextlib
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.compute import (
-    Precision,
-    autocast,
-    load_state,
-    make_optimizer,
-    pick_device,
-    pick_dtype,
-    save_state,
-    warmup_share,
-)
+from models.compute import Precision, autocast
 from models.decoding import make_writer
+from models.training import Part, TrainingLoop, check_batch_size
 from models.voken_lm import VokenLM
-from tools import captions, processes, runs
+from tools import captions, runs
 from tools.errors import BadInput
-from tools.logs import Tracker, progress
+from tools.logs import Tracker
 from tools.recall import CUTOFFS, report
 
 from .data import Pairs, RetrieverData
@@ -41,10 +26,6 @@ from .losses import Targets, generative_loss, soft_targets
 from .pseudo_queries import read_pseudo_queries
 from .queries import LiveQueries, StoredQueries, bucketed_batches
 from .retrieve import ranks_of, search_queries
-
-SAVE_EVERY_SECONDS = 30.0
-MOST_SAVING = 0.05  # share of the time that may go into saving: a large model is saved less often
-SHARDED = "sharded"  # folders of DeepSpeed's own checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +89,7 @@ class TrainingConfig:
             )
         if self.temperature <= 0 or self.label_temperature < 0 or self.seed < 0:
             raise BadInput("--temperature must be above 0, --label-temperature and --seed at least 0")
-        if self.batch_size < processes.count():
-            raise BadInput(
-                f"--batch-size {self.batch_size} counts the captions of all {processes.count()} processes: raise it to "
-                f"{processes.count()} or more, and lower --accumulate as much"
-            )
+        check_batch_size(self.batch_size)
 
     def inputs(self) -> dict[str, Path]:
         """Run folders that the training reads."""
@@ -129,41 +106,14 @@ class Split(NamedTuple):
     texts: list[str]
 
 
-class Part(NamedTuple):
-    """One process's part of a batch."""
+class Training(TrainingLoop):
+    """One training of a retriever. Stage 1 as it is; stage 2 derives from it."""
 
-    batch: NDArray[np.int64]
-    """(batch,) train queries of all processes"""
-    own: NDArray[np.int64]
-    """(part,) places in `batch`; never empty"""
-    weight: float
-    """Of the mean loss over the part, such that the mean over processes is the mean over the batch."""
-
-    @property
-    def queries(self) -> NDArray[np.int64]:
-        """(part,) train queries of this process."""
-        return self.batch[self.own]
-
-
-def part_of(batch: NDArray[np.int64]) -> Part:
-    """This process's part of a batch; where it is smaller than the processes are many, some carry no weight."""
-    places = np.arange(len(batch))[processes.number() :: processes.count()]
-    weight = len(places) * processes.count() / len(batch)
-    return Part(batch, places if len(places) else np.zeros(1, dtype=np.int64), weight)
-
-
-class Training:
-    """One training: its parts, and the steps that `fit` puts in order. Stage 1 as it is; stage 2 derives from it."""
+    config: TrainingConfig
 
     def __init__(self, config: TrainingConfig, data: RetrieverData, run: runs.Run, lm: VokenLM) -> None:
-        self.config, self.data, self.run = config, data, run
-        self.device = pick_device(config.device)
-        self.dtype = pick_dtype(config.precision, self.device)
-        self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
-        self.sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if self.sharded and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
-            raise BadInput("DeepSpeed does not train with --precision fp16: write bf16 or fp32")
-        self.lm = lm.to(self.device)
+        super().__init__(config, run, lm)
+        self.data, self.lm = data, lm
         self.pairs = self._train_pairs()
         self.read = self._read()
         self.train_split = self._encodable(self.pairs.some(self.read), "train")
@@ -172,16 +122,7 @@ class Training:
         self.latents = torch.from_numpy(np.array(data.latents))
         self.codebooks = torch.from_numpy(np.array(data.codebooks))
         self.label_scale = float((self.latents[data.rows("train")] ** 2).sum(dim=1).mean()) * config.label_temperature
-        self.steps = config.epochs * -(-len(self.batches(0)) // config.accumulate)
-        optimizer = make_optimizer(config.optimizer, self.lm, lr=config.lr, weight_decay=config.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_share(step, steps=self.steps, warmup=config.warmup, decay="linear")
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.model, self.optimizer = self._prepare(optimizer)
-        self.best: dict[str, Any] = {}
-        self.epoch, self.batch = 0, 0
-        self.saved, self.save_pause = time.monotonic(), SAVE_EVERY_SECONDS
+        self.prepare(decay="linear")
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, places in `train_split`; the same in every process."""
@@ -209,37 +150,10 @@ class Training:
             logits = self.model(self.train_split.queries.batch(part.queries), targets.codes)
         return generative_loss(logits, targets, self.lm, temperature=config.temperature, end=config.train_end)
 
-    def begin_epoch(self) -> None:
-        """What an epoch needs before its batches."""
-
-    def run_epoch(self, tracker: Tracker) -> None:
-        """The batches of the current epoch that are still to come."""
-        config = self.config
-        self.begin_epoch()
-        batches = self.batches(self.epoch)
-        label = f"epoch {self.epoch + 1}/{config.epochs}"
-        bar = progress(batches[self.batch :], label, total=len(batches), initial=self.batch)
-        self.lm.train()
-        for batch in bar:
-            torch.manual_seed(self._seed(1 + processes.number()))
-            complete = (self.batch + 1) % config.accumulate == 0 or self.batch + 1 == len(batches)
-            loss = self._backward(part_of(batch), complete)
-            self.batch += 1
-            if not complete:
-                continue
-            self._step()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            tracker.log({"train/loss": loss, "train/lr": self.schedule.get_last_lr()[0], "epoch": self.epoch})
-            if self._save_is_due():
-                self.save()
-        self.epoch, self.batch = self.epoch + 1, 0
-
     def validate(self) -> dict[str, float]:
         """Image-level recall on val by constrained search over the val pictures; keeps the best model."""
         config = self.config
-        self.lm.eval()
-        blocks = self.run.resume_folder / f"validation-{self.epoch}" if processes.count() > 1 else None
-        with self.whole_weights():
+        with self.validating() as blocks:
             ranking = search_queries(
                 make_writer(self.lm, config.precision),
                 self.val_split.queries,
@@ -253,163 +167,18 @@ class Training:
                 blocks_folder=blocks,
             )
             images, _ = ranks_of(ranking, self.val_split.pictures, self.data.codes)
-            recalls = report(images).recalls
-            mean = sum(recalls.values()) / len(recalls)
-            if not self.best or mean > self.best["mean"]:
-                self.best = {
-                    "mean": mean,
-                    "epoch": self.epoch,
-                    **{f"R@{cutoff}": value for cutoff, value in recalls.items()},
-                }
-                if processes.is_main():
-                    self.lm.save_pretrained(self.best_folder)
-        processes.wait()
-        self._drop_validations()
-        return {f"val/R@{cutoff}": value for cutoff, value in recalls.items()}
+            recalls = {f"R@{cutoff}": value for cutoff, value in report(images).recalls.items()}
+            self.keep_best(recalls)
+        return {f"val/{name}": value for name, value in recalls.items()}
 
-    def fit(self, tracker: Tracker) -> None:
-        """Run every epoch that is still to come."""
-        config = self.config
-        while self.epoch < config.epochs:
-            self.run_epoch(tracker)
-            if self.epoch % config.validate_every == 0 or self.epoch == config.epochs:
-                self.report(tracker, self.validate())
-            self.save()
+    def write_model(self, folder: Path) -> None:
+        self.lm.save_pretrained(folder)
 
-    def report(self, tracker: Tracker, figures: dict[str, float]) -> None:
-        """Show the figures of a validation."""
-        tracker.log({**figures, "epoch": self.epoch})
-        words = ", ".join(f"{name[4:]} {value:.1%}" for name, value in figures.items())
-        print(f"epoch {self.epoch}, val: {words}", flush=True)
-
-    def save(self) -> None:
-        """Write what a resumed run needs: trained weights, optimiser, and where the epoch stands."""
-        began = time.monotonic()
-        state: dict[str, Any] = {
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "best": self.best,
-            "layout": self.layout,
-        }
-        if self.sharded:
-            state["shards"] = f"{SHARDED}-{self.epoch}-{self.batch}"
-            self.model.save_checkpoint(self.run.resume_folder / state["shards"], exclude_frozen_parameters=True)
-            processes.wait()
-        else:
-            state["model"] = {name: p.detach() for name, p in self.lm.named_parameters() if p.requires_grad}
-            state["optimizer"] = self.optimizer.state_dict()
-        if processes.is_main():
-            save_state(self.run.resume_folder / "state.pt", state)
-            self.run.note_time()
-            if self.best:
-                runs.keep_only(self.run.resume_folder, "best-*", self.best_folder)
-            if self.sharded:
-                runs.keep_only(self.run.resume_folder, f"{SHARDED}-*", self.run.resume_folder / state["shards"])
-        self.saved = time.monotonic()
-        self.save_pause = max(SAVE_EVERY_SECONDS, (self.saved - began) / MOST_SAVING)
-
-    @property
-    def best_folder(self) -> Path:
-        """Where the best model so far lies until the training ends."""
-        return self.run.resume_folder / f"best-{self.best['epoch']}"
-
-    def resume(self) -> bool:
-        """Take up the last saved state; False when there is none.
-
-        Raises:
-            BadInput: DeepSpeed would have to take up another state than its own, or another one its.
-        """
-        self._drop_validations()
-        state = load_state(self.run.resume_folder / "state.pt")
-        if state is None:
-            return False
-        if (layout := state.get("layout", "without DeepSpeed")) != self.layout:
-            raise BadInput(f"{self.run.folder} was begun {layout}, this is {self.layout}: go on as it was begun")
-        if self.sharded:
-            shards = self.run.resume_folder / state["shards"]
-            self.model.load_checkpoint(shards, load_module_strict=False, load_lr_scheduler_states=False)
-        else:
-            self.lm.load_state_dict(state["model"], strict=False)
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if state["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.batch, self.best = state["epoch"], state["batch"], state["best"]
-        return True
-
-    @property
-    def layout(self) -> str:
-        """How the saved state lies in files: DeepSpeed's, in parts that fit the same stage and processes alone."""
-        if not self.sharded:
-            return "without DeepSpeed"
-        return f"with DeepSpeed's ZeRO-{self._zero_stage} on {processes.count()} processes"
-
-    @contextlib.contextmanager
-    def whole_weights(self) -> Any:
-        """Inside it every process has all weights, which DeepSpeed's ZeRO-3 keeps in parts, and may copy the model."""
-        if self._zero_stage == 3:
-            import deepspeed
-
-            with deepspeed.zero.unwrap_model_for_generation(self.model):  # its hooks, too, are off for the time
-                yield
-        else:
-            yield
-
-    @property
-    def _zero_stage(self) -> int:
-        """What DeepSpeed keeps in parts: 0 nothing, 2 optimiser and gradients, 3 weights too."""
-        return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.sharded else 0
-
-    def _drop_validations(self) -> None:
-        """Remove what a search on val left: a later one has other weights."""
-        if processes.is_main():
-            runs.keep_only(self.run.resume_folder, "validation-*", None)
-        processes.wait()
-
-    def _seed(self, stream: int) -> int:
-        """A seed for one batch and one purpose."""
-        words = [self.config.seed, self.epoch, self.batch, stream]
-        return int(np.random.SeedSequence(words).generate_state(1)[0])
-
-    def _prepare(self, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Model and optimiser as `accelerate launch` wants them: alone, in parallel, or sharded by DeepSpeed."""
-        if self.sharded:
-            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            settings["train_micro_batch_size_per_gpu"] = max(1, self.config.batch_size // processes.count())
-            settings["gradient_accumulation_steps"] = 1  # losses come divided; `sync_gradients` says when to step
-            settings["gradient_clipping"] = self.config.max_grad_norm
-            if self.dtype != torch.float32:  # DeepSpeed switches off any autocast but its own
-                exact: dict[str, Any] = {"lower_precision_safe_modules": []}  # gradients and weights travel as they are
-                settings["torch_autocast"] = {"enabled": True, "dtype": str(self.dtype), **exact}
-        model, prepared = self.accelerator.prepare(self.lm, optimizer)
-        return model, prepared
-
-    def _backward(self, part: Part, complete: bool) -> float:
-        """Add a part's gradients; when they are complete, processes share them. Returns the batch's mean loss."""
-        self.accelerator.sync_gradients = complete
-        with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.model):
-            loss = self.loss(part) * part.weight
-            self.accelerator.backward(self.scaler.scale(loss / self.config.accumulate))
-        mean: Tensor = self.accelerator.reduce(loss.detach(), "mean")
-        return float(mean)
-
-    def _step(self) -> None:
-        """One step of the optimiser."""
-        if not self.sharded:
-            raw = self.optimizer.optimizer  # the scaler looks inside it
-            self.scaler.unscale_(raw)
-            nn.utils.clip_grad_norm_(self.lm.parameters(), self.config.max_grad_norm)
-            self.scaler.step(raw)
-            self.scaler.update()
-            self.optimizer.zero_grad()
-        self.schedule.step()
-
-    def _save_is_due(self) -> bool:
-        """By the main process's clock; with DeepSpeed, saving takes all processes."""
-        due = time.monotonic() - self.saved > self.save_pause
-        return processes.share(due) if self.sharded else due and processes.is_main()
+    def finish(self, tracker: Tracker, *, facts: dict[str, Any]) -> None:
+        data = self.data
+        setting = data.manifest.facts["setting"] if self.config.pseudo_queries is None else "transductive"
+        own = {"setting": setting, "kind": self.lm.kind, "codebooks": data.codebooks_hash}
+        super().finish(tracker, facts={**own, **facts})
 
     def _train_pairs(self) -> Pairs:
         pairs = self._pairs("train")
@@ -446,17 +215,3 @@ class Training:
             return Split(LiveQueries(self.lm, pairs.texts), pairs.pictures, pairs.texts)
         stored = StoredQueries(self.lm, pairs.texts, folder=self.run.resume_folder, name=name, dtype=self.dtype)
         return Split(stored, pairs.pictures, pairs.texts)
-
-
-def finish(training: Training, tracker: Tracker, *, facts: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """Put the best model in place and close the run."""
-    best, config, data = training.best, training.config, training.data
-    tracker.summary({f"best/{name}": value for name, value in best.items()})
-    tracker.finish()
-    if processes.is_main():
-        shutil.copytree(training.best_folder, training.run.folder / "model", dirs_exist_ok=True)
-    setting = data.manifest.facts["setting"] if config.pseudo_queries is None else "transductive"
-    training.run.finish(
-        facts={"setting": setting, "kind": training.lm.kind, "codebooks": data.codebooks_hash, **facts},
-        metrics={**{f"val/{name}": value for name, value in best.items()}, **metrics},
-    )

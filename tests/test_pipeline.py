@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models import training
 from models.clip import Pictures, encode_images, encode_tokens, load_clip
-from retriever import build_index, prepare, retrieve, search, train, training
+from retriever import build_index, prepare, retrieve, search, train
 from retriever import test as final
 from retriever.data import Queries, RetrieverData
 from tests.chain import RQVAE, TRAIN, Chain, encode_config, encoder_decoder_config, files_of

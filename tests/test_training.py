@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from models.compute import seed_everything
 from models.decoding import make_writer
+from models.training import part_of
 from models.voken_lm import Lora, VokenLM, build_causal, widened
 from retriever import retrieve, train, train_stage2
 from retriever.data import RetrieverData, read_data
 from retriever.losses import Discriminative, Rivals, discriminative_loss, written_log_probabilities
-from retriever.training import Training, part_of
+from retriever.training import Training
 from tests.chain import TRAIN, Chain, encoder_decoder_config
 from tests.test_pipeline import interrupted, t5_config
 from tests.tiny import codebooks, llama_folder, tiny_llama, tokenizer
@@ -241,7 +242,7 @@ def test_a_killed_training_ends_with_the_same_figures(
     command: Any, build: Any, weights: str, call: int, chain: Chain, retriever: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from retriever import training
+    from models import training
 
     monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
     whole, cut = build(chain, tmp_path / "whole"), build(chain, tmp_path / "cut")
