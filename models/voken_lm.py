@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -35,14 +34,14 @@ from tools.errors import BadInput
 from tools.files import read_json, write_json
 from tools.vokens import VokenSpace
 
+from .pretrained import ADAPTER_NAME, LOADING_ERRORS, cannot_load, load_whole, merged, set_rows, widened
+
 Kind = Literal["seq2seq", "encoder-decoder", "causal"]
 LOADERS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder-decoder": EncoderDecoderModel, "causal": AutoModelForCausalLM}
 T5_FAMILY = ("t5", "mt5")  # decoders that models/decoding.py reads
 UNSEARCHABLE = ("bloom", "mpt", "gpt_neo")  # causal models whose positions do not come as ids
 SCALED_HEADS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
 VOKENS_NAME = "vokens.json"
-LOADING_ERRORS = (OSError, ValueError, TypeError, RuntimeError, SafetensorError)
-ADAPTER_NAME = "adapter_config.json"
 DECODER_SPECIALS = 3  # <pad>, <start>, <end> of a new decoder's vocabulary; the vokens follow
 PAD, START, END = range(DECODER_SPECIALS)
 START_LOGIT_SPREAD = 4.0  # standard deviation of a new decoder's logits at the start
@@ -260,30 +259,13 @@ class VokenLM(nn.Module):
         facts = read_json(folder / VOKENS_NAME)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if (folder / ADAPTER_NAME).is_file():
-            model = _merged(folder, len(tokenizer))
+            model = merged(AutoModelForCausalLM, folder, len(tokenizer))
         else:
             model = LOADERS[facts["kind"]].from_pretrained(folder)
             if getattr(model.get_encoder(), "pooler", None) is not None:  # it comes back random, and is never used
                 model.get_encoder().pooler = None
         space = VokenSpace(**facts.pop("space"))
         return cls(model, tokenizer, space=space, **facts).eval()
-
-
-def _merged(folder: Path, tokens: int) -> Any:
-    """The model that a peft folder adapts, with the adapters merged into its weights."""
-    from peft import PeftModel
-
-    name = read_json(folder / ADAPTER_NAME)["base_model_name_or_path"]
-    try:
-        model = _load(AutoModelForCausalLM, name, dtype="auto")
-    except LOADING_ERRORS as error:
-        raise BadInput(
-            f"{folder} adapts {name}, which cannot be loaded: {str(error).splitlines()[0]}; if it has moved, correct "
-            f"base_model_name_or_path in {ADAPTER_NAME}"
-        ) from None
-    if tokens > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(tokens, mean_resizing=False)  # the adapters hold the new rows
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def build_seq2seq(
@@ -302,10 +284,10 @@ def build_seq2seq(
         config = AutoConfig.from_pretrained(name, dropout_rate=dropout)
         if config.model_type not in T5_FAMILY:
             raise BadInput(f"--language-model {name} is a {config.model_type}, seq2seq takes {', '.join(T5_FAMILY)}")
-        model = _load(AutoModelForSeq2SeqLM, name, config=config, dtype=torch.float32)
+        model = load_whole(AutoModelForSeq2SeqLM, name, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except LOADING_ERRORS as error:
-        raise _cannot_load(name, error) from None
+        raise cannot_load(name, error) from None
     return VokenLM(
         model,
         tokenizer,
@@ -346,10 +328,10 @@ def build_causal(
     if prompt.count("{query}") != 1:
         raise BadInput(f"the prompt {prompt!r} must have {{query}} in it once")
     try:
-        model = _load(AutoModelForCausalLM, name, dtype=dtype)
+        model = load_whole(AutoModelForCausalLM, name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except LOADING_ERRORS as error:
-        raise _cannot_load(name, error) from None
+        raise cannot_load(name, error) from None
     if tokenizer.eos_token_id is None:
         raise BadInput(f"the tokenizer of {name} has no end token: set its eos_token")
     longest = len(tokenizer(prompt)["input_ids"]) + max_source + space.levels
@@ -417,18 +399,6 @@ def refuse_unsearchable(name: str, config: Any, longest: int) -> None:
     raise BadInput(f"--language-model {name} ({config.model_type}) {reason}")
 
 
-def _load(loader: Any, name: str, **options: Any) -> Any:
-    """A pretrained model, of which no weight may be missing: Hugging Face would fill it with random numbers."""
-    model, info = loader.from_pretrained(name, output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise BadInput(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} among them: fetch it again")
-    return model
-
-
-def _cannot_load(name: str, error: Exception) -> BadInput:
-    return BadInput(f"--language-model {name} cannot be loaded: {str(error).splitlines()[0]}")
-
-
 def _add_vokens(name: str, model: Any, tokenizer: Any, space: VokenSpace, codebooks: NDArray[np.float32]) -> int:
     """Add the voken tokens to a pretrained model and its tokenizer, in place; returns the first one's id."""
     codebooks = widened(codebooks, model.get_input_embeddings().embedding_dim, name)
@@ -439,27 +409,8 @@ def _add_vokens(name: str, model: Any, tokenizer: Any, space: VokenSpace, codebo
         raise BadInput(f"the tokenizer of {name} already has some vokens: their ids {first} to {last} are not in a row")
     if last >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(last + 1, mean_resizing=False)  # the new rows are set below
-    _set_rows([model.get_input_embeddings().weight, model.get_output_embeddings().weight], first, codebooks)
+    set_rows([model.get_input_embeddings().weight, model.get_output_embeddings().weight], first, codebooks)
     return first
-
-
-def widened(codebooks: NDArray[np.float32], width: int, name: str) -> NDArray[np.float32]:
-    """Codebooks (books, codebook_size, narrower) turned into a wider space; lengths and angles stay as they are.
-
-    Raises:
-        BadInput: the model `name` is narrower than the codebooks.
-    """
-    own = codebooks.shape[-1]
-    if own == width:
-        return codebooks
-    if own > width:
-        raise BadInput(
-            f"the codebooks are {own} wide, {name} is {width}: "
-            f"train the RQ-VAE with --width {width} (scripts/05_train_rqvae.sh)"
-        )
-    rows, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(width, own)))
-    turned: NDArray[np.float32] = (codebooks @ rows.T).astype(np.float32)
-    return turned
 
 
 def build_encoder_decoder(
@@ -488,16 +439,16 @@ def build_encoder_decoder(
     if width % heads:
         raise BadInput(f"--decoder-heads {heads} does not divide the codebooks' width {width}")
     try:
-        text_encoder = _load(AutoModel, encoder, add_pooling_layer=False, dtype=torch.float32)
+        text_encoder = load_whole(AutoModel, encoder, add_pooling_layer=False, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(encoder)
     except LOADING_ERRORS as error:
-        raise _cannot_load(encoder, error) from None
+        raise cannot_load(encoder, error) from None
     config = decoder_config(space, width=width, layers=layers, heads=heads, dropout=dropout)
     joint = EncoderDecoderConfig.from_encoder_decoder_configs(text_encoder.config, config)
     model = EncoderDecoderModel(config=joint, encoder=text_encoder, decoder=GPT2LMHeadModel(config))
     model.config.decoder_start_token_id, model.config.pad_token_id = START, PAD
     spread = START_LOGIT_SPREAD / width**0.5
-    _set_rows([model.decoder.get_input_embeddings().weight], DECODER_SPECIALS, codebooks / codebooks.std() * spread)
+    set_rows([model.decoder.get_input_embeddings().weight], DECODER_SPECIALS, codebooks / codebooks.std() * spread)
     return VokenLM(
         model,
         tokenizer,
@@ -530,11 +481,3 @@ def decoder_config(space: VokenSpace, *, width: int, layers: int, heads: int, dr
         is_decoder=True,
         add_cross_attention=True,
     )
-
-
-@torch.no_grad()
-def _set_rows(matrices: Sequence[Tensor], first: int, codebooks: NDArray[np.float32]) -> None:
-    """Copy the codebooks (books, codebook_size, width) into consecutive rows."""
-    rows = torch.from_numpy(np.ascontiguousarray(codebooks.reshape(-1, codebooks.shape[-1])))
-    for matrix in matrices:
-        matrix[first : first + len(rows)] = rows.to(matrix.dtype)

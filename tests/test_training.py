@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from models.compute import seed_everything
 from models.decoding import make_writer
+from models.pretrained import widened
 from models.training import part_of
-from models.voken_lm import Lora, VokenLM, build_causal, widened
+from models.voken_lm import Lora, VokenLM, build_causal
 from retriever import retrieve, train, train_stage2
 from retriever.data import RetrieverData, read_data
 from retriever.losses import Discriminative, Rivals, discriminative_loss, written_log_probabilities
