@@ -202,6 +202,42 @@ def encode_images(clip: Clip, pixels: Tensor) -> Tensor:
     return features.float()
 
 
+def patch_map(clip: Clip, pixels: Tensor) -> Tensor:
+    """The image tower's features before they are pooled, (batch, width, rows, columns), of pixels on its device.
+
+    Raises:
+        BadInput: this architecture has no such map.
+    """
+    visual = clip.model.visual
+    if isinstance(visual, VisionTransformer):
+        last = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, intermediates_only=True)
+        patches: Tensor = last["image_intermediates"][0]
+        return patches
+    if not hasattr(visual, "trunk"):
+        raise BadInput(f"the image tower ({type(visual).__name__}) has no map of patches")
+    found: Tensor = visual.trunk.forward_features(pixels)
+    if found.ndim == 3:  # a transformer's tokens
+        rows, columns = visual.trunk.patch_embed.grid_size
+        return found[:, found.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+    return found.movedim(3, 1) if getattr(visual.trunk, "output_fmt", "NCHW") == "NHWC" else found
+
+
+def with_image_size(clip: Clip, size: int) -> Clip:
+    """The same model for pictures of another size, in pixels a side.
+
+    Raises:
+        BadInput: the image tower is a transformer, which takes its own size alone.
+    """
+    visual = clip.model.visual
+    if clip.image_size == (size, size):
+        return clip
+    if not hasattr(visual, "trunk") or hasattr(visual.trunk, "patch_embed"):
+        raise BadInput(f"--image-size {size}: the image tower takes pictures of {clip.image_size[0]} pixels alone")
+    preprocess = {**open_clip.get_model_preprocess_cfg(clip.model), "size": size}
+    transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), is_train=False)
+    return clip._replace(preprocess=transform)
+
+
 def encode_tokens(clip: Clip, tokens: Tensor) -> Tensor:
     """Token ids (batch, length) to features (batch, width), not normalised, float32."""
     text = clip.model.text

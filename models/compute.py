@@ -1,6 +1,7 @@
 """Where and in which precision a model runs, and the state a training needs to go on after it was killed."""
 
 import contextlib
+import platform
 import random
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def machine() -> str:
+    """The class of machine that figures come from."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def make_optimizer(

@@ -120,6 +120,25 @@ def part_of(batch: NDArray[np.int64]) -> Part:
     return Part(batch, places if len(places) else np.zeros(1, dtype=np.int64), weight)
 
 
+def bucketed_batches(
+    lengths: NDArray[np.int64], size: int, generator: np.random.Generator, *, bucket: int = 32
+) -> list[NDArray[np.int64]]:
+    """Shuffled batches of texts of similar length: little padding, and every text once.
+
+    Args:
+        lengths: (queries,)
+        bucket: batches that are sorted by length together; larger means less padding and less shuffling.
+    """
+    order = generator.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), size * bucket):
+        some = order[start : start + size * bucket]
+        some = some[np.argsort(lengths[some], kind="stable")]
+        batches += [some[begin : begin + size] for begin in range(0, len(some), size)]
+    generator.shuffle(batches)
+    return batches
+
+
 class TrainingLoop(ABC):
     """One training: the steps that `fit` puts in order, and what they need. A stage derives from it.
 

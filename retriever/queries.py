@@ -136,22 +136,3 @@ class SomeQueries:
     def memory(self, chosen: NDArray[np.int64], encode: Callable[..., Memory] | None = None) -> Memory:
         """Encoder states of the chosen queries of the selection."""
         return self.queries.memory(self.chosen[chosen], encode)
-
-
-def bucketed_batches(
-    lengths: NDArray[np.int64], size: int, generator: np.random.Generator, *, bucket: int = 32
-) -> list[NDArray[np.int64]]:
-    """Shuffled batches of texts of similar length: little padding, and every text once.
-
-    Args:
-        lengths: (queries,)
-        bucket: batches that are sorted by length together; larger means less padding and less shuffling.
-    """
-    order = generator.permutation(len(lengths))
-    batches = []
-    for start in range(0, len(order), size * bucket):
-        some = order[start : start + size * bucket]
-        some = some[np.argsort(lengths[some], kind="stable")]
-        batches += [some[begin : begin + size] for begin in range(0, len(some), size)]
-    generator.shuffle(batches)
-    return batches

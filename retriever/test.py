@@ -5,7 +5,6 @@ Out: `<output>/table.txt`, `<output>/contact_sheet.png`; rows in the dataset's `
 Command: python -m retriever.test --predictions DIR --output DIR --summary FILE --name emoji
 """
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.compute import machine
 from models.rqvae import RqVae
 from tools import runs
 from tools.commands import run_command
@@ -136,13 +136,6 @@ def result_rows(cases: list[Case], config: Config) -> list[dict[str, Any]]:
             figures = report(case.ranks(case.ranked, level))
             rows.append(case.row(config, config.system, level, figures, speed, str(case.manifest.folder)))
     return rows
-
-
-def machine() -> str:
-    """The class of machine the figures come from."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def sheet_rows(case: Case, count: int) -> list[SheetRow]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.compute import Precision, autocast
 from models.decoding import make_writer
-from models.training import Part, TrainingLoop, check_batch_size
+from models.training import Part, TrainingLoop, bucketed_batches, check_batch_size
 from models.voken_lm import VokenLM
 from tools import captions, runs
 from tools.errors import BadInput
@@ -24,7 +24,7 @@ from tools.recall import CUTOFFS, report
 from .data import Pairs, RetrieverData
 from .losses import Targets, generative_loss, soft_targets
 from .pseudo_queries import read_pseudo_queries
-from .queries import LiveQueries, StoredQueries, bucketed_batches
+from .queries import LiveQueries, StoredQueries
 from .retrieve import ranks_of, search_queries
 
 

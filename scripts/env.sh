@@ -84,6 +84,7 @@ fi
 source "$DATASET_FILE"
 
 TOKENIZER="${TOKENIZER:-RQ-VAE/output/$DATASET_NAME}" RETRIEVER="${RETRIEVER:-retriever/output/$DATASET_NAME}"
+RERANKER="${RERANKER:-reranker/output/$DATASET_NAME}"
 RQVAE="${RQVAE:-$TOKENIZER/05_train_rqvae}" CODES="$TOKENIZER/06_generate_codes" SUMMARY="$RETRIEVER/summary.json"
 PSEUDO_FOLDER="$RETRIEVER/08_pseudo_queries"
 if [ -n "${ABLATION:-}" ]; then # stages from the tokenizer on write into a folder of their own
@@ -103,6 +104,10 @@ case "$(basename "$0"):$SYSTEM:${ABLATION:-}" in
 *finetune_retriever_llama.sh:retriever*) echo "error: SYSTEM=$SYSTEM is not a llama: leave it out here" >&2; exit 2 ;;
 *generate_pseudo_query.sh:*:?*) echo "error: pseudo queries are the same in every ABLATION: leave it out here" >&2; exit 2 ;;
 esac
+LISTS="$RERANKER/16_lists/$SYSTEM"
+RERANKER_SYSTEM="${RERANKER_SYSTEM:-$SYSTEM}" # whose lists train the reranker
+RERANKER_MODEL="${RERANKER_MODEL:-$RERANKER/17_train/$RERANKER_SYSTEM}"
+if [ "$RERANKER_SYSTEM" != "$SYSTEM" ]; then RANK+=(--train-queries 0); fi
 STAGE1="$RETRIEVER/09_train/retriever${PSEUDO:++pseudo}"
 STAGE2="$RETRIEVER/10_stage2/$SYSTEM"
 FINETUNED="$RETRIEVER/11_llama/$SYSTEM"

@@ -9,6 +9,7 @@ import torch
 
 from models.compute import make_optimizer
 from models.decoding import make_writer
+from models.training import bucketed_batches
 from models.voken_lm import (
     DECODER_SPECIALS,
     VokenLM,
@@ -18,7 +19,7 @@ from models.voken_lm import (
     refuse_unsearchable,
 )
 from retriever.losses import Targets, generative_loss, soft_targets
-from retriever.queries import LiveQueries, StoredQueries, bucketed_batches
+from retriever.queries import LiveQueries, StoredQueries
 from tests.tiny import (
     COLOURS,
     bert_folder,

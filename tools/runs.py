@@ -52,6 +52,10 @@ MADE_BY = {
     "retriever.retrieve": "scripts/12_retrieve.sh",
     "retriever.test": "scripts/13_test_retriever.sh",
     "retriever.build_index": "scripts/14_build_index.sh",
+    "reranker.convert": "scripts/15_convert_voken_to_seed.sh",
+    "retriever.rank_splits": "scripts/16_prepare_reranker_dataset.sh",
+    "reranker.train": "scripts/17_finetune_reranker_llama.sh",
+    "reranker.test": "scripts/18_test_reranker_llama.sh",
 }
 
 

@@ -2,13 +2,17 @@
 DATA=RQ-VAE/data/emoji
 TOKENIZER=RQ-VAE/output/emoji
 RETRIEVER=retriever/output/emoji
+RERANKER=reranker/output/emoji
 
 STAGES="00_fetch_emoji 01_prepare_captions 02_assemble_clip 03_prepare_emb 04_train_heads 05_train_rqvae
 06_generate_codes 07_prepare_retriever_dataset 08_generate_pseudo_query
 09_train_retriever_t5 12_retrieve 13_test_retriever
 09_train_retriever_t5@retriever+pseudo 12_retrieve@retriever+pseudo 13_test_retriever@retriever+pseudo
 10_train_retriever_t5_stage2@retriever+stage2 12_retrieve@retriever+stage2 13_test_retriever@retriever+stage2
-14_build_index"
+14_build_index 15_convert_voken_to_seed
+16_prepare_reranker_dataset 17_finetune_reranker_llama 18_test_reranker_llama
+16_prepare_reranker_dataset@retriever+stage2 18_test_reranker_llama@retriever+stage2"
+RERANKER_SYSTEM=retriever # one reranker, trained on the inductive retriever's lists, reorders every system's
 BEST=retriever+stage2 # what search.sh searches with
 
 # Nothing of the sample comes from a model hub.
@@ -109,4 +113,41 @@ RETRIEVE=(
     --pools test all
     --beams 10
     --keep 10
+)
+
+# Nothing of the sample comes from a model hub: its image tokens are tokens of patches, not SEED's, and its reranker is a
+# small LLaMA trained from nothing, with MiniLM's tokenizer and words.
+CONVERT=(
+    --tokenizer patches
+    --model "$FEATURES/clip"
+    --image-size 128
+    --grid 4
+    --levels 2
+    --codebook-size 1024
+    --fit-pictures 2048
+)
+RANK=(
+    --pools test all
+    --train-beams 30
+    --beams 50
+    --train-queries 16384
+)
+TRAIN_RERANKER=(
+    --language-model "$TEXT_ENCODER"
+    --new-layers 2
+    --new-width 128
+    --new-heads 4
+    --negatives 7
+    --random-negatives 1
+    --easing 0.7
+    --by-picture
+    --epochs 2
+    --batch-size 40
+    --lr 2e-3
+    --weight-decay 0.05
+    --validate-queries 1000
+    --top-k 20
+)
+TEST_RERANKER=(
+    --top-k 50
 )

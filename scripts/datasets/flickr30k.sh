@@ -6,13 +6,16 @@ DATA=RQ-VAE/data/flickr30k
 RECIPE="${RECIPE:-better}"
 TOKENIZER=RQ-VAE/output/flickr30k-$RECIPE
 RETRIEVER=retriever/output/flickr30k-$RECIPE
+RERANKER=reranker/output/flickr30k-$RECIPE
 
 STAGES="01_prepare_captions 03_prepare_emb 05_train_rqvae 06_generate_codes 07_prepare_retriever_dataset
 08_generate_pseudo_query
 09_train_retriever_t5 12_retrieve 13_test_retriever
 09_train_retriever_t5@retriever+pseudo 12_retrieve@retriever+pseudo 13_test_retriever@retriever+pseudo
 10_train_retriever_t5_stage2@retriever+stage2 12_retrieve@retriever+stage2 13_test_retriever@retriever+stage2
-14_build_index"
+14_build_index 15_convert_voken_to_seed
+16_prepare_reranker_dataset@retriever+stage2 17_finetune_reranker_llama@retriever+stage2
+18_test_reranker_llama@retriever+stage2"
 BEST=retriever+stage2 # what search.sh searches with
 
 IMAGES=$DATA/images
@@ -93,6 +96,41 @@ RETRIEVE=(
     --beams 10
     --keep 10
 )
+# SEED_WEIGHTS: a folder with seed_quantizer.pt (AILab-CVC/seed-tokenizer-2) and eva_vit_g.pth (LAVIS, BLIP-2).
+CONVERT=(
+    --tokenizer seed
+    --quantizer "${SEED_WEIGHTS:=models/seed}/seed_quantizer.pt"
+    --vision "$SEED_WEIGHTS/eva_vit_g.pth"
+    --batch-size 64
+    --workers 8
+)
+RANK=(
+    --pools test all
+    --train-beams 100
+    --beams 50
+)
+TRAIN_RERANKER=(
+    --language-model AILab-CVC/seed-llama-8b-sft
+    --tokenizer AILab-CVC/seed-tokenizer-2
+    --negatives 7
+    --lora-rank 16
+    --lora-alpha 32
+    --lora-dropout 0.05
+    --epochs 3
+    --batch-size 1
+    --accumulate 16
+    --lr 3e-5
+    --warmup 0.1
+    --weight-decay 0
+    --gradient-checkpointing
+    --precision bf16
+    --top-k 50
+)
+TEST_RERANKER=(
+    --top-k 50
+    --pairs 1024
+    --memory 16
+)
 
 if [ "$RECIPE" = faithful ]; then
     TRAIN_RQVAE+=(--shared-codebook --no-normalize --no-skip --kmeans-balance 0 --revive-every 0 --no-shuffle)
@@ -102,6 +140,8 @@ if [ "$RECIPE" = faithful ]; then
     TRAIN_STAGE2+=(--label-temperature 0 --train-end --score-end --discriminative double-softmax --no-spare-same-words --mix)
     FINETUNE_LLAMA+=(--label-temperature 0 --train-end --score-end)
     RETRIEVE+=(--score-end)
+    RANK+=(--score-end)
+    TRAIN_RERANKER+=(--compat --max-length 64 --no-spare-same-words)
 else
     TRAIN_RETRIEVER+=(--label-temperature 0.03)
     TRAIN_STAGE2+=(--label-temperature 0.03 --discriminative list-wise)

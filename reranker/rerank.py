@@ -1,0 +1,115 @@
+"""Scoring ranked lists with the reranker: in batches, every picture's part of the prompt computed once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.compute import autocast
+from models.scorer import OpenedPictures, Scorer
+from tools.blocks import Blocks
+from tools.files import read_array, write_array
+from tools.logs import progress
+from tools.ranked import RankedLists
+
+BLOCK_BATCHES = 16  # batches a block: what a killed run loses at most, in each process
+GIB = 1 << 30
+
+Scores = NDArray[np.float32]
+
+
+@torch.inference_mode()
+def score_lists(
+    scorer: Scorer,
+    tokens: NDArray[np.integer],
+    lists: RankedLists,
+    *,
+    dtype: torch.dtype = torch.float32,
+    pairs: int = 2048,
+    memory: float = 4.0,
+    blocks_folder: Path | None = None,
+    quiet: bool = False,
+) -> Scores:
+    """Score every picture of every list: (queries, longest), -inf behind the end of a list.
+
+    Args:
+        tokens: (pictures, length) image tokens of all pictures.
+        dtype: arithmetic of the forward passes.
+        pairs: of a query and a picture that are scored in one batch, at most; one query's all go together.
+        memory: GiB for pictures' keys and values; what does not fit is computed again.
+        blocks_folder: share the batches with the other processes, in blocks below this folder that a killed run keeps:
+            a folder of its own for each call. Without it each process scores everything.
+    """
+    scorer.eval()
+    with autocast(scorer.device, dtype):
+        scoring = _Scoring(scorer, tokens, lists, pairs=pairs, memory=memory)
+        batches = scoring.batches()
+        if blocks_folder is None:
+            found = [scoring.score(batch) for batch in (batches if quiet else progress(batches, "scoring"))]
+        else:
+            found = _score_blocks(scoring, batches, blocks_folder, quiet=quiet)
+    scores = np.full(lists.rows.shape, -np.inf, dtype=np.float32)
+    for batch, own in zip(batches, found, strict=True):
+        scores[batch] = own
+    return scores
+
+
+class _Scoring:
+    """One call of `score_lists`."""
+
+    def __init__(
+        self, scorer: Scorer, tokens: NDArray[np.integer], lists: RankedLists, *, pairs: int, memory: float
+    ) -> None:
+        self.scorer, self.tokens, self.lists = scorer, tokens, lists
+        self.queries = scorer.query_ids(lists.texts)
+        longest = max(1, lists.rows.shape[1])
+        distinct = len(np.unique(lists.rows[lists.present]))
+        self.opened = OpenedPictures(scorer, tokens)
+        self.all_fit = True
+        if scorer.compat is None and distinct:
+            room = max(longest, int(memory * GIB / self.opened.bytes_each()))
+            self.all_fit = distinct <= room
+            self.opened.room = min(distinct, room)
+            pairs = min(pairs, room)
+        self.batch_size = max(1, pairs // longest)
+
+    def batches(self) -> list[NDArray[np.int64]]:
+        """Queries of similar length together, or, where not all pictures fit, those that begin with the same."""
+        lengths = np.array([len(ids) for ids in self.queries])
+        first = self.lists.rows[:, 0] if self.lists.rows.shape[1] else lengths
+        order = np.argsort(lengths if self.all_fit else first, kind="stable")
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def score(self, batch: NDArray[np.int64]) -> Scores:
+        """Scores (batch, longest) of the chosen queries."""
+        rows, present = self.lists.rows[batch], self.lists.present[batch]
+        scores = np.full(rows.shape, -np.inf, dtype=np.float32)
+        if not present.any():
+            return scores
+        of_query = torch.from_numpy(np.nonzero(present)[0])
+        pictures = rows[present]
+        queries = [self.queries[query] for query in batch]
+        if self.scorer.compat is None:
+            pairs = self.scorer.pairs(self.tokens[:0], queries, of_query, of_query)
+            found = self.scorer.close(self.opened.gather(pictures), pairs)
+        else:
+            distinct, of_picture = np.unique(pictures, return_inverse=True)
+            pairs = self.scorer.pairs(self.tokens[distinct], queries, torch.from_numpy(of_picture), of_query)
+            found = self.scorer(pairs)
+        scores[present] = found.cpu().numpy()
+        return scores
+
+
+def _score_blocks(
+    scoring: _Scoring, batches: list[NDArray[np.int64]], folder: Path, *, quiet: bool
+) -> Iterator[Scores]:
+    """Scores of all batches, this process computing its share of the blocks that are missing."""
+    blocks = [batches[start : start + BLOCK_BATCHES] for start in range(0, len(batches), BLOCK_BATCHES)]
+    work = Blocks(folder, len(blocks))
+    for number in work.left if quiet else progress(work.left, "scoring"):
+        write_array(work.path(number), np.concatenate([scoring.score(batch) for batch in blocks[number]]))
+    for path, block in zip(work.gather(), blocks, strict=True):
+        ends = np.cumsum([len(batch) for batch in block])
+        yield from np.split(np.asarray(read_array(path)), ends[:-1])

@@ -1,0 +1,302 @@
+"""Train the reranker: a language model scores one right picture and several wrong ones from the retriever's lists.
+
+In:  a `retriever.rank_splits` folder, a `reranker.convert` folder, and SEED-LLaMA, another causal model, or nothing
+     but a tokenizer (`--new-layers`).
+Out: `<output>/model/`, the best checkpoint by recall on val when its scores and the retriever's are interpolated.
+Command: python -m reranker.train --lists DIR --tokens DIR --language-model AILab-CVC/seed-llama-8b-sft --output DIR
+
+The loss of a query is -log softmax of the right picture's score among its group's. Wrong pictures are drawn anew in
+each epoch.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.compute import Precision, autocast, pick_device, pick_dtype, seed_everything
+from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora, Scorer, build_new_scorer, build_scorer
+from models.training import Part, TrainingLoop, bucketed_batches, check_batch_size
+from tools import runs
+from tools.commands import run_command
+from tools.errors import BadInput
+from tools.interpolation import choose_weights, interpolated
+from tools.logs import Tracker
+from tools.ranked import NO_PICTURE, reordered_ranks
+from tools.recall import report
+
+from .data import Lists, PictureTokens, read_ranked, read_tokens
+from .rerank import score_lists
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Model, negatives and training. Published values, with SEED-LLaMA 8B."""
+
+    lists: Path
+    """Run folder of retriever.rank_splits."""
+    tokens: Path
+    """Run folder of reranker.convert."""
+    output: Path
+    """Run folder to write."""
+    language_model: str
+    """Hugging Face name or folder of a causal model; for --new-layers, of any model that lends tokenizer and words."""
+    tokenizer: str | None = None
+    """Name or folder of the tokenizer, where it is not the model's; published: AILab-CVC/seed-tokenizer-2."""
+    layers: int | None = None
+    """Take the model's first so many layers alone."""
+    new_layers: int = 0
+    """Above 0: a new small LLaMA of so many layers, trained from nothing; its embeddings start with which words and
+    image tokens occur together."""
+    new_width: int = 128
+    """Width of a new model."""
+    new_heads: int = 4
+    """Attention heads of a new model."""
+    max_query: int = 64
+    """Tokens of a query at most; the prompt around it is never cut."""
+    compat: bool = False
+    """Read as published: the whole prompt cut and padded to --max-length on the right, no attention mask, scored at
+    the last position, which is padding for most queries."""
+    max_length: int = 64
+    """Tokens of a prompt with --compat."""
+    negatives: int = 7
+    """Wrong pictures of a group."""
+    random_negatives: int = 0
+    """So many of them are drawn from all train pictures, the others from the list; published: 0."""
+    easing: float = 0.0
+    """Share of the training over which the negatives go from all random to --random-negatives; published: 0."""
+    by_picture: bool = False
+    """A batch holds all captions of a picture, which share their negatives: pictures are read once for several
+    queries. Published: no."""
+    spare_same_words: bool = True
+    """A picture that a train caption of the very same words belongs to is no negative; published: it is one."""
+    lora_rank: int = 16
+    """Rank of low-rank adapters; 0: all weights are trained, as those of a new model are."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by this over the rank."""
+    lora_dropout: float = 0.05
+    """Dropout before the adapters."""
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    """Projections that get adapters."""
+    lora_whole: tuple[str, ...] = TRAINED_WHOLE
+    """Modules that are trained whole beside them; published: lm_head too, which gets no gradient."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
+    epochs: int = 3
+    """Passes over the train queries."""
+    batch_size: int = 16
+    """Groups a forward pass, of all processes together."""
+    accumulate: int = 1
+    """Forward passes a step of the optimiser."""
+    optimizer: str = "adamw"
+    """Name of an optimiser of torch.optim."""
+    lr: float = 3e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay of the matrices."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises; it then falls as a cosine to 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    validate_every: int = 1
+    """Epochs between validations."""
+    validate_queries: int = 1000
+    """Captions of val that are reranked, at most."""
+    top_k: int = 50
+    """Pictures of each of their lists."""
+    precision: Precision = "auto"
+    """Arithmetic of the forward passes; weights that are trained are kept in fp32."""
+    seed: int = 0
+    """Seed of weights, batches and drawn pictures."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default the GPU where there is one."""
+    overwrite: bool = False
+    """Throw away what the output folder holds and start again."""
+
+    def __post_init__(self) -> None:
+        counts = (self.epochs, self.batch_size, self.accumulate, self.validate_every, self.validate_queries)
+        if min(*counts, self.top_k, self.negatives, self.max_query, self.max_length) < 1:
+            raise BadInput(
+                "--epochs, --batch-size, --accumulate, --validate-every, --validate-queries, --top-k, --negatives, "
+                "--max-query and --max-length must be at least 1"
+            )
+        if not 0 <= self.random_negatives <= self.negatives:
+            raise BadInput(f"--random-negatives must be between 0 and the {self.negatives} --negatives")
+        if not 0 <= self.easing <= 1 or not 0 <= self.lora_dropout < 1:
+            raise BadInput("--easing must be in [0, 1] and --lora-dropout in [0, 1)")
+        if min(self.lora_rank, self.new_layers, self.seed) < 0 or self.lora_alpha <= 0:
+            raise BadInput("--lora-rank, --new-layers and --seed must be at least 0, --lora-alpha above 0")
+        if self.new_layers and self.layers:
+            raise BadInput("--new-layers makes a model from nothing, --layers cuts a trained one: give one of the two")
+        check_batch_size(self.batch_size)
+
+    @property
+    def lora(self) -> Lora | None:
+        if not self.lora_rank or self.new_layers:
+            return None
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets, self.lora_whole)
+
+
+class Training(TrainingLoop):
+    """The training of a reranker."""
+
+    config: Config
+
+    def __init__(self, config: Config, lists: Lists, pictures: PictureTokens, run: runs.Run, scorer: Scorer) -> None:
+        super().__init__(config, run, scorer)
+        self.scorer, self.tokens = scorer, pictures.tokens
+        self.train = lists.read("train", "train")
+        val = lists.read("val", "val").first(config.top_k)
+        order = np.random.default_rng(config.seed).permutation(len(val.texts))
+        self.val = val.some(np.sort(order[: config.validate_queries]))
+        self.queries = scorer.query_ids(self.train.texts)
+        self.lengths = np.array([len(ids) for ids in self.queries])
+        self.pool = np.array([row for row, record in enumerate(pictures.records) if record.split == "train"])
+        self.spared = spared_pictures(pictures) if config.spare_same_words else {}
+        self.epoch_batches = len(self.batches(0))
+        self.prepare(decay="cosine")
+
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The batches of an epoch, places in the train lists."""
+        generator = np.random.default_rng([self.config.seed, epoch])
+        size = self.config.batch_size
+        if not self.config.by_picture:
+            return bucketed_batches(self.lengths, size, generator)
+        place = generator.permutation(self.train.pictures.max() + 1)[self.train.pictures]
+        order = np.argsort(place, kind="stable")
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def loss(self, part: Part) -> Tensor:
+        """Mean loss of a part of a batch of train queries."""
+        groups = self.groups(part)[part.own]
+        distinct, places = np.unique(groups, return_inverse=True)
+        of_query = torch.arange(len(groups)).repeat_interleave(groups.shape[1])
+        queries = [self.queries[query] for query in part.queries]
+        pairs = self.scorer.pairs(self.tokens[distinct], queries, torch.from_numpy(places.reshape(-1)), of_query)
+        with autocast(self.device, self.dtype):
+            scores: Tensor = self.model(pairs, share_pictures=not self.config.gradient_checkpointing)
+        return listwise_loss(scores.view(groups.shape))
+
+    def groups(self, part: Part) -> NDArray[np.int64]:
+        """Pictures (batch, 1 + negatives) for a whole batch, the right one first; alike in every process."""
+        config = self.config
+        generator = np.random.default_rng(self._seed(0))
+        done = (self.epoch * self.epoch_batches + self.batch) / (config.epochs * self.epoch_batches)
+        still = max(0.0, 1.0 - done / config.easing) if config.easing else 0.0
+        random = config.random_negatives + round((config.negatives - config.random_negatives) * still)
+        keys = self.train.pictures[part.batch] if config.by_picture else np.arange(len(part.batch))
+        groups = np.empty((len(part.batch), 1 + config.negatives), dtype=np.int64)
+        for key in np.unique(keys):
+            own = np.flatnonzero(keys == key)
+            groups[own, 0] = self.train.pictures[part.batch[own]]
+            groups[own, 1:] = self.draw(part.batch[own], random, generator)
+        return groups
+
+    def draw(self, queries: NDArray[np.int64], random: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Wrong pictures (negatives,) for queries of one picture: from their lists, then at random.
+
+        A list that is too short is filled up at random.
+
+        Raises:
+            BadInput: no train picture is wrong.
+        """
+        right = set(self.train.pictures[queries].tolist())
+        for query in queries:
+            right |= self.spared.get(self.train.texts[query], set())
+        listed = np.unique(self.train.rows[queries])
+        hard = listed[~np.isin(listed, [NO_PICTURE, *right])]
+        hard = generator.permutation(hard)[: self.config.negatives - random]
+        others = self.pool[~np.isin(self.pool, [*right, *hard.tolist()])]
+        left = self.config.negatives - len(hard)
+        if left and not len(others):
+            raise BadInput(f"{self.config.lists}: no train picture is wrong for {self.train.texts[queries[0]]!r}")
+        return np.concatenate([hard, generator.choice(others, left, replace=left > len(others))]) if left else hard
+
+    def validate(self) -> dict[str, float]:
+        """Recall on val of the retriever's order and the reranker's interpolated; the reranker's alone is logged."""
+        with self.validating() as blocks:
+            scores = score_lists(self.scorer, self.tokens, self.val, dtype=self.dtype, blocks_folder=blocks, quiet=True)
+            choice = choose_weights(self.val, {"reranker": scores})
+            together = interpolated(self.val.scores, {"reranker": scores}, choice.weights)
+            figures = {
+                name: report(reordered_ranks(self.val, order)).recalls
+                for name, order in (("", together), ("alone ", scores), ("before ", self.val.scores))
+            }
+            self.keep_best({f"R@{cutoff}": value for cutoff, value in figures[""].items()})
+        return {f"val/{name}R@{cutoff}": value for name, each in figures.items() for cutoff, value in each.items()}
+
+    def write_model(self, folder: Path) -> None:
+        self.scorer.save_pretrained(folder)
+
+
+def listwise_loss(scores: Tensor) -> Tensor:
+    """Mean of -log softmax(scores)_0 over groups (groups, pictures), the right picture first; stable at any size."""
+    return -scores.log_softmax(dim=1)[:, 0].mean()
+
+
+def spared_pictures(pictures: PictureTokens) -> dict[str, set[int]]:
+    """For each text that train captions have the pictures it stands under."""
+    under: dict[str, set[int]] = defaultdict(set)
+    for row, record in enumerate(pictures.records):
+        if record.split == "train":
+            for text in record.captions:
+                under[text].add(row)
+    return dict(under)
+
+
+def build_model(config: Config, pictures: PictureTokens) -> Scorer:
+    """The untrained reranker."""
+    compat = config.max_length if config.compat else None
+    if config.new_layers:
+        train = [row for row, record in enumerate(pictures.records) if record.split == "train"]
+        return build_new_scorer(
+            config.language_model,
+            images=pictures.images,
+            pictures=pictures.tokens[train],
+            captions=[pictures.records[row].captions for row in train],
+            layers=config.new_layers,
+            width=config.new_width,
+            heads=config.new_heads,
+            max_query=config.max_query,
+            compat=compat,
+        )
+    scorer = build_scorer(
+        config.language_model,
+        images=pictures.images,
+        starts=np.array(pictures.codebook),
+        tokenizer_name=config.tokenizer,
+        layers=config.layers,
+        max_query=config.max_query,
+        compat=compat,
+        dtype=pick_dtype(config.precision, pick_device(config.device)) if config.lora else torch.float32,
+        lora=config.lora,
+    )
+    if config.gradient_checkpointing:
+        scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return scorer
+
+
+def main(config: Config) -> None:
+    pictures = read_tokens(config.tokens)
+    lists = read_ranked(config.lists, pictures.manifest.facts["captions_fingerprint"])
+    inputs = {"lists": config.lists, "tokens": config.tokens}
+    places = {"language_model": config.language_model, "tokenizer": config.tokenizer}
+    inputs |= {name: Path(place) for name, place in places.items() if place and Path(place).is_dir()}
+    run = runs.begin("reranker.train", config, inputs=inputs)
+    if run is None:
+        return
+    seed_everything(config.seed)
+    training = Training(config, lists, pictures, run, build_model(config, pictures))
+    training.resume()
+    tracker = Tracker(run.folder, job="train_reranker", config=run.started["config"])
+    training.fit(tracker)
+    training.finish(tracker, facts={"setting": lists.facts["setting"], "tokens": pictures.manifest.fingerprint})
+    print(f"best checkpoint: epoch {training.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config, shares_work=True)

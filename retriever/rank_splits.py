@@ -1,0 +1,141 @@
+"""Rank pictures for the train, val and test queries: what the reranker learns from, chooses by, and reorders.
+
+In:  a `retriever.prepare` folder and a trained retriever.
+Out: `<output>/train-train.jsonl`, `val-val.jsonl`, `test-<pool>.jsonl` (tools/ranked.py): each split's captions over
+     its own pictures, those of test over further pools too. Several processes share the queries, and a killed run goes
+     on where it was.
+Command: python -m retriever.rank_splits --dataset DIR --retriever DIR --output DIR
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.arithmetic import Arithmetic
+from models.compute import pick_device
+from models.decoding import Scoring, Writer, make_writer
+from models.voken_lm import VokenLM
+from tools import processes, runs
+from tools.captions import Split
+from tools.commands import run_command
+from tools.errors import BadInput
+from tools.ranked import NO_PICTURE, RankedLists, padded, write_lists
+
+from .data import Queries, RetrieverData, read_data, read_retriever
+from .queries import LiveQueries
+from .retrieve import Pool, check_scoring, queries_per_second, search_queries
+
+
+@dataclass(frozen=True)
+class Config:
+    """How many queries of each split, and how widely they are searched."""
+
+    dataset: Path
+    """Run folder of retriever.prepare."""
+    retriever: Path
+    """Run folder of retriever.train or retriever.train_stage2."""
+    output: Path
+    """Run folder to write."""
+    pools: tuple[Pool, ...] = ("test",)
+    """Pictures that the test captions are searched among, each on its own."""
+    train_beams: int = 100
+    """Beams, and pictures kept, for the train captions."""
+    beams: int = 50
+    """The same for those of val and test."""
+    train_queries: int | None = None
+    """Train captions that are ranked, drawn at random; by default all, 0 for none."""
+    scoring: Scoring = "full"
+    """Softmax over the whole vocabulary (published), or over the vokens of each level, which is faster."""
+    score_end: bool = False
+    """Add the end token's log-probability to a score; published: yes."""
+    batch_size: int = 64
+    """Queries a batch."""
+    precision: Arithmetic = "auto"
+    """Arithmetic of the forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
+    seed: int = 0
+    """Which train captions are drawn."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default the GPU where there is one."""
+    overwrite: bool = False
+    """Throw away what the output folder holds and start again."""
+
+    def __post_init__(self) -> None:
+        if min(self.train_beams, self.beams, self.batch_size) < 1 or not self.pools:
+            raise BadInput("--train-beams, --beams, --batch-size and the number of --pools must be at least 1")
+        if self.seed < 0 or (self.train_queries is not None and self.train_queries < 0):
+            raise BadInput("--seed and --train-queries must be at least 0")
+        check_scoring(self.scoring, self.score_end)
+
+    def searches(self) -> list[tuple[Split, Pool]]:
+        """Which split's captions are ranked over which pool."""
+        train: list[tuple[Split, Pool]] = [] if self.train_queries == 0 else [("train", "train")]
+        return [*train, ("val", "val"), *(("test", pool) for pool in self.pools)]
+
+
+def queries_of(data: RetrieverData, split: Split, config: Config) -> Queries:
+    """A split's captions; of train those that are drawn."""
+    queries = data.queries(split)
+    if not queries.texts:
+        raise BadInput(f"{config.dataset} has no {split} captions: a reranker needs all three splits")
+    if split != "train" or config.train_queries is None:
+        return queries
+    order = np.random.default_rng(config.seed).permutation(len(queries.texts))
+    chosen = np.sort(order[: config.train_queries])
+    return Queries([queries.texts[place] for place in chosen], queries.pictures[chosen], queries.captions[chosen])
+
+
+def rank(
+    writer: Writer, data: RetrieverData, split: Split, pool: Pool, config: Config, blocks_folder: Path
+) -> tuple[RankedLists, float]:
+    """The lists of one split over one pool, and the queries a second."""
+    queries = queries_of(data, split, config)
+    beams = config.train_beams if split == "train" else config.beams
+    began = time.monotonic()
+    live = LiveQueries(writer.lm, queries.texts)
+    tokenising = time.monotonic() - began
+    ranking = search_queries(
+        writer,
+        live,
+        data.codes,
+        data.rows(pool),
+        beams=beams,
+        keep=beams,
+        batch_size=config.batch_size,
+        scoring=config.scoring,
+        score_end=config.score_end,
+        blocks_folder=blocks_folder,
+    )
+    speed = queries_per_second(blocks_folder, len(queries.texts), tokenising=tokenising)
+    rows = padded([one.rows[:beams] for one in ranking], NO_PICTURE, np.int64)
+    scores = padded([one.scores[:beams] for one in ranking], -np.inf, np.float32)
+    return RankedLists(queries.texts, queries.captions, queries.pictures, rows, scores), speed
+
+
+def main(config: Config) -> None:
+    data = read_data(config.dataset)
+    trained = read_retriever(config.retriever, data)
+    inputs = {"dataset": config.dataset, "retriever": config.retriever}
+    run = runs.begin("retriever.rank_splits", config, inputs=inputs)
+    if run is None:
+        return
+    lm = VokenLM.from_pretrained(config.retriever / "model").to(pick_device(config.device))
+    writer = make_writer(lm, config.precision)
+    metrics: dict[str, Any] = {}
+    for split, pool in config.searches():
+        name = f"{split}-{pool}"
+        lists, speed = rank(writer, data, split, pool, config, run.resume_folder / name)
+        if processes.is_main():
+            write_lists(run.folder / f"{name}.jsonl", lists)
+        found = float((lists.rows == lists.pictures[:, None]).any(axis=1).mean())
+        metrics[name] = {"queries": len(lists.texts), "found": found, "queries_per_second": round(speed, 2)}
+        print(f"{name}: {len(lists.texts):,} queries, {speed:.0f} a second; {found:.1%} of the pictures in their list")
+    kept = ("features", "captions_fingerprint")
+    facts = {key: data.manifest.facts[key] for key in kept}
+    run.finish(facts={**facts, "dataset": str(config.dataset), "setting": trained.facts["setting"]}, metrics=metrics)
+
+
+if __name__ == "__main__":
+    run_command(main, Config, shares_work=True)

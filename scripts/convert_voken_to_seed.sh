@@ -1,0 +1,1 @@
+15_convert_voken_to_seed.sh

@@ -1,0 +1,1 @@
+17_finetune_reranker_llama.sh

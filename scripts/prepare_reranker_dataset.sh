@@ -1,0 +1,1 @@
+16_prepare_reranker_dataset.sh

@@ -1,0 +1,1 @@
+18_test_reranker_llama.sh
