@@ -172,7 +172,12 @@ def main(config: Config) -> None:
         features = encode(gallery, choice.added, config, device)
         codes = code(gallery, features, np.delete(gallery.codes, choice.replaced, axis=0), device)
         total = replace_pictures(
-            gallery, removed=choice.replaced, added=choice.added, codes=codes, source=portable(config.folder)
+            gallery,
+            removed=choice.replaced,
+            added=choice.added,
+            codes=codes,
+            features=features,
+            source=portable(config.folder),
         )
     replaced = f" in the place of {len(choice.replaced):,}" if len(choice.replaced) else ""
     print(f"{len(choice.added):,} pictures added{replaced}, {total:,} can be found, {time.monotonic() - began:.1f} s")

@@ -13,9 +13,19 @@ from tools import runs
 from tools.captions import portable
 from tools.commands import run_command
 from tools.errors import BadInput
+from tools.features import Floats, read_features
 
 from .data import RetrieverData, read_data
-from .gallery import Picture, entry, keep_versions, model_content, version_facts, write_version
+from .gallery import (
+    KEEPS_FEATURES,
+    Picture,
+    entry,
+    half_normalized,
+    keep_versions,
+    model_content,
+    version_facts,
+    write_version,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,8 @@ class Config:
     """Run folder of RQ-VAE.train, the tokenizer that coded the dataset; pictures added later are coded by it too."""
     output: Path
     """Run folder to write."""
+    keep_features: bool = True
+    """Keep the pictures' features too, 2 bytes a number, by which search reorders what it finds."""
     overwrite: bool = False
     """Throw away what the output folder holds, pictures added since included, and start again."""
 
@@ -67,24 +79,43 @@ def clip_facts(features: Path) -> dict[str, Any]:
     return {"model": place, "pretrained": pretrained, "content": model_content(model, pretrained)}
 
 
+def dataset_features(data: RetrieverData) -> Floats:
+    """Features (pictures, width) of the dataset's pictures, in the order of codes.
+
+    Raises:
+        BadInput: they are gone, or of other pictures.
+    """
+    folder = Path(data.manifest.facts["features"])
+    images = read_features(folder).images
+    if len(images) != len(data.codes):
+        raise BadInput(
+            f"{folder} has features of {len(images)} pictures, {data.folder} has {len(data.codes)}: run "
+            "scripts/06_generate_codes.sh and 07 again"
+        )
+    return images
+
+
 def main(config: Config) -> None:
     data = read_data(config.dataset)
     if not data.images:
         raise BadInput(f"{config.dataset} has no pictures: an index holds at least one")
     encoder = encoder_facts(data, config.rqvae)
+    features = dataset_features(data) if config.keep_features else None
     run = runs.begin("retriever.build_index", config, inputs={"dataset": config.dataset, "rqvae": config.rqvae})
     if run is None:
         return
     keep_versions(run.folder, latest=-1)  # what a killed run left
     files = (str(data.image_folder / file) for file in data.files)
     lines = (Picture(image, file).line() for image, file in zip(data.images, files, strict=True))
-    write_version(run.folder, data.codes, lines, number=0)
+    kept = None if features is None else half_normalized(features)
+    write_version(run.folder, data.codes, lines, features=kept, number=0)
     run.finish(
         facts={
             **version_facts(0, len(data.images)),
             **data.space._asdict(),
             "codebooks": data.codebooks_hash,
             **encoder,
+            KEEPS_FEATURES: config.keep_features,
             "history": [entry(added=len(data.images), removed=0, source=portable(config.dataset))],
         }
     )

@@ -6,6 +6,7 @@ version-000007/     the arrays of the tree (retriever/index.py)
     codes.npy       (pictures, levels), in the order of rows
     pictures.jsonl  {"image": id, "file": path} a line a row; the path as seen from the repository's root
     lines.npy       (pictures + 1,) int64 bytes, where each line begins
+    features.npy    (pictures, width) float16, the pictures' normalised features, where they are kept
 
 A change writes a new version under a temporary name, renames it, and replaces the manifest in one step; then all but
 the new version and the one before it go. So readers need no lock: what a manifest named a moment ago is still there,
@@ -27,15 +28,19 @@ from numpy.typing import NDArray
 
 from tools import runs
 from tools.errors import BadInput
-from tools.features import Rows
+from tools.features import Floats, Rows, normalized
 from tools.files import read_array, remove_torn, replacing, write_array
 
 from .index import VokenIndex, build_index, load_index, save_index
 
 COMMAND = "retriever.build_index"
-CODES, PICTURES, LINES = "codes.npy", "pictures.jsonl", "lines.npy"
+CODES, PICTURES, LINES, FEATURES = "codes.npy", "pictures.jsonl", "lines.npy", "features.npy"
+KEEPS_FEATURES = "keeps_features"  # the manifest's fact; indexes of earlier versions have neither it nor features
+FEATURE_BLOCK = 65_536  # rows that are normalised at a time
 VERSION = "version-{:06d}"
 HISTORY = 100  # changes that the manifest remembers
+
+HalfFloats = NDArray[np.float16]
 
 
 class Picture(NamedTuple):
@@ -63,6 +68,8 @@ class Gallery:
     """(bytes,) of pictures.jsonl"""
     lines: NDArray[np.int64]
     """(pictures + 1,)"""
+    features: HalfFloats | None
+    """(pictures, width), normalised, of the model that `facts["clip"]` names; None where they are not kept"""
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -131,13 +138,20 @@ def changing(folder: Path) -> Iterator[Gallery]:
 
 
 def replace_pictures(
-    gallery: Gallery, *, removed: Rows, added: Sequence[Picture], codes: NDArray[np.integer], source: str
+    gallery: Gallery,
+    *,
+    removed: Rows,
+    added: Sequence[Picture],
+    codes: NDArray[np.integer],
+    features: Floats | None,
+    source: str,
 ) -> int:
     """Publish a version without the rows `removed` and with pictures behind the rows that stay, whose codes stay.
 
     Args:
         gallery: what `changing` gave.
         codes: (added, levels)
+        features: (added, width), as the image tower gives them; None where nothing is added or none are kept.
         source: where the change comes from, for the manifest's history.
 
     Returns:
@@ -146,7 +160,12 @@ def replace_pictures(
     folder, number = gallery.folder, _number(gallery.manifest) + 1
     stay = np.delete(np.arange(len(gallery)), removed)
     lines = chain((gallery.line(row) for row in stay.tolist()), (picture.line() for picture in added))
-    files = write_version(folder, np.concatenate([gallery.codes[stay], codes]), lines, number=number)
+    kept = None
+    if gallery.features is not None:
+        kept = gallery.features[stay]
+        if features is not None:
+            kept = np.concatenate([kept, half_normalized(features)])
+    files = write_version(folder, np.concatenate([gallery.codes[stay], codes]), lines, features=kept, number=number)
     facts = {
         **gallery.facts,
         **version_facts(number, len(stay) + len(added)),
@@ -168,13 +187,25 @@ def entry(*, added: int, removed: int, source: str) -> dict[str, Any]:
     return {"time": now, "added": added, "removed": removed, "source": source}
 
 
-def write_version(folder: Path, codes: NDArray[np.integer], lines: Iterable[bytes], *, number: int) -> list[Path]:
+def half_normalized(features: Floats) -> HalfFloats:
+    """Features (pictures, width) as the gallery keeps them: divided by their L2 norm, in half precision."""
+    kept = np.empty(features.shape, dtype=np.float16)
+    for start in range(0, len(features), FEATURE_BLOCK):
+        kept[start : start + FEATURE_BLOCK] = normalized(features[start : start + FEATURE_BLOCK])
+    return kept
+
+
+def write_version(
+    folder: Path, codes: NDArray[np.integer], lines: Iterable[bytes], *, features: HalfFloats | None, number: int
+) -> list[Path]:
     """Write one version, complete or not at all, which no manifest names yet. Returns its files.
 
     Args:
         codes: (pictures, levels) of at least one picture.
         lines: the pictures' lines (`Picture.line`), in the order of codes.
+        features: (pictures, width) of `half_normalized`, in the order of codes; None to keep none.
     """
+    assert features is None or len(features) == len(codes), f"{len(features)} features of {len(codes)} pictures"
     version = folder / VERSION.format(number)
     temporary = version.with_name(f".{version.name}")
     temporary.mkdir()
@@ -186,6 +217,8 @@ def write_version(folder: Path, codes: NDArray[np.integer], lines: Iterable[byte
         for line in lines:
             ends.append(ends[-1] + file.write(line))
     write_array(temporary / LINES, np.array(ends, dtype=np.int64))
+    if features is not None:
+        write_array(temporary / FEATURES, features)
     temporary.rename(version)
     return sorted(version.iterdir())
 
@@ -211,10 +244,15 @@ def _open(manifest: runs.Manifest) -> Gallery:
     folder = manifest.folder / manifest.facts["version"]
     index = load_index(folder, manifest.facts["levels"])
     codes, lines = read_array(folder / CODES), read_array(folder / LINES)
+    features = read_array(folder / FEATURES) if manifest.facts.get(KEEPS_FEATURES) else None
     try:
         text = np.memmap(folder / PICTURES, dtype=np.uint8, mode="r")
     except (FileNotFoundError, ValueError):
         raise BadInput(f"{folder / PICTURES} is missing or empty: build the index again") from None
     if not len(codes) == len(lines) - 1 == len(index.pictures) or lines[-1] != len(text):
         raise BadInput(f"{folder}: {CODES}, {LINES} and {PICTURES} do not fit together: build the index again")
-    return Gallery(manifest, index, codes, text, lines)
+    if features is not None and len(features) != len(codes):
+        raise BadInput(
+            f"{folder}: {FEATURES} has {len(features)} rows for {len(codes)} pictures: build the index again"
+        )
+    return Gallery(manifest, index, codes, text, lines, features)

@@ -69,7 +69,7 @@ def main(config: Config) -> None:
                 f"these are all pictures of {config.index}: an index holds at least one; nothing was removed"
             )
         source = ", ".join(config.names[:NAMED]) + (" ..." if len(config.names) > NAMED else "")
-        total = replace_pictures(gallery, removed=rows, added=[], codes=gallery.codes[:0], source=source)
+        total = replace_pictures(gallery, removed=rows, added=[], codes=gallery.codes[:0], features=None, source=source)
     print(f"{len(rows):,} pictures removed, {total:,} can be found")
 
 

@@ -24,12 +24,13 @@ from tests.tiny import draw_picture, generate_codes
 from tools import finished, runs
 from tools.captions import SPLITS
 from tools.errors import BadInput
-from tools.features import read_features
-from tools.files import read_json, write_json
+from tools.features import Floats, read_features
+from tools.files import read_array, read_json, write_array, write_json
 
 NEW = (("red", "square"), ("orange", "ring"), ("grey", "cross"))
 VERSION_FILES = [
-    "codes.npy", *(f"level{level}_{part}.npy" for level in range(3) for part in ("bases", "codes", "deltas")),
+    "codes.npy", "features.npy",
+    *(f"level{level}_{part}.npy" for level in range(3) for part in ("bases", "codes", "deltas")),
     "lines.npy", "pictures.jsonl", "pictures.npy",
 ]  # fmt: skip
 
@@ -95,9 +96,16 @@ def assert_same_tree(folder: Path, codes: Sequence[Sequence[int]], scratch: Path
         assert path.read_bytes() == (version / path.name).read_bytes(), path.name
 
 
+def told_apart(codes: Sequence[Sequence[int]]) -> Floats:
+    """Features (pictures, 24), as wide as the chain's, from which codes (pictures, 3) below 8 can be read."""
+    return np.eye(8, dtype=np.float32)[np.array(codes)].reshape(len(codes), 24)
+
+
 def assert_whole(opened: Gallery) -> None:
-    """All parts are of one version: the pictures of `numbered` are called by their codes."""
+    """All parts are of one version: the pictures of `numbered` are called by their codes, and so are their features."""
     assert [picture.image for picture in opened.pictures()] == [str(row) for row in opened.codes.tolist()]
+    assert opened.features is not None
+    assert opened.features.tolist() == gallery.half_normalized(told_apart(opened.codes.tolist())).tolist()
     fresh = index.build_index(np.asarray(opened.codes))
     leaves = np.arange(fresh.leaves)
     for ours, expected in zip(opened.index.expand(leaves), fresh.expand(leaves), strict=True):
@@ -224,6 +232,99 @@ def test_known_pictures_are_refused_replaced_or_left_out(
     assert images(folder)[-1] == "other/one more.png"
 
 
+def directions(vectors: Floats) -> Floats:
+    """Rows (rows, width) divided by their length, by hand."""
+    return np.array([row / np.sqrt((row.astype(np.float64) ** 2).sum()) for row in vectors], dtype=np.float32)
+
+
+def features_by_image(folder: Path) -> dict[str, list[float]]:
+    """What the index keeps of each picture."""
+    opened = read_gallery(folder)
+    assert opened.features is not None
+    assert opened.features.dtype == np.float16
+    return dict(zip((picture.image for picture in opened.pictures()), opened.features.tolist(), strict=True))
+
+
+def test_features_stay_with_their_pictures(chain: Chain, folder: Path, new: Path) -> None:
+    """Those of the dataset are the feature folder's; an added picture's are what its file gives, a copy's its twin's;
+    adding, replacing and removing moves rows and changes none."""
+    features = read_features(chain.features)
+    expected = dict(zip((record.image for record in features.records), directions(features.images), strict=True))
+    kept = features_by_image(folder)
+    assert list(kept) == list(expected)
+    for image, vector in expected.items():
+        assert kept[image] == pytest.approx(vector.tolist(), abs=1e-3)
+    add(folder, new)
+    added = features_by_image(folder)
+    assert {image: added[image] for image in kept} == kept
+    assert list(added)[48:] == below(new)
+    for name in ("red-circle.png", "blue-ring.png", "grey-line.png"):
+        assert added[f"copy of {name}"] == pytest.approx(kept[name], abs=2e-3)
+    clip = load_clip(str(chain.features / "clip"))
+    pictures = Pictures(below(new), clip.preprocess, folder=new)
+    with torch.inference_mode():
+        encoded = encode_images(clip, torch.stack([pictures[row] for row in range(6)])).numpy()
+    for image, vector in zip(below(new), directions(encoded), strict=True):
+        assert added[image] == pytest.approx(vector.tolist(), abs=1e-3)
+    remove(folder, "red-ring.png", below(new)[0])
+    left = {image: row for image, row in added.items() if image not in ("red-ring.png", below(new)[0])}
+    assert features_by_image(folder) == left
+    shutil.copy(chain.root / "images" / "black-cross.png", new / below(new)[1])
+    add(folder, new, replace=True)
+    replaced = features_by_image(folder)
+    assert replaced[below(new)[1]] == pytest.approx(kept["black-cross.png"], abs=2e-3)
+    assert {image: replaced[image] for image in left if image not in below(new)} == {
+        image: row for image, row in left.items() if image not in below(new)
+    }
+
+
+def forget_features(folder: Path) -> Path:
+    """Make an index what an earlier version of this repository would have left."""
+    manifest = read_json(folder / "manifest.json")
+    del manifest["facts"][gallery.KEEPS_FEATURES]
+    del manifest["config"]["keep_features"]
+    version = folder / manifest["facts"]["version"]
+    del manifest["outputs"][f"{version.name}/features.npy"]
+    write_json(folder / "manifest.json", manifest)
+    (version / "features.npy").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("origin", ["an earlier version", "--no-keep-features"])
+def test_an_index_without_features_takes_and_loses_pictures(
+    origin: str, chain: Chain, folder: Path, new: Path, tmp_path: Path
+) -> None:
+    if origin == "an earlier version":
+        forget_features(folder)
+    else:
+        folder = tmp_path / "bare"
+        build_index.main(
+            build_index.Config(dataset=chain.dataset, rqvae=chain.rqvae, output=folder, keep_features=False)
+        )
+    add(folder, new)
+    remove(folder, "red-ring.png")
+    opened = read_gallery(folder)
+    assert opened.features is None
+    assert len(opened) == 53
+    bare = [name for name in VERSION_FILES if name != "features.npy"]
+    assert sorted(path.name for path in (folder / "version-000002").iterdir()) == bare
+
+
+def test_features_of_other_pictures_are_refused(chain: Chain, folder: Path, tmp_path: Path) -> None:
+    path = folder / "version-000000" / "features.npy"
+    write_array(path, np.asarray(read_array(path))[:-1])
+    with pytest.raises(BadInput, match=r"features\.npy has 47 rows for 48 pictures: build the index again$"):
+        read_gallery(folder)
+    features = Path(shutil.copytree(chain.features, tmp_path / "features"))
+    write_array(features / "images.npy", np.asarray(read_array(features / "images.npy"))[:-1])
+    dataset = Path(shutil.copytree(chain.dataset, tmp_path / "dataset"))
+    manifest = read_json(dataset / "manifest.json")
+    manifest["facts"]["features"] = str(features)
+    write_json(dataset / "manifest.json", manifest)
+    with pytest.raises(BadInput, match=r"features of 47 pictures, .*dataset has 48: run scripts/06_generate_codes\.sh"):
+        build_index.main(build_index.Config(dataset=dataset, rqvae=chain.rqvae, output=tmp_path / "index"))
+
+
 def test_replacing_a_picture_frees_its_codes(folder: Path, new: Path) -> None:
     """A picture that takes its own place gets the codes that it had."""
     add(folder, new)
@@ -281,7 +382,8 @@ def rename_all(folder: Path, count: int, seed: int) -> None:
         named = opened.picture(0).image.startswith("[")
         removed = np.arange(len(opened))[:: 2 if named else 1]
         added = [Picture(str(row), f"{row}.png") for row in codes.tolist()]
-        replace_pictures(opened, removed=removed, added=added, codes=codes, source="test")
+        features = told_apart(codes.tolist())
+        replace_pictures(opened, removed=removed, added=added, codes=codes, features=features, source="test")
 
 
 def run_until(step: int, action: Callable[[], None]) -> int:
@@ -503,7 +605,7 @@ def test_stale_inputs_are_refused(chain: Chain, tmp_path: Path) -> None:
         build_index.main(build_index.Config(dataset=dataset, rqvae=chain.rqvae, output=tmp_path / "index"))
 
 
-@pytest.mark.parametrize("name", ["pictures.jsonl", "lines.npy", "codes.npy", "level1_codes.npy"])
+@pytest.mark.parametrize("name", ["pictures.jsonl", "lines.npy", "codes.npy", "level1_codes.npy", "features.npy"])
 def test_damaged_files_are_named(name: str, folder: Path) -> None:
     version = folder / "version-000000"
     (version / name).write_bytes((version / name).read_bytes()[:-2] if name.endswith("jsonl") else b"")
