@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 PRIOR = 5.0  # pictures that every word is taken to have been seen on, with the tokens of an average picture
 LEAST, MOST = -3.0, 4.0  # what a pair's information counts at most; rare pairs would else rule the factors
@@ -42,8 +43,7 @@ def factorise(words: Sequence[set[int]], tokens: NDArray[np.integer], *, size: i
     rows = np.repeat(np.arange(pictures), [len(own) for own in words])
     said = np.array([word for own in words for word in sorted(own)], dtype=np.int64)
     seen, columns = np.unique(said, return_inverse=True)
-    places = torch.from_numpy(np.stack([columns, rows]))
-    meeting = torch.sparse_coo_tensor(places, torch.ones(len(rows)), (len(seen), pictures)) @ on
+    meeting = torch.zeros(len(seen), size).index_add_(0, torch.from_numpy(columns), on[torch.from_numpy(rows)])
     share = on.mean(dim=0)
     spoken = torch.from_numpy(np.bincount(columns, minlength=len(seen))).float()[:, None]
     given_word = (meeting + PRIOR * share) / (spoken + PRIOR)
@@ -52,4 +52,6 @@ def factorise(words: Sequence[set[int]], tokens: NDArray[np.integer], *, size: i
     strengths = values[-rank:].clamp_min(1e-12).sqrt().flip(0)
     right = right[:, -rank:].flip(1)
     left = information.double() @ right / strengths
-    return WordsAndTokens(seen, (left * strengths.sqrt()).float(), (right * strengths.sqrt()).float())
+    padding = (0, rank - len(strengths))  # there are no more directions than tokens
+    word_vectors, token_vectors = (functional.pad(part * strengths.sqrt(), padding).float() for part in (left, right))
+    return WordsAndTokens(seen, word_vectors, token_vectors)

@@ -87,9 +87,11 @@ class PatchTokenizer(nn.Module):
         """Find the main directions and the codebooks of patches' features (patches, features).
 
         Raises:
-            BadInput: there are fewer patches than codes.
+            BadInput: there are fewer patches than codes, or fewer features than directions.
         """
         config = self.config
+        if patches.shape[1] < config.width:
+            raise BadInput(f"--patch-width {config.width}: the image tower's features are {patches.shape[1]} wide")
         if len(patches) < max(config.codebook_size, config.width):
             raise BadInput(
                 f"{len(patches)} patches are too few for {config.codebook_size} codes of width {config.width}: lower "

@@ -1,6 +1,6 @@
 """What every pretrained Hugging Face model goes through here: loaded whole or not at all, and given new tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,19 @@ def cannot_load(name: str, error: Exception) -> BadInput:
     return BadInput(f"--language-model {name} cannot be loaded: {str(error).splitlines()[0]}")
 
 
-def merged(loader: Any, folder: Path, tokens: int) -> Any:
-    """The model that a peft folder adapts, with the adapters merged into its weights."""
+def merged(
+    loader: Any, folder: Path, tokens: int, *, options: Callable[[str], dict[str, Any]] = lambda name: {}
+) -> Any:
+    """The model that a peft folder adapts, with the adapters merged into its weights.
+
+    Args:
+        options: of `loader.from_pretrained`, by the model's name.
+    """
     from peft import PeftModel
 
     name = read_json(folder / ADAPTER_NAME)["base_model_name_or_path"]
     try:
-        model = load_whole(loader, name, dtype="auto")
+        model = load_whole(loader, name, dtype="auto", **options(name))
     except LOADING_ERRORS as error:
         raise BadInput(
             f"{folder} adapts {name}, which cannot be loaded: {str(error).splitlines()[0]}; if it has moved, correct "

@@ -219,8 +219,9 @@ class Scorer(nn.Module):
         self.tokenizer.save_pretrained(folder)
         with replacing(folder / HEAD_NAME) as temporary:
             save_file({name: value.detach().cpu() for name, value in self.head.state_dict().items()}, temporary)
-        facts = {"images": self.images._asdict(), "first_image": self.first_image}
-        write_json(folder / SCORER_NAME, {**facts, "max_query": self.max_query, "compat": self.compat})
+        facts = {"images": self.images._asdict(), "first_image": self.first_image, "max_query": self.max_query}
+        layers = self.model.config.num_hidden_layers
+        write_json(folder / SCORER_NAME, {**facts, "compat": self.compat, "layers": layers})
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "Scorer":
@@ -230,9 +231,10 @@ class Scorer(nn.Module):
             BadInput: the model that adapters belong to cannot be loaded.
         """
         facts = read_json(folder / SCORER_NAME)
+        layers = facts.pop("layers", None)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if (folder / ADAPTER_NAME).is_file():
-            model = merged(AutoModel, folder, len(tokenizer))
+            model = merged(AutoModel, folder, len(tokenizer), options=lambda name: _causal(name, layers))
         else:
             model = AutoModel.from_pretrained(folder, **_without_pooler(AutoConfig.from_pretrained(folder)))
         weights = load_file(folder / HEAD_NAME)
@@ -323,11 +325,7 @@ def build_scorer(
         BadInput: the model cannot be loaded, does not read from left to right, or has other image tokens.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type in READ_BOTH_WAYS:
-            config.is_decoder = True
-        config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
-        model = load_whole(AutoModel, name, config=config, dtype=dtype, **_without_pooler(config))
+        model = load_whole(AutoModel, name, dtype=dtype, **_causal(name, layers))
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name)
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
@@ -409,6 +407,15 @@ def _main_directions(vectors: Tensor, width: int) -> Tensor:
     return centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -width:].flip(1)
 
 
+def _causal(name: str, layers: int | None) -> dict[str, Any]:
+    """How a pretrained model is loaded: its first so many layers, and from left to right where it can do either."""
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type in READ_BOTH_WAYS:
+        config.is_decoder = True
+    config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
+    return {"config": config, **_without_pooler(config)}
+
+
 def _without_pooler(config: Any) -> dict[str, Any]:
     """BERTs come with a layer for whole texts that nothing here reads."""
     return {"add_pooling_layer": False} if config.model_type in READ_BOTH_WAYS else {}
@@ -426,7 +433,8 @@ def _image_tokens(
         tokenizer.add_tokens(marks)
         known = tokenizer.get_vocab()
     first = known[names[0]]
-    if known.get(names[-1]) != first + images.size - 1 or OPEN_IMAGE not in known or CLOSE_IMAGE not in known:
+    more = IMAGE_TOKEN.format(images.size) in known
+    if more or known.get(names[-1]) != first + images.size - 1 or not {OPEN_IMAGE, CLOSE_IMAGE} <= known.keys():
         raise BadInput(
             f"the tokenizer of {name} has other image tokens than {names[0]} to {names[-1]}, {OPEN_IMAGE} and "
             f"{CLOSE_IMAGE}: give the pictures the tokens it was made for, or another --language-model"
@@ -435,8 +443,13 @@ def _image_tokens(
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if new:
         table = model.get_input_embeddings().weight
-        words = table[: first - 1].float()
+        words = table[: first - 1].detach().float()
         rows = np.random.default_rng(0).normal(size=(images.size, table.shape[1])).astype(np.float32)
+        if starts is not None and starts.shape[1] > table.shape[1]:
+            raise BadInput(
+                f"the image tokens' codebook is {starts.shape[1]} wide, {name} is {table.shape[1]}: make the tokens "
+                f"with --patch-width {table.shape[1]} (scripts/15_convert_voken_to_seed.sh)"
+            )
         if starts is not None:
             rows = widened(starts - starts.mean(axis=0), table.shape[1], name)
         centre, spread = words.mean(dim=0).numpy(force=True), float(words.std(dim=0).mean())
@@ -454,7 +467,10 @@ def refuse_both_ways(name: str, model: Any) -> None:
     model.eval()
     ids = torch.arange(10, 16).expand(2, -1).clone() % model.get_input_embeddings().num_embeddings
     ids[1, -1] += 1
-    states = model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].float()
+    try:
+        states = model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].float()
+    except (TypeError, ValueError):  # it wants a decoder's input too
+        states = torch.tensor([0.0, 1.0])
     if not torch.allclose(states[0], states[1], rtol=1e-2, atol=1e-3):
         raise BadInput(f"--language-model {name} does not read from left to right: give a causal model")
 

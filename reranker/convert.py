@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from models.clip import Pictures
@@ -125,6 +126,8 @@ def patch_tokenizer(config: Config, run: runs.Run, captions: CaptionSet, device:
         )
         tokenizer.to_precision(pick_dtype(config.precision, device)).to(device)
         files = [record.file for record in captions.records if record.split == "train"]
+        if not files:
+            raise BadInput(f"{config.captions} has no train pictures, which tokens of patches are fitted on")
         order = np.random.default_rng(config.seed).permutation(len(files))[: config.fit_pictures]
         loader = loading([files[place] for place in order], tokenizer, captions, config)
         patches = torch.cat([tokenizer.patches(pixels).flatten(0, 1).cpu() for pixels in progress(loader, "fitting")])
@@ -141,8 +144,10 @@ def loading(files: list[str], tokenizer: SeedTokenizer | PatchTokenizer, caption
     return DataLoader(pictures, batch_size=config.batch_size, num_workers=config.workers)
 
 
-def encode(run: runs.Run, tokenizer: SeedTokenizer | PatchTokenizer, captions: CaptionSet, config: Config) -> None:
-    """Write tokens.npy."""
+def encode(
+    run: runs.Run, tokenizer: SeedTokenizer | PatchTokenizer, captions: CaptionSet, config: Config
+) -> NDArray[np.int32]:
+    """Write tokens.npy; what it holds, in every process."""
     files = [record.file for record in captions.records]
     batches = [files[start : start + config.batch_size] for start in range(0, len(files), config.batch_size)]
     work = Blocks(run.resume_folder / "tokens", len(batches))
@@ -151,10 +156,11 @@ def encode(run: runs.Run, tokenizer: SeedTokenizer | PatchTokenizer, captions: C
         batches_left = loading(left, tokenizer, captions, config)  # cut as the blocks are: only the last may be short
         for number, pixels in zip(work.left, progress(batches_left, "encoding"), strict=True):
             write_array(work.path(number), tokenizer.encode(pixels).cpu().numpy().astype(np.int32))
-    blocks = work.gather()
+    tokens: NDArray[np.int32] = np.concatenate([read_array(block) for block in work.gather()])
     if processes.is_main():
-        write_array(run.folder / TOKENS, np.concatenate([read_array(block) for block in blocks]))
+        write_array(run.folder / TOKENS, tokens)
         write_array(run.folder / CODEBOOK, tokenizer.codebook.detach().float().cpu().numpy())
+    return tokens
 
 
 def main(config: Config) -> None:
@@ -168,8 +174,7 @@ def main(config: Config) -> None:
     else:
         tokenizer = patch_tokenizer(config, run, captions, device)
     tokenizer.to_precision(pick_dtype(config.precision, device)).to(device)
-    encode(run, tokenizer, captions, config)
-    tokens = read_array(run.folder / TOKENS)
+    tokens = encode(run, tokenizer, captions, config)
     used, distinct = len(np.unique(tokens)), len(np.unique(tokens, axis=0))
     run.finish(
         facts={

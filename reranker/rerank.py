@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from models.compute import autocast
 from models.scorer import OpenedPictures, Scorer
 from tools.blocks import Blocks
+from tools.errors import BadInput
 from tools.files import read_array, write_array
 from tools.logs import progress
 from tools.ranked import RankedLists
@@ -41,18 +42,23 @@ def score_lists(
         memory: GiB for pictures' keys and values; what does not fit is computed again.
         blocks_folder: share the batches with the other processes, in blocks below this folder that a killed run keeps:
             a folder of its own for each call. Without it each process scores everything.
+
+    Raises:
+        BadInput: a score is no number.
     """
     scorer.eval()
     with autocast(scorer.device, dtype):
         scoring = _Scoring(scorer, tokens, lists, pairs=pairs, memory=memory)
         batches = scoring.batches()
         if blocks_folder is None:
-            found = [scoring.score(batch) for batch in (batches if quiet else progress(batches, "scoring"))]
+            found: Iterator[Scores] = map(scoring.score, batches if quiet else progress(batches, "scoring"))
         else:
             found = _score_blocks(scoring, batches, blocks_folder, quiet=quiet)
-    scores = np.full(lists.rows.shape, -np.inf, dtype=np.float32)
-    for batch, own in zip(batches, found, strict=True):
-        scores[batch] = own
+        scores = np.full(lists.rows.shape, -np.inf, dtype=np.float32)
+        for batch, own in zip(batches, found, strict=True):
+            scores[batch] = own
+    if not np.isfinite(scores[lists.present]).all():  # no order follows from them, but ranks would all be the first
+        raise BadInput("the reranker's scores are not numbers: train it at a lower --lr, or use another --precision")
     return scores
 
 

@@ -89,7 +89,7 @@ class Case(NamedTuple):
     scores: dict[str, Scores]
     """Name -> (queries, longest)"""
     speed: float | None
-    """Queries a second of the reranker."""
+    """Queries a second of the reranker, where it was measured."""
 
     @property
     def name(self) -> str:
@@ -121,8 +121,9 @@ class Reranking:
         self.device = pick_device(config.device)
         self.scorer = Scorer.from_pretrained(config.reranker / "model").to(self.device)
 
-    def score(self, lists: RankedLists, blocks_folder: Path) -> tuple[Scores, float]:
-        """Scores (queries, longest), and queries a second."""
+    def score(self, lists: RankedLists, blocks_folder: Path) -> tuple[Scores, float | None]:
+        """Scores (queries, longest), and queries a second; None where a killed run has left scores."""
+        resumed = processes.share(processes.is_main() and any(blocks_folder.glob("*.npy")))
         began = time.monotonic()
         scores = score_lists(
             self.scorer,
@@ -133,7 +134,7 @@ class Reranking:
             memory=self.config.memory,
             blocks_folder=blocks_folder,
         )
-        return scores, len(lists.texts) / (time.monotonic() - began)
+        return scores, None if resumed else len(lists.texts) / (time.monotonic() - began)
 
 
 def read_case(
@@ -238,9 +239,9 @@ def save(run: runs.Run, cases: list[Case], chosen: dict[str, Choice]) -> None:
         for name, choice in chosen.items():
             total = interpolated(case.lists.scores, case.scores, choice.weights)
             order = np.argsort(-total, axis=1, kind="stable")
-            rows, scores = (np.take_along_axis(each, order, axis=1) for each in (case.lists.rows, total))
-            path = run.folder / f"{case.name}.{name}.jsonl"
-            write_lists(path, case.lists._replace(rows=rows, scores=scores.astype(np.float32)))
+            rows = np.take_along_axis(case.lists.rows, order, axis=1)
+            scores = np.take_along_axis(total, order, axis=1).astype(np.float32)
+            write_lists(run.folder / f"{case.name}.{name}.jsonl", case.lists._replace(rows=rows, scores=scores))
 
 
 def main(config: Config) -> None:

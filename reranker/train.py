@@ -12,6 +12,7 @@ each epoch.
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,8 +71,8 @@ class Config:
     easing: float = 0.0
     """Share of the training over which the negatives go from all random to --random-negatives; published: 0."""
     by_picture: bool = False
-    """A batch holds all captions of a picture, which share their negatives: pictures are read once for several
-    queries. Published: no."""
+    """A batch holds all captions of a picture, those without a list of their own too, which share negatives from the
+    picture's lists: pictures are read once for several queries. Published: no."""
     spare_same_words: bool = True
     """A picture that a train caption of the very same words belongs to is no negative; published: it is one."""
     lora_rank: int = 16
@@ -88,6 +89,8 @@ class Config:
     """Compute activations twice instead of keeping them: less memory, a third more time."""
     epochs: int = 3
     """Passes over the train queries."""
+    queries_per_epoch: int | None = None
+    """Train queries of an epoch, drawn anew each time; by default all."""
     batch_size: int = 16
     """Groups a forward pass, of all processes together."""
     accumulate: int = 1
@@ -118,11 +121,18 @@ class Config:
     """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
-        counts = (self.epochs, self.batch_size, self.accumulate, self.validate_every, self.validate_queries)
-        if min(*counts, self.top_k, self.negatives, self.max_query, self.max_length) < 1:
+        counts: tuple[int, ...] = (
+            self.epochs,
+            self.batch_size,
+            self.accumulate,
+            self.validate_every,
+            self.validate_queries,
+        )
+        counts += (self.top_k, self.negatives, self.max_query, self.max_length, self.queries_per_epoch or 1)
+        if min(counts) < 1 or self.queries_per_epoch == 0:
             raise BadInput(
-                "--epochs, --batch-size, --accumulate, --validate-every, --validate-queries, --top-k, --negatives, "
-                "--max-query and --max-length must be at least 1"
+                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --validate-every, --validate-queries, "
+                "--top-k, --negatives, --max-query and --max-length must be at least 1"
             )
         if not 0 <= self.random_negatives <= self.negatives:
             raise BadInput(f"--random-negatives must be between 0 and the {self.negatives} --negatives")
@@ -130,6 +140,10 @@ class Config:
             raise BadInput("--easing must be in [0, 1] and --lora-dropout in [0, 1)")
         if min(self.lora_rank, self.new_layers, self.seed) < 0 or self.lora_alpha <= 0:
             raise BadInput("--lora-rank, --new-layers and --seed must be at least 0, --lora-alpha above 0")
+        if min(self.new_width, self.new_heads) < 1 or (self.layers is not None and self.layers < 1):
+            raise BadInput("--layers, --new-width and --new-heads must be at least 1")
+        if self.new_layers and self.tokenizer:
+            raise BadInput("--new-layers takes the tokenizer of --language-model: leave --tokenizer out")
         if self.new_layers and self.layers:
             raise BadInput("--new-layers makes a model from nothing, --layers cuts a trained one: give one of the two")
         check_batch_size(self.batch_size)
@@ -141,6 +155,16 @@ class Config:
         return Lora(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets, self.lora_whole)
 
 
+class TrainQueries(NamedTuple):
+    """What is trained on."""
+
+    texts: list[str]
+    pictures: NDArray[np.int64]
+    """(queries,) row of the right picture"""
+    listed: list[NDArray[np.int64]]
+    """For each query the pictures that negatives are drawn from."""
+
+
 class Training(TrainingLoop):
     """The training of a reranker."""
 
@@ -149,7 +173,7 @@ class Training(TrainingLoop):
     def __init__(self, config: Config, lists: Lists, pictures: PictureTokens, run: runs.Run, scorer: Scorer) -> None:
         super().__init__(config, run, scorer)
         self.scorer, self.tokens = scorer, pictures.tokens
-        self.train = lists.read("train", "train")
+        self.train = train_queries(lists, pictures, by_picture=config.by_picture)
         val = lists.read("val", "val").first(config.top_k)
         order = np.random.default_rng(config.seed).permutation(len(val.texts))
         self.val = val.some(np.sort(order[: config.validate_queries]))
@@ -165,9 +189,10 @@ class Training(TrainingLoop):
         generator = np.random.default_rng([self.config.seed, epoch])
         size = self.config.batch_size
         if not self.config.by_picture:
-            return bucketed_batches(self.lengths, size, generator)
+            drawn = np.sort(generator.permutation(len(self.lengths))[: self.config.queries_per_epoch])
+            return [drawn[batch] for batch in bucketed_batches(self.lengths[drawn], size, generator)]
         place = generator.permutation(self.train.pictures.max() + 1)[self.train.pictures]
-        order = np.argsort(place, kind="stable")
+        order = np.argsort(place, kind="stable")[: self.config.queries_per_epoch]
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def loss(self, part: Part) -> Tensor:
@@ -207,8 +232,8 @@ class Training(TrainingLoop):
         right = set(self.train.pictures[queries].tolist())
         for query in queries:
             right |= self.spared.get(self.train.texts[query], set())
-        listed = np.unique(self.train.rows[queries])
-        hard = listed[~np.isin(listed, [NO_PICTURE, *right])]
+        listed = np.unique(np.concatenate([self.train.listed[query] for query in queries]))
+        hard = listed[~np.isin(listed, list(right))]
         hard = generator.permutation(hard)[: self.config.negatives - random]
         others = self.pool[~np.isin(self.pool, [*right, *hard.tolist()])]
         left = self.config.negatives - len(hard)
@@ -238,6 +263,21 @@ def listwise_loss(scores: Tensor) -> Tensor:
     return -scores.log_softmax(dim=1)[:, 0].mean()
 
 
+def train_queries(lists: Lists, pictures: PictureTokens, *, by_picture: bool) -> TrainQueries:
+    """The captions that have a list; or, by picture, all captions of their pictures, each with the picture's lists."""
+    ranked = lists.read("train", "train")
+    own = [row[row != NO_PICTURE] for row in ranked.rows]
+    if not by_picture:
+        return TrainQueries(ranked.texts, ranked.pictures, own)
+    of_picture = defaultdict(list)
+    for picture, row in zip(ranked.pictures.tolist(), own, strict=True):
+        of_picture[picture].append(row)
+    merged = {picture: np.unique(np.concatenate(rows)) for picture, rows in of_picture.items()}
+    each = [(text, picture) for picture in merged for text in pictures.records[picture].captions]
+    owners = np.array([picture for _, picture in each], dtype=np.int64)
+    return TrainQueries([text for text, _ in each], owners, [merged[picture] for picture in owners.tolist()])
+
+
 def spared_pictures(pictures: PictureTokens) -> dict[str, set[int]]:
     """For each text that train captions have the pictures it stands under."""
     under: dict[str, set[int]] = defaultdict(set)
@@ -250,6 +290,14 @@ def spared_pictures(pictures: PictureTokens) -> dict[str, set[int]]:
 
 def build_model(config: Config, pictures: PictureTokens) -> Scorer:
     """The untrained reranker."""
+    scorer = build_untrained(config, pictures)
+    if config.gradient_checkpointing:
+        scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return scorer
+
+
+def build_untrained(config: Config, pictures: PictureTokens) -> Scorer:
+    """A new model, or a trained one with a new head."""
     compat = config.max_length if config.compat else None
     if config.new_layers:
         train = [row for row, record in enumerate(pictures.records) if record.split == "train"]
@@ -264,7 +312,7 @@ def build_model(config: Config, pictures: PictureTokens) -> Scorer:
             max_query=config.max_query,
             compat=compat,
         )
-    scorer = build_scorer(
+    return build_scorer(
         config.language_model,
         images=pictures.images,
         starts=np.array(pictures.codebook),
@@ -275,9 +323,6 @@ def build_model(config: Config, pictures: PictureTokens) -> Scorer:
         dtype=pick_dtype(config.precision, pick_device(config.device)) if config.lora else torch.float32,
         lora=config.lora,
     )
-    if config.gradient_checkpointing:
-        scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return scorer
 
 
 def main(config: Config) -> None:

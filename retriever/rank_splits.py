@@ -24,7 +24,7 @@ from tools.commands import run_command
 from tools.errors import BadInput
 from tools.ranked import NO_PICTURE, RankedLists, padded, write_lists
 
-from .data import Queries, RetrieverData, read_data, read_retriever
+from .data import UNKNOWN, Queries, RetrieverData, read_data, read_retriever
 from .queries import LiveQueries
 from .retrieve import Pool, check_scoring, queries_per_second, search_queries
 
@@ -45,8 +45,8 @@ class Config:
     """Beams, and pictures kept, for the train captions."""
     beams: int = 50
     """The same for those of val and test."""
-    train_queries: int | None = None
-    """Train captions that are ranked, drawn at random; by default all, 0 for none."""
+    train_per_picture: int | None = None
+    """Captions of each train picture that are ranked, drawn at random; by default all, 0 for none."""
     scoring: Scoring = "full"
     """Softmax over the whole vocabulary (published), or over the vokens of each level, which is faster."""
     score_end: bool = False
@@ -65,13 +65,15 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.train_beams, self.beams, self.batch_size) < 1 or not self.pools:
             raise BadInput("--train-beams, --beams, --batch-size and the number of --pools must be at least 1")
-        if self.seed < 0 or (self.train_queries is not None and self.train_queries < 0):
-            raise BadInput("--seed and --train-queries must be at least 0")
+        if self.seed < 0 or (self.train_per_picture is not None and self.train_per_picture < 0):
+            raise BadInput("--seed and --train-per-picture must be at least 0")
+        if outside := set(self.pools) - {"test", "all"}:
+            raise BadInput(f"--pools {outside.pop()} has no picture of the test captions: choose of test and all")
         check_scoring(self.scoring, self.score_end)
 
     def searches(self) -> list[tuple[Split, Pool]]:
         """Which split's captions are ranked over which pool."""
-        train: list[tuple[Split, Pool]] = [] if self.train_queries == 0 else [("train", "train")]
+        train: list[tuple[Split, Pool]] = [] if self.train_per_picture == 0 else [("train", "train")]
         return [*train, ("val", "val"), *(("test", pool) for pool in self.pools)]
 
 
@@ -80,10 +82,15 @@ def queries_of(data: RetrieverData, split: Split, config: Config) -> Queries:
     queries = data.queries(split)
     if not queries.texts:
         raise BadInput(f"{config.dataset} has no {split} captions: a reranker needs all three splits")
-    if split != "train" or config.train_queries is None:
+    if (queries.captions == UNKNOWN).any():
+        raise BadInput(f"{config.dataset} is of an earlier version: run scripts/07_prepare_retriever_dataset.sh again")
+    if split != "train" or config.train_per_picture is None:
         return queries
-    order = np.random.default_rng(config.seed).permutation(len(queries.texts))
-    chosen = np.sort(order[: config.train_queries])
+    shuffled = np.random.default_rng(config.seed).permutation(len(queries.texts))
+    by_picture = shuffled[np.argsort(queries.pictures[shuffled], kind="stable")]
+    pictures = queries.pictures[by_picture]
+    number = np.arange(len(pictures)) - np.searchsorted(pictures, pictures)  # of a caption among its picture's
+    chosen = np.sort(by_picture[number < config.train_per_picture])
     return Queries([queries.texts[place] for place in chosen], queries.pictures[chosen], queries.captions[chosen])
 
 

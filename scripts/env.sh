@@ -4,7 +4,8 @@
 #   SYSTEM        which retriever: retriever (stage 1 on captions alone, inductive; the default), retriever+pseudo
 #                 (stage 1 on pseudo queries too, transductive), retriever+stage2 (stage 2 behind that, transductive),
 #                 inductive+stage2 (stage 2 behind the first); llama, llama+pseudo; best: what the dataset's file names
-#   ABLATION      a name for stages 05 to 07 and 09 to 13 with other flags, which then write to a folder of that name
+#   ABLATION      a name for stages 05 to 07, 09 to 13 and 15 to 18 with other flags, which then write to a folder of
+#                 that name
 #   LAUNCH        how many processes: "accelerate launch --num_processes 8" (docs/scale.md)
 #   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
 set -euo pipefail
@@ -66,6 +67,9 @@ case "${LAUNCH:-}" in *zero*)
     ;;
 esac
 
+# Every step frees and asks for the same large blocks of memory; glibc would return them, and the kernel clear them again.
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
+
 python() { # a finished command is recognised without loading its libraries
     command python -m tools.finished "$@" || command ${LAUNCH:-python} "$@"
 }
@@ -91,6 +95,7 @@ if [ -n "${ABLATION:-}" ]; then # stages from the tokenizer on write into a fold
     SUMMARY="$RETRIEVER/ablations/summary.json"
     RETRIEVER="$RETRIEVER/ablations/$ABLATION"
     RQVAE="$RETRIEVER/05_train_rqvae" CODES="$RETRIEVER/06_generate_codes"
+    RERANKER="$RERANKER/ablations/$ABLATION"
 fi
 
 SYSTEM="${SYSTEM:-retriever}"
@@ -107,7 +112,7 @@ esac
 LISTS="$RERANKER/16_lists/$SYSTEM"
 RERANKER_SYSTEM="${RERANKER_SYSTEM:-$SYSTEM}" # whose lists train the reranker
 RERANKER_MODEL="${RERANKER_MODEL:-$RERANKER/17_train/$RERANKER_SYSTEM}"
-if [ "$RERANKER_SYSTEM" != "$SYSTEM" ]; then RANK+=(--train-queries 0); fi
+if [ "$RERANKER_SYSTEM" != "$SYSTEM" ]; then RANK+=(--train-per-picture 0); fi
 STAGE1="$RETRIEVER/09_train/retriever${PSEUDO:++pseudo}"
 STAGE2="$RETRIEVER/10_stage2/$SYSTEM"
 FINETUNED="$RETRIEVER/11_llama/$SYSTEM"

@@ -76,6 +76,10 @@ def read_lists(path: Path) -> RankedLists:
     for number, line in read_json_lines(path):
         if missing := [key for key in ("query", "caption", "picture", "ranked", "scores") if key not in line]:
             raise BadInput(f"{path}, line {number}: no {missing[0]!r} in it: {MADE_BY}")
+        if len(line["ranked"]) != len(line["scores"]):
+            raise BadInput(
+                f"{path}, line {number}: {len(line['ranked'])} pictures, {len(line['scores'])} scores: {MADE_BY}"
+            )
         lines.append(line)
     if not lines:
         raise BadInput(f"{path} has no ranked lists: {MADE_BY}")
@@ -104,8 +108,7 @@ def reordered_ranks(lists: RankedLists, scores: NDArray[np.floating]) -> Ranks:
     """
     hits = lists.rows == lists.pictures[:, None]
     own = np.where(hits, scores, -np.inf).max(axis=1, initial=-np.inf)[:, None]
-    place = np.where(hits.any(axis=1), hits.argmax(axis=1), 0)[:, None]
-    earlier = np.arange(lists.rows.shape[1]) < place
+    earlier = hits.cumsum(axis=1) == 0  # in the list than the picture
     ahead = lists.present & ((scores > own) | ((scores == own) & earlier))
     ranks: Ranks = np.where(hits.any(axis=1), ahead.sum(axis=1) + 1, NOT_FOUND)
     return ranks

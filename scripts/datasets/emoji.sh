@@ -66,7 +66,8 @@ TRAIN_RETRIEVER=(
     --language-model "$TEXT_ENCODER"
     --decoder-layers 2
     --decoder-heads 8
-    --epochs 6
+    --epochs 5
+    --queries-per-epoch 49920 # all captions; of these and the pseudo queries four in five
     --batch-size 256
     --lr 1e-3
     --weight-decay 0.05
@@ -75,22 +76,21 @@ TRAIN_RETRIEVER=(
     --label-temperature 0.03
     --no-train-end
     --beams 10
-    --validate-every 1
+    --validate-every 2
     --validate-queries 1000
 )
 TRAIN_STAGE2=(
-    --epochs 2
+    --epochs 1
     --queries-per-epoch 16384
     --batch-size 128
-    --lr 5e-4
+    --lr 3e-4
     --weight-decay 0.05
     --negatives 9
-    --discriminative-weight 1.0
+    --discriminative-weight 0.5
     --temperature 1.0
     --label-temperature 0.03
     --no-train-end
     --beams 10
-    --validate-every 2
     --validate-queries 2500
 )
 # LLAMA names a causal model on disk, or, with HF_HUB_OFFLINE=0, on the Hugging Face Hub.
@@ -127,10 +127,10 @@ CONVERT=(
     --fit-pictures 2048
 )
 RANK=(
-    --pools test all
+    --pools test
     --train-beams 30
     --beams 50
-    --train-queries 16384
+    --train-per-picture 1
 )
 TRAIN_RERANKER=(
     --language-model "$TEXT_ENCODER"
@@ -141,7 +141,8 @@ TRAIN_RERANKER=(
     --random-negatives 1
     --easing 0.7
     --by-picture
-    --epochs 2
+    --epochs 1
+    --queries-per-epoch 24000
     --batch-size 40
     --lr 2e-3
     --weight-decay 0.05
@@ -150,4 +151,5 @@ TRAIN_RERANKER=(
 )
 TEST_RERANKER=(
     --top-k 50
+    --pairs 512
 )
