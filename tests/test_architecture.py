@@ -24,6 +24,10 @@ PUBLISHED_NAMES = (
     "scripts/train_retriever_t5.sh",
     "scripts/train_retriever_t5_stage2.sh",
     "scripts/finetune_retriever_llama.sh",
+    "scripts/convert_voken_to_seed.sh",
+    "scripts/prepare_reranker_dataset.sh",
+    "scripts/finetune_reranker_llama.sh",
+    "scripts/test_reranker_llama.sh",
 )
 NUMBERED = sorted((ROOT / "scripts").glob("[0-9][0-9]_*.sh"))
 

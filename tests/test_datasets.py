@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import tyro
 
-from models.voken_lm import Lora
-from retriever import generate_pseudo_query, retrieve, train, train_stage2
+from models import voken_lm
+from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora
+from reranker import convert
+from reranker import test as test_reranker
+from reranker import train as train_reranker
+from retriever import generate_pseudo_query, rank_splits, retrieve, train, train_stage2
 from tests.tiny import assemble_clip, generate_codes, prepare_emb, rqvae_train, train_heads
 from tools import fetch_emoji, prepare_captions
 
@@ -27,6 +31,10 @@ REQUIRED: dict[str, tuple[type[Any], list[str]]] = {
     "TRAIN_STAGE2": (train_stage2.Config, ["--dataset", "x", "--stage1", "x"]),
     "FINETUNE_LLAMA": (train.Config, ["--dataset", "x"]),
     "RETRIEVE": (retrieve.Config, ["--dataset", "x", "--retriever", "x"]),
+    "CONVERT": (convert.Config, ["--captions", "x"]),
+    "RANK": (rank_splits.Config, ["--dataset", "x", "--retriever", "x"]),
+    "TRAIN_RERANKER": (train_reranker.Config, ["--lists", "x", "--tokens", "x"]),
+    "TEST_RERANKER": (test_reranker.Config, ["--lists", "x", "--summary", "x", "--name", "x"]),
 }
 
 
@@ -84,8 +92,24 @@ def test_the_faithful_recipe_is_the_published_one() -> None:
     assert (stage2.epochs, stage2.lr, stage2.spare_same_words, stage2.mix) == (5, 1e-4, False, ())
     llama = tyro.cli(train.Config, args=["--dataset", "x", "--output", "y", *flags["FINETUNE_LLAMA"]])
     assert (llama.kind, llama.epochs, llama.lr, llama.batch_size, llama.accumulate) == ("causal", 10, 3e-4, 1, 16)
-    assert llama.lora == Lora(8, 16.0, 0.1, ())
+    assert llama.lora == voken_lm.Lora(8, 16.0, 0.1, ())
     assert (llama.temperature, llama.label_temperature) == (1.0, 0.0)
+
+
+def test_the_faithful_reranker_is_the_published_one() -> None:
+    flags = {array: settings("flickr30k", array, RECIPE="faithful") for array in ("TRAIN_RERANKER", "RANK", "CONVERT")}
+    model = tyro.cli(
+        train_reranker.Config, args=["--lists", "x", "--tokens", "x", "--output", "y", *flags["TRAIN_RERANKER"]]
+    )
+    assert model.lora == Lora(16, 32.0, 0.05, LORA_TARGETS, TRAINED_WHOLE)
+    assert (model.language_model, model.lr, model.epochs) == ("AILab-CVC/seed-llama-8b-sft", 3e-5, 3)
+    assert (model.batch_size, model.accumulate, model.weight_decay, model.warmup) == (1, 16, 0.0, 0.1)
+    assert (model.negatives, model.random_negatives, model.easing, model.by_picture) == (7, 0, 0.0, False)
+    assert (model.compat, model.max_length, model.spare_same_words, model.top_k) == (True, 64, False, 50)
+    lists = tyro.cli(rank_splits.Config, args=["--dataset", "x", "--retriever", "x", "--output", "y", *flags["RANK"]])
+    assert (lists.train_beams, lists.beams, lists.score_end, lists.train_per_picture) == (100, 50, True, None)
+    tokens = tyro.cli(convert.Config, args=["--captions", "x", "--output", "y", *flags["CONVERT"]])
+    assert (tokens.tokenizer, tokens.interpolation) == ("seed", "bilinear")
 
 
 def test_an_unknown_dataset_is_one_clear_line() -> None:
@@ -191,5 +215,10 @@ def test_stages_are_scripts_in_an_order_that_works(dataset: str) -> None:
             assert ("12_retrieve", system) in done
         if script == "10_train_retriever_t5_stage2":
             assert ("09_train_retriever_t5", system.replace("+stage2", "+pseudo")) in done
+        if script in ("17_finetune_reranker_llama", "18_test_reranker_llama"):
+            assert {("16_prepare_reranker_dataset", system), ("15_convert_voken_to_seed", "retriever")} <= done
+        if script == "18_test_reranker_llama":
+            (trained_on,) = variables(system, "RERANKER_SYSTEM", DATASET=dataset)
+            assert ("17_finetune_reranker_llama", trained_on) in done
         done.add((script, system))
-    assert ("13_test_retriever", "retriever+stage2") in done
+    assert {("13_test_retriever", "retriever+stage2"), ("18_test_reranker_llama", "retriever+stage2")} <= done

@@ -1,7 +1,7 @@
 # A folder of your own pictures, without captions, searched with the models trained on the emoji sample:
 #   export DATASET=folder PICTURES=~/photos
 #   bash scripts/quickstart.sh && bash scripts/search.sh "a red car"
-# For models trained on better data, point the four paths below at them.
+# For models trained on better data, point the paths below at them.
 IMAGES="${PICTURES:?set PICTURES to your folder of pictures}"
 DATA=RQ-VAE/data/folder
 TOKENIZER=RQ-VAE/output/folder
@@ -14,4 +14,6 @@ CLIP=(--model RQ-VAE/output/emoji/04_train_heads/clip)
 FEATURES=$TOKENIZER/03_prepare_emb
 RQVAE=RQ-VAE/output/emoji/05_train_rqvae
 TRAINED=retriever/output/emoji/10_stage2/retriever+stage2
+BEST=retriever+stage2
+RERANKER=reranker/output/emoji # where search.sh finds the share of the features
 GENERATE_CODES=()
