@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from models.compute import DTYPES, autocast, pick_device
 from models.scorer import CLOSE_IMAGE, OPEN_IMAGE, START_SPREAD, ImageTokens, Scorer, scoring_head
-from reranker.rerank import Scores, score_lists
+from reranker.rerank import CPU_PAIRS, GPU_PAIRS, Scores, score_lists
 from tools.commands import run_command
 from tools.files import write_json
 from tools.logs import table
@@ -36,7 +36,6 @@ from .timing import Timing, interleave, machine
 
 PADDED_LENGTH = 64  # tokens of a prompt, published
 CANDIDATES = 50  # pictures of a list
-PAIRS, FEW_PAIRS = 2048, 100  # scored at once: the default, and what a CPU's caches hold
 QUERY_TOKENS = (5, 20)
 IMAGES = ImageTokens(length=32, size=2048)
 PROMPT_WORDS = ("<pad>", "</s>", "<unk>", "<s>", "USER", "Image", "Query", "ASSISTANT", ":")
@@ -208,8 +207,8 @@ METHODS: dict[System, Method] = {
     "one by one, padded": partial(score_padded, at_once=1),
     "list at once, padded": partial(score_padded, at_once=CANDIDATES),
     "list at once, trimmed": score_trimmed,
-    "pictures shared, 2048 pairs": partial(score_lists, pairs=PAIRS, quiet=True),
-    "pictures shared, 100 pairs": partial(score_lists, pairs=FEW_PAIRS, quiet=True),
+    "pictures shared, 2048 pairs": partial(score_lists, pairs=GPU_PAIRS, quiet=True),
+    "pictures shared, 100 pairs": partial(score_lists, pairs=CPU_PAIRS, quiet=True),
 }
 BASELINE: System = "one by one, padded"
 SHARED: tuple[System, ...] = ("pictures shared, 2048 pairs", "pictures shared, 100 pairs")

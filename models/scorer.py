@@ -443,7 +443,7 @@ def _image_tokens(
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if new:
         table = model.get_input_embeddings().weight
-        words = table[: first - 1].detach().float()
+        words = table[:first].detach().float()
         rows = np.random.default_rng(0).normal(size=(images.size, table.shape[1])).astype(np.float32)
         if starts is not None and starts.shape[1] > table.shape[1]:
             raise BadInput(

@@ -59,8 +59,8 @@ class Config:
     """Reorder by the stored features too."""
     top_k: int = 50
     """Pictures of each list that are reordered; the others go."""
-    pairs: int = 2048
-    """Of a query and a picture that are scored at once, at most."""
+    pairs: int | None = None
+    """Of a query and a picture that are scored at once, at most; by default 100 on a CPU, 2048 on a GPU."""
     memory: float = 4.0
     """GiB for what the reranker keeps of pictures that it has read."""
     precision: Precision = "auto"
@@ -72,7 +72,7 @@ class Config:
     """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
-        if min(self.top_k, self.pairs) < 1 or self.memory <= 0:
+        if self.top_k < 1 or (self.pairs is not None and self.pairs < 1) or self.memory <= 0:
             raise BadInput("--top-k and --pairs must be at least 1, --memory above 0")
         if (self.reranker is None) != (self.tokens is None):
             raise BadInput("--reranker and --tokens belong together: give both or none")

@@ -151,5 +151,4 @@ TRAIN_RERANKER=(
 )
 TEST_RERANKER=(
     --top-k 50
-    --pairs 512
 )
