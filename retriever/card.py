@@ -1,0 +1,186 @@
+"""The model card of an exported folder: what it was trained on, how, and how well it does, out of the manifests."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools import runs
+from tools.captions import SPLITS
+from tools.errors import BadInput
+from tools.files import read_json
+from tools.results import FIRST, markdown
+from tools.texts import as_markdown_cell
+
+from .gallery import Gallery
+
+FRONT_MATTER = """---
+license: cc-by-nc-4.0
+pipeline_tag: text-ranking
+tags:
+- text-to-image-retrieval
+- generative-retrieval
+- residual-quantization
+---"""
+USE = """```python
+from retriever import Retriever
+
+for found in Retriever.load({place}).search(["a dog"], k=10)[0]:
+    print(found.score, found.image, found.file)
+```"""
+SETTINGS = {
+    "inductive": "no picture of val or test was trained on",
+    "transductive": "pictures of val and test were trained on, through captions that are not theirs",
+}
+
+
+def describe(
+    gallery: Gallery, trained: runs.Manifest, *, share: float, system: str | None, rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the card says, as JSON, from the run folders that are still what they were.
+
+    Args:
+        share: of the features in the final order.
+        system: the retriever's name in the results; None for all of them.
+        rows: of the results (`summary.json`).
+    """
+    found = list(stages(gallery.manifest, trained))
+    captions = next((each for each in found if each["command"] == "tools.prepare_captions"), None)
+    return {
+        "system": system,
+        "setting": trained.facts["setting"],
+        "kind": trained.facts["kind"],
+        "share": share,
+        "levels": gallery.facts["levels"],
+        "codebook_size": gallery.facts["codebook_size"],
+        "pictures": None if captions is None else captions["facts"]["pictures"],
+        "captions": None if captions is None else captions["facts"]["captions"],
+        "stages": [
+            {"command": each["command"], "settings": settings(each), "commit": each["commit"]} for each in found
+        ],
+        "figures": figures(rows, system),
+    }
+
+
+def stages(*ends: runs.Manifest) -> Iterator[dict[str, Any]]:
+    """Manifests of the runs that led to some, in the order of the chain, and theirs last; runs that are gone or have
+    changed since are passed over."""
+    seen: set[Path] = set()
+
+    def before(folder: Path) -> Iterator[dict[str, Any]]:
+        if folder.resolve() in seen:
+            return
+        seen.add(folder.resolve())
+        manifest = read_json(folder / runs.MANIFEST)
+        for each in manifest["inputs"].values():
+            path = Path(each["path"])
+            run = path if (path / runs.MANIFEST).is_file() else path.parent  # or a file or folder in a run's
+            if (run / runs.MANIFEST).is_file() and unchanged(path, each):
+                yield from before(run)
+        yield manifest
+
+    for end in ends:
+        yield from before(end.folder)
+
+
+def unchanged(path: Path, recorded: dict[str, str]) -> bool:
+    """Whether a run folder is what it was when it was read."""
+    try:
+        return runs.fingerprint(path, recorded["by"]) == recorded["fingerprint"]
+    except BadInput:
+        return False
+
+
+def settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without its inputs, switches that are off, and folders of this machine."""
+    config: dict[str, Any] = without_places(manifest["config"])
+    left_out = {name.rstrip("0123456789") for name in manifest["inputs"] if name != "language_model"}
+    return {name: value for name, value in config.items() if name not in left_out and value not in (None, False, [])}
+
+
+def without_places(value: Any) -> Any:
+    """JSON whose absolute paths are cut to their last part: where things lie on one machine is nobody else's business.
+
+    >>> without_places({"model": "/home/someone/t5", "lr": 0.1, "names": ["a/b", "/a/b"]})
+    {'model': 't5', 'lr': 0.1, 'names': ['a/b', 'b']}
+    """
+    if isinstance(value, dict):
+        return {name: without_places(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    return Path(value).name if isinstance(value, str) and value[:1] == "/" and len(Path(value).parts) > 2 else value
+
+
+def figures(rows: Sequence[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """Of a summary the rows by picture: two-tower search, and the system with and without features."""
+    own = {system, f"{system}+features"}
+    chosen = (
+        row
+        for row in rows
+        if row["level"] == "image" and (system is None or row["system"] in own or row["system"].startswith(FIRST))
+    )
+    return [without_places(row) for row in chosen]
+
+
+def render(card: dict[str, Any], gallery: Gallery, *, name: str, with_pictures: bool) -> str:
+    """README.md of an exported folder: what it is, and a snippet that uses it as `name`."""
+    return "\n\n".join(
+        [
+            FRONT_MATTER,
+            f"# {as_markdown_cell(name)}: text-to-image retrieval as generation",
+            f"A language model reads a text and writes {card['levels']} vokens (visual tokens) of "
+            f"{card['codebook_size']:,} codes each; a beam search that can only write vokens of existing pictures "
+            f"finds them among {len(gallery):,}.",
+            USE.format(place=json.dumps(name)),
+            *_about_order(card, gallery),
+            _about_files(with_pictures),
+            *_about_data(card),
+            *_about_figures(card),
+            *_about_recipe(card),
+            "## Licence\n\nCC BY-NC 4.0. Pictures, captions and the pretrained models behind it have licences of "
+            "their own.\n",
+        ]
+    )
+
+
+def _about_order(card: dict[str, Any], gallery: Gallery) -> Iterator[str]:
+    if gallery.features is not None:
+        yield (
+            "The pictures found are put in order by the retriever's score and the cosine of their features with the "
+            f"text's, which has a share of {card['share']:.2f}."
+        )
+
+
+def _about_files(with_pictures: bool) -> str:
+    if with_pictures:
+        return "`pictures/` holds the picture files."
+    return (
+        "The picture files are not part of it: put them, or a link to them, into `pictures/`, under the names that "
+        "`found.file` gives."
+    )
+
+
+def _about_data(card: dict[str, Any]) -> Iterator[str]:
+    lines = [f"{card['setting']}: {SETTINGS[card['setting']]}."]
+    if card["pictures"]:
+        lines += ["", "| split | pictures | captions |", "| --- | --- | --- |"]
+        lines += [
+            f"| {split} | {card['pictures'].get(split, 0):,} | {card['captions'].get(split, 0):,} |" for split in SPLITS
+        ]
+    yield "\n".join(["## Data", "", *lines])
+
+
+def _about_figures(card: dict[str, Any]) -> Iterator[str]:
+    if card["figures"]:
+        machines = " and ".join(dict.fromkeys(str(row["machine"]) for row in card["figures"] if "machine" in row))
+        measured = f"\n\nSpeed was measured on: {machines}." if machines else ""
+        yield f"## Figures\n\n{markdown(card['figures'])}{measured}"
+
+
+def _about_recipe(card: dict[str, Any]) -> Iterator[str]:
+    lines = ["| command | settings | commit |", "| --- | --- | --- |"]
+    for stage in card["stages"]:
+        told = " ".join(f"{name}={json.dumps(value)}" for name, value in stage["settings"].items())
+        code = f"`{told.replace('|', '/').replace('`', chr(39))}`" if told else ""
+        lines.append(f"| {stage['command']} | {code} | {stage['commit'][:12]} |")
+    yield "\n".join(["## Recipe", "", *lines])

@@ -1,0 +1,328 @@
+"""A retriever as one folder, which can be copied, archived, or put on a model hub:
+
+config.json       what it is, the features' share in the final order, and what the card says
+README.md         the model card (retriever/card.py)
+language_model/   a Hugging Face folder with vokens.json
+clip/             the two-tower model that encodes queries and new pictures, an open_clip folder
+rqvae/            the tokenizer that codes new pictures
+index/            ids, codes and features of the pictures: a run folder that retriever.add_pictures changes, too
+pictures/         the picture files, where they were included
+
+Nothing in it says where it lies or lay. It is written under another name beside its place, and config.json comes last.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.pretrained import ADAPTER_NAME
+from models.rqvae import RqVae
+from models.voken_lm import VokenLM
+from tools import runs
+from tools.captions import portable
+from tools.errors import BadInput
+from tools.files import hash_file, read_json, replacing, write_json
+
+from . import card
+from .gallery import (
+    EXPORTED,
+    EXPORTED_PICTURES,
+    Gallery,
+    Picture,
+    entry,
+    model_content,
+    read_gallery,
+    version_facts,
+    write_version,
+)
+
+CONFIG, README = "config.json", "README.md"
+FORMAT, VERSION = "avg-retriever", 1
+LANGUAGE_MODEL, CLIP, RQVAE, INDEX = "language_model", "clip", "rqvae", "index"
+REPLACED = ".config.json.replaced"  # the folder's config.json while its parts are exchanged
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+TEXT_TOWER = ("hf_model_name", "hf_tokenizer_name")
+CONFIGS = "*config.json"  # what says where a model once lay
+
+
+class Source(NamedTuple):
+    """What a retriever is made of, beside its pictures."""
+
+    model: Path
+    """Folder of the language model."""
+    share: float
+    """Of the features in the final order, where the index keeps them."""
+    trained: runs.Manifest | None
+    """The run that trained it; None of an exported folder."""
+    card: dict[str, Any] | None
+    """What an exported folder's card says."""
+
+
+class Results(NamedTuple):
+    """Figures for the card."""
+
+    rows: list[dict[str, Any]]
+    """Of the summary."""
+    system: str | None
+    """The retriever's name in them; None for all rows."""
+
+
+def read_exported(folder: Path) -> tuple[Gallery, Source]:
+    """Open what `write_exported` wrote, wherever it lies now.
+
+    Raises:
+        BadInput: it is not such a folder, or not a whole one.
+    """
+    if not (folder / CONFIG).is_file():
+        hint = (
+            "it is a run folder: use Retriever.from_runs" if (folder / runs.MANIFEST).is_file() else "export it again"
+        )
+        raise BadInput(f"{folder} is no exported retriever, it has no {CONFIG}: {hint} (scripts/export.sh)")
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise BadInput(f"{folder / CONFIG} is of another kind of model: name a folder that scripts/export.sh wrote")
+    if config["version"] != VERSION:
+        raise BadInput(f"{folder} has version {config['version']} of its format, this program reads {VERSION}")
+    missing = [part for part in (LANGUAGE_MODEL, INDEX) if not (folder / part).is_dir()]
+    if missing:
+        raise BadInput(f"{folder} lacks {missing[0]}/: copy the whole folder again")
+    gallery = read_gallery(folder / INDEX)
+    if gallery.codebooks_hash != config["codebooks"]:
+        raise BadInput(f"{folder / INDEX} has vokens of another tokenizer than {CONFIG} says: copy the folder again")
+    return gallery, Source(folder / LANGUAGE_MODEL, float(config["share"]), None, config["card"])
+
+
+def write_exported(
+    folder: Path,
+    gallery: Gallery,
+    source: Source,
+    *,
+    results: Results | None = None,
+    include_pictures: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write the folder.
+
+    Args:
+        results: what the card says of figures, for a retriever that was not exported before.
+        overwrite: replace a folder that was exported before, pictures added to it since included.
+
+    Raises:
+        BadInput: the folder holds something, a model has changed since the index was made, or a picture is missing.
+    """
+    folder = folder.resolve()
+    refuse_used(folder, overwrite=overwrite)
+    told = source.card
+    if told is None:
+        assert source.trained is not None, "a retriever is trained or exported"
+        rows, system = results or Results([], None)
+        told = card.describe(gallery, source.trained, share=source.share, system=system, rows=rows)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        write_language_model(part / LANGUAGE_MODEL, source.model)
+        write_clip(part / CLIP, gallery)
+        write_rqvae(part / RQVAE, gallery)
+        write_index(part / INDEX, gallery, include_pictures=include_pictures)
+        with replacing(part / README) as path:
+            text = card.render(told, gallery, name=folder.name, with_pictures=include_pictures)
+            path.write_text(text, encoding="utf-8")
+        config = {"format": FORMAT, "version": VERSION, "share": source.share, "codebooks": gallery.codebooks_hash}
+        write_json(part / CONFIG, {**config, "commit": runs.current_commit(), "card": told})
+        put_in_place(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def refuse_used(folder: Path, *, overwrite: bool) -> None:
+    """Refuse to write over anything but an exported folder, and over that unless it is meant."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    ours = any(
+        path.is_file() and read_json(path).get("format") == FORMAT for path in (folder / CONFIG, folder / REPLACED)
+    )
+    if not ours:
+        raise BadInput(f"{folder} is there already, and no exported retriever: name another folder")
+    if not overwrite:
+        raise BadInput(f"{folder} holds an exported retriever: replace it with --overwrite, or name another folder")
+
+
+def write_language_model(folder: Path, model: Path) -> None:
+    """Copy a language model; adapters are merged into the model that they adapt, so that it stands alone."""
+    if (model / ADAPTER_NAME).is_file():
+        VokenLM.from_pretrained(model).save_pretrained(folder)
+    else:
+        shutil.copytree(model, folder)
+    forget_places(folder)
+
+
+def write_clip(folder: Path, gallery: Gallery) -> None:
+    """Write the two-tower model of a gallery as a folder.
+
+    Raises:
+        BadInput: it has changed since the index was made, or cannot be loaded.
+    """
+    from models.clip import CONFIG_NAME, WEIGHTS_NAME, load_clip, save_clip  # a search by codes needs no open_clip
+
+    name, pretrained = gallery.clip
+    refuse_changed(name, model_content(name, pretrained), gallery.facts["clip"]["content"], gallery)
+    if Path(name).is_dir() and (Path(name) / WEIGHTS_NAME).is_file():
+        folder.mkdir()
+        for path in sorted(Path(name).iterdir()):
+            if path.is_file() and path.name not in (runs.MANIFEST, runs.LOCK):
+                shutil.copyfile(path, folder / path.name)
+    else:
+        save_clip(folder, load_clip(name, pretrained))
+    config = read_json(folder / CONFIG_NAME)
+    text = config["model_cfg"]["text_cfg"]
+    text.update({name: "." for name in TEXT_TOWER if name in text})  # they lie in the folder itself
+    write_json(folder / CONFIG_NAME, config)
+    forget_places(folder)
+
+
+def write_rqvae(folder: Path, gallery: Gallery) -> None:
+    """Write the tokenizer of a gallery as a run folder."""
+    manifest = runs.read_manifest(gallery.rqvae, "RQ-VAE.train")
+    content = runs.fingerprint(manifest.folder)
+    refuse_changed(str(manifest.folder), content, gallery.facts["rqvae"]["content"], gallery)
+    RqVae.from_pretrained(manifest.folder).save_pretrained(folder)
+    write_manifest(folder, manifest, manifest.facts)
+
+
+def refuse_changed(name: str, content: Any, recorded: Any, gallery: Gallery) -> None:
+    """Refuse a model that is not the one whose codes and features a gallery holds."""
+    if content != recorded:
+        raise BadInput(
+            f"{name} has changed since {gallery.folder} was built: run scripts/14_build_index.sh --overwrite, add "
+            "again what was added, and export then"
+        )
+
+
+def write_index(folder: Path, gallery: Gallery, *, include_pictures: bool) -> None:
+    """Write the current pictures as an index whose models lie beside it; clip/ and rqvae/ have been written."""
+    folder.mkdir()
+    below = common_folder(gallery)
+    root = os.path.abspath(gallery.files_below)  # noqa: PTH100  (links are to stay)
+
+    def relative(picture: Picture) -> Picture:
+        return picture._replace(file=os.path.relpath(os.path.join(root, picture.file), below))  # noqa: PTH118
+
+    if include_pictures:
+        for picture in gallery.pictures():
+            copy_picture(gallery.files_below / picture.file, folder.parent / EXPORTED_PICTURES / relative(picture).file)
+    lines = (relative(picture).line() for picture in gallery.pictures())
+    write_version(folder, gallery.codes, lines, features=gallery.features, number=0)
+    place = portable(below)
+    facts = {
+        **card.without_places(gallery.facts),
+        **version_facts(0, len(gallery)),
+        "clip": {"model": CLIP, "pretrained": None, "content": model_content(str(folder.parent / CLIP))},
+        "rqvae": {"path": RQVAE, "content": runs.fingerprint(folder.parent / RQVAE)},
+        "history": [entry(added=len(gallery), removed=0, source="retriever.export")],
+        EXPORTED: {"pictures": place if below.is_dir() and not Path(place).is_absolute() else None},
+    }
+    write_manifest(folder, gallery.manifest, facts)
+
+
+def common_folder(gallery: Gallery) -> Path:
+    """The lowest folder that all pictures of a gallery lie below."""
+    common = None
+    root = os.path.abspath(gallery.files_below)  # noqa: PTH100
+    for picture in gallery.pictures():
+        own = os.path.dirname(os.path.normpath(os.path.join(root, picture.file)))  # noqa: PTH118, PTH120
+        common = own if common is None else os.path.commonpath([common, own])
+    assert common is not None, "a gallery has at least one picture"
+    return Path(common)
+
+
+def copy_picture(file: Path, copy: Path) -> None:
+    """Copy one picture file into a folder that may not be there yet."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copyfile(file, copy)
+    except FileNotFoundError:
+        raise BadInput(
+            f"{file} is missing: put it back, remove it from the index, or export without pictures"
+        ) from None
+
+
+def write_manifest(folder: Path, manifest: runs.Manifest, facts: dict[str, Any]) -> None:
+    """Write the manifest of a run's copy: nothing in it says where the run lay."""
+    values = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    del values["folder"]
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    outputs = {str(path.relative_to(folder)): hash_file(path) for path in files}
+    kept = card.without_places({**values, "arguments": [], "environment": {}})
+    runs.write_manifest(folder, {**kept, "outputs": outputs, "facts": facts})
+
+
+def forget_places(folder: Path) -> None:
+    """Take from the configurations of a copied model where it, or what it was made from, lay."""
+    for path in folder.glob(CONFIGS):
+        write_json(path, card.without_places(read_json(path)))
+
+
+def put_in_place(part: Path, folder: Path) -> None:
+    """Let a finished folder take the place of an earlier export, whose other files (.git, say) stay."""
+    if not folder.exists():
+        part.rename(folder)
+        return
+    if (folder / CONFIG).is_file():
+        (folder / CONFIG).replace(folder / REPLACED)
+    for name in (LANGUAGE_MODEL, CLIP, RQVAE, INDEX, EXPORTED_PICTURES):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        if (part / name).is_dir():
+            (part / name).rename(folder / name)
+    for name in (README, CONFIG):
+        (part / name).replace(folder / name)
+    (folder / REPLACED).unlink(missing_ok=True)
+
+
+def fetch_folder(name: str) -> Path:
+    """The exported folder of that name ("owner/name") on the Hugging Face Hub, fetched once.
+
+    Raises:
+        BadInput: it is not there, or there is no way to it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # the hub's client and what it stands on raise many kinds
+        raise BadInput(f"{name} is neither a folder nor fetched from the Hugging Face Hub: {_line(error)}") from None
+
+
+def check_hub_name(name: str) -> None:
+    """Refuse what cannot be a repository's name."""
+    if not HUB_NAME.fullmatch(name):
+        raise BadInput(f"{name!r} is no name on the Hugging Face Hub: write owner/name")
+
+
+def push_folder(folder: Path, name: str, *, private: bool) -> str:
+    """Put an exported folder on the Hugging Face Hub as "owner/name"; returns its address.
+
+    Raises:
+        BadInput: the name is none, or the hub refuses it.
+    """
+    from huggingface_hub import HfApi
+
+    check_hub_name(name)
+    try:
+        api = HfApi()
+        address = str(api.create_repo(name, private=private, exist_ok=True))
+        api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message="Retriever", ignore_patterns=[".lock", "**/.lock"]
+        )
+    except Exception as error:  # the hub's client and what it stands on raise many kinds
+        raise BadInput(f"{folder} is written, but the Hugging Face Hub does not take {name}: {_line(error)}") from None
+    return address
+
+
+def _line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,94 @@
+"""Every block of docs/python.md runs, in order, where the chain has the names that it gives it."""
+
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+from reranker import test as reorder
+from retriever import rank_splits, retrieve
+from tests.chain import Chain
+from tests.test_interchange import GOOD, write_shard
+from tests.tiny import draw_picture
+from tools.captions import read_captions
+
+ROOT = Path(__file__).parent.parent
+SYSTEM = "retriever+stage2"
+VARIABLES = {
+    "RETRIEVER": "retriever/output/emoji", "RERANKER": "reranker/output/emoji", "SYSTEM": SYSTEM,
+    "TRAINED": f"retriever/output/emoji/10_stage2/{SYSTEM}", "SUMMARY": "retriever/output/emoji/summary.json",
+}  # fmt: skip
+
+
+@pytest.fixture
+def repository(chain: Chain, retriever: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Finished runs under the names of the sample's, and what the snippets add."""
+    fixed: dict[str, Any] = {"dataset": chain.dataset, "retriever": retriever, "precision": "fp32", "device": "cpu"}
+    output, reranked = tmp_path / "retriever/output/emoji", tmp_path / "reranker/output/emoji"
+    retrieve.main(retrieve.Config(output=output / "12_retrieve" / SYSTEM, **fixed))
+    rank_splits.main(rank_splits.Config(output=reranked / "16_lists" / SYSTEM, train_per_picture=0, beams=12, **fixed))
+    tested = reranked / "18_test" / SYSTEM
+    reorder.main(
+        reorder.Config(
+            lists=reranked / "16_lists" / SYSTEM, output=tested, summary=output / "summary.json", name="emoji",
+            system=SYSTEM, device="cpu",
+        )
+    )  # fmt: skip
+    for place, run in (
+        (output / "14_index", index),
+        (output / "10_stage2" / SYSTEM, retriever),
+        (tmp_path / "RQ-VAE/output/emoji/04_train_heads", chain.features),
+    ):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(run)
+    draw_picture(tmp_path / "new_photos" / "one.png", "red", "circle", 1)
+    draw_picture(tmp_path / "holiday.png", "blue", "circle", 2)
+    for name, members in zip(("00000", "00001"), GOOD.values(), strict=True):
+        write_shard(tmp_path / "shards" / f"{name}.tar", members)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_script(name: str, arguments: list[str]) -> None:
+    """What a script's last line runs, with the sample's settings."""
+    settings = "; ".join(f"{name}={shlex.quote(value)}" for name, value in VARIABLES.items())
+    last = (ROOT / "scripts" / name).read_text().splitlines()[-1]
+    program = f"python() {{ printf '%s\\0' \"$@\"; }}; {settings}; set -- {shlex.join(arguments)}; {last}"
+    words = subprocess.run(["bash", "-uc", program], capture_output=True, text=True, check=True).stdout.split("\0")
+    run_module(words[1], words[2:-1])
+
+
+def run_module(name: str, arguments: list[str]) -> None:
+    module = importlib.import_module(name)
+    module.main(tyro.cli(module.Config, args=arguments))
+
+
+def test_every_block_runs(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert {kind for kind, _ in blocks} == {"bash", "python"}
+    names: dict[str, Any] = {}
+    for kind, block in blocks:
+        if kind == "python":
+            exec(compile(block, "docs/python.md", "exec"), names)
+            continue
+        for line in block.splitlines():
+            words = shlex.split(line)
+            if words[0] == "bash":
+                run_script(Path(words[1]).name, words[2:])
+            else:
+                assert words[:2] == ["python", "-m"]
+                run_module(words[2], words[3:])
+    said = capsys.readouterr().out
+    assert "48 pictures can be found" in said
+    assert "Success@10" in said
+    assert "(144, 24)" in said
+    assert names["images"] == ["one.png", "holiday.png"]
+    assert len(read_captions(Path("RQ-VAE/data/mine/01_prepare_captions")).records) == 4
+    assert "| retriever+stage2+features |" in (repository / "avg-emoji" / "README.md").read_text()
+    shutil.rmtree(repository / "avg-emoji")
