@@ -1,7 +1,8 @@
 """Stage 1: train a language model to write the vokens of the picture a caption asks for.
 
 In:  a `retriever.prepare` folder; T5 by name or path, a text encoder that gets a small decoder, or a causal model.
-Out: `<output>/model/`, the best checkpoint by recall on val (real constrained search over the val pictures).
+Out: `<output>/model/`, the best checkpoint by recall on val (real constrained search over the val pictures);
+     `<output>/curves.jsonl`, losses and validations (tools/curves.py).
 Command: python -m retriever.train --dataset DIR --language-model t5-base --output DIR
 """
 
@@ -19,7 +20,7 @@ from tools.commands import run_command
 from tools.errors import BadInput
 from tools.logs import Tracker
 
-from .data import RetrieverData, read_data
+from .data import RetrieverData, read_data, read_retriever
 from .training import Training, TrainingConfig
 
 
@@ -37,6 +38,8 @@ class Config(TrainingConfig):
     """Layers of a new decoder."""
     decoder_heads: int = 8
     """Attention heads of a new decoder."""
+    start: Path | None = None
+    """Run folder of retriever.train to go on from, in place of the untrained model."""
     max_source: int = 128
     """Tokens of a caption at most."""
     dropout: float = 0.2
@@ -59,8 +62,19 @@ class Config(TrainingConfig):
             raise BadInput("--dropout and --lora-dropout must be in [0, 1)")
         if self.lora_rank < 0 or (self.lora_rank > 0 and self.lora_alpha <= 0):
             raise BadInput("--lora-rank must be at least 0 and --lora-alpha above 0")
+        if min(self.decoder_layers, self.decoder_heads, self.max_source) < 1:
+            raise BadInput("--decoder-layers, --decoder-heads and --max-source must be at least 1")
+        if self.lora_targets and not self.lora_rank:
+            raise BadInput("--lora-targets are for --lora-rank above 0: give both or none")
         if self.lora_rank and self.kind != "causal":
             raise BadInput(f"--lora-rank {self.lora_rank} is for --kind causal, not for --kind {self.kind}")
+
+        if self.start is not None and self.kind == "causal":
+            raise BadInput("--start is for --kind seq2seq and encoder-decoder: a causal model's adapters are merged")
+
+    def inputs(self) -> dict[str, Path]:
+        start = {} if self.start is None else {"start": self.start}
+        return {**super().inputs(), **start}
 
     @property
     def lora(self) -> Lora | None:
@@ -68,7 +82,9 @@ class Config(TrainingConfig):
 
 
 def build_model(config: Config, data: RetrieverData) -> VokenLM:
-    """The untrained language model with the dataset's vokens."""
+    """The language model with the dataset's vokens: untrained, or as an earlier training left it."""
+    if config.start is not None:
+        return VokenLM.from_pretrained(config.start / "model")
     shared: dict[str, Any] = {
         "space": data.space,
         "codebooks": np.array(data.codebooks),
@@ -92,8 +108,27 @@ def build_model(config: Config, data: RetrieverData) -> VokenLM:
     return lm
 
 
+def check_start(config: Config, data: RetrieverData) -> None:
+    """Refuse a start that is not finished, or of another tokenizer, model or setting.
+
+    Raises:
+        BadInput: it is one of these.
+    """
+    if config.start is None:
+        return
+    start = read_retriever(config.start, data, "retriever.train")
+    for name in ("kind", "language_model"):
+        if start.config[name] != getattr(config, name):
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(f"--start {config.start} was trained with {flag} {start.config[name]}: give the same here")
+    if start.facts["setting"] == "transductive" and config.pseudo_queries is None:
+        raise BadInput(f"--start {config.start} was trained with --pseudo-queries: give them here too")
+
+
 def main(config: Config) -> None:
     data = read_data(config.dataset)
+    config.check(data)
+    check_start(config, data)
     inputs = config.inputs()
     if Path(config.language_model).is_dir():
         inputs["language_model"] = Path(config.language_model)

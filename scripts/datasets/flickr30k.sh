@@ -15,7 +15,7 @@ STAGES="01_prepare_captions 03_prepare_emb 05_train_rqvae 06_generate_codes 07_p
 10_train_retriever_t5_stage2@retriever+stage2 12_retrieve@retriever+stage2 13_test_retriever@retriever+stage2
 14_build_index 15_convert_voken_to_seed
 16_prepare_reranker_dataset@retriever+stage2 17_finetune_reranker_llama@retriever+stage2
-18_test_reranker_llama@retriever+stage2"
+18_test_reranker_llama@retriever+stage2 19_report"
 BEST=retriever+stage2 # what search.sh searches with
 
 IMAGES=$DATA/images
@@ -130,6 +130,10 @@ TEST_RERANKER=(
     --top-k 50
     --pairs 1024
     --memory 16
+)
+REPORT=(
+    --queries 1000
+    --speed-queries 512
 )
 
 if [ "$RECIPE" = faithful ]; then

@@ -17,3 +17,4 @@ TRAINED=retriever/output/emoji/10_stage2/retriever+stage2
 BEST=retriever+stage2
 RERANKER=reranker/output/emoji # where search.sh finds the share of the features
 GENERATE_CODES=()
+REPORT=()
