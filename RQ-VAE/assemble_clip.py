@@ -41,6 +41,8 @@ class Config:
             raise BadInput(f"--image-weights {self.image_weights} does not exist")
         if not (self.text_tower / "config.json").is_file():
             raise BadInput(f"--text-tower {self.text_tower} is not a model folder: it has no config.json")
+        if self.width < 1 or self.image_size < 1 or self.seed < 0:
+            raise BadInput("--width and --image-size must be at least 1, --seed at least 0")
 
 
 def main(config: Config) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,7 +33,7 @@ from tools.captions import CaptionSet, portable, read_captions
 from tools.commands import run_command
 from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Rows
-from tools.files import read_array, replacing, write_array
+from tools.files import new_array, read_array, replacing, write_array
 from tools.logs import progress
 
 
@@ -106,7 +105,7 @@ def merge(path: Path, blocks: list[Path], batches: list[Rows], *, scatter: Seque
     """
     shape = (rows, read_array(blocks[0]).shape[1])
     with replacing(path) as temporary:
-        array = open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        array = new_array(temporary, dtype=np.float32, shape=shape)
         for batch, block in zip(batches, blocks, strict=True):
             for row, vector in zip(batch, read_array(block), strict=True):
                 array[row if scatter is None else scatter[row]] = vector
@@ -162,6 +161,7 @@ def main(config: Config) -> None:
     run = runs.begin("RQ-VAE.prepare_emb", config, inputs=inputs)
     if run is None:
         return
+    runs.check_files(captions.images)
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     clip = load_clip(config.model, config.pretrained)

@@ -1,7 +1,8 @@
 """Train the image tokenizer: RQ-VAE with semantic alignment on features of the train split.
 
 In:  a feature folder (RQ-VAE.prepare_emb, or RQ-VAE.train_heads).
-Out: `<output>/config.json`, `<output>/model.safetensors` (the best checkpoint by validation), `<output>/report.json`.
+Out: `<output>/config.json`, `<output>/model.safetensors` (the best checkpoint by validation), `<output>/report.json`,
+     `<output>/curves.jsonl` (tools/curves.py).
 Command: python -m RQ-VAE.train --features DIR --output DIR
 """
 
@@ -14,18 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.compute import load_state, make_optimizer, pick_device, save_state, seed_everything, warmup_share
+from models.compute import (
+    check_optimization,
+    load_state,
+    make_optimizer,
+    pick_device,
+    save_state,
+    seed_everything,
+    warmup_share,
+)
 from models.rqvae import BLOCK, AlignAt, Alignment, RqVae, RqVaeConfig
 from tools import runs
 from tools.commands import run_command
+from tools.curves import Curves
 from tools.errors import BadInput
-from tools.features import Features, read_features
+from tools.features import Features, encoder_of, read_features
 from tools.files import write_json
 from tools.logs import Tracker, progress
 from tools.recall import CUTOFFS
 from tools.tokenizer_report import TokenizerReport, make_report
 
 SAVE_EVERY_SECONDS = 10.0
+STATE = "state.pt"  # what a resumed run goes on from
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,14 @@ class Config:
             raise BadInput("--epochs must not be negative, --dropout must be in [0, 1)")
         if self.sinkhorn_temperature < 0 or self.kmeans_balance < 0:
             raise BadInput("--sinkhorn-temperature and --kmeans-balance must not be negative")
+        if min(self.kmeans_iterations, self.revive_every, self.alignment_weight) < 0 or self.kmeans_sample < 1:
+            raise BadInput(
+                "--kmeans-iterations, --revive-every and --alignment-weight must not be negative, --kmeans-sample must "
+                "be at least 1"
+            )
+        if min(self.hidden, default=1) < 1:
+            raise BadInput("--hidden takes widths of at least 1")
+        check_optimization(self)
 
     def model(self, features: int) -> RqVaeConfig:
         """The model's part of this configuration."""
@@ -179,6 +198,13 @@ def best_folder(run: runs.Run, best: dict[str, Any]) -> Path:
     return run.resume_folder / f"best-{best['epoch']}"
 
 
+def save(run: runs.Run, best: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write what a resumed run needs."""
+    save_state(run.resume_folder / STATE, {**state, "best": best})
+    run.note_time()
+    runs.keep_only(run.resume_folder, "best-*", best_folder(run, best))
+
+
 def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> dict[str, Any]:
     """Train, validate, keep the best; returns the best validation with its epoch. Resumes from its last state."""
     device = next(model.parameters()).device
@@ -190,22 +216,25 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> di
     )
     tracker = Tracker(run.folder, job="train_rqvae", config=run.started["config"])
     best: dict[str, Any] = {}
+    curves = Curves(config.epochs)
 
     def validate(epoch: int) -> None:
         report = make_report(model, features, split="val")
-        tracker.log({f"val/{name}": value for name, value in report.figures().items()}, step=epoch)
+        figures = {f"val/{name.removeprefix('val/')}": value for name, value in report.figures().items()}
+        tracker.log(figures, step=epoch)
+        curves.mark(epoch, figures)
         if not best or score(report) > best["score"]:
             best.update(score=score(report), epoch=epoch)
             model.save_pretrained(best_folder(run, best))
 
-    state_path = run.resume_folder / "state.pt"
-    state = load_state(state_path)
+    state = load_state(run.resume_folder / STATE)
     start = 0
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         start, best = state["epoch"], state["best"]
+        curves.restore(state.get("curves"))
     else:
         if config.kmeans_start:
             start_from_kmeans(model, data, config)
@@ -222,17 +251,18 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> di
             schedule.step()
         if config.revive_every and (epoch + 1) % config.revive_every == 0 and epoch + 1 < config.epochs:
             revive(model, data, config, epoch)
-        tracker.log({f"train/{name}": value.item() for name, value in losses._asdict().items()}, step=epoch + 1)
-        bar.set_postfix({name: f"{value.item():.3f}" for name, value in losses._asdict().items()}, refresh=False)
+        figures = {name: value.item() for name, value in losses._asdict().items()}
+        tracker.log({f"train/{name}": value for name, value in figures.items()}, step=epoch + 1)
+        curves.step(epoch + 1, {f"train/{name}": value for name, value in figures.items()})
+        bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()}, refresh=False)
         if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
             validate(epoch + 1)
         if time.monotonic() - saved > SAVE_EVERY_SECONDS or epoch + 1 == config.epochs:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "best": best}
-            save_state(state_path, {**state, "schedule": schedule.state_dict()})
-            run.note_time()
-            runs.keep_only(run.resume_folder, "best-*", best_folder(run, best))
+            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curves": curves.state()}
+            save(run, best, {**states, "schedule": schedule.state_dict(), "epoch": epoch + 1})
             saved = time.monotonic()
     tracker.finish()
+    curves.write(run.folder)
     return best
 
 
@@ -253,7 +283,12 @@ def main(config: Config) -> None:
     write_json(run.folder / "report.json", report._asdict())
     print(f"best checkpoint: epoch {best['epoch']}\n{report.text()}")
     run.finish(
-        facts={"levels": config.levels, "codebook_size": config.codebook_size, "shared": config.shared_codebook},
+        facts={
+            "encoder": encoder_of(features.manifest),
+            "levels": config.levels,
+            "codebook_size": config.codebook_size,
+            "shared": config.shared_codebook,
+        },
         metrics={"best_epoch": best["epoch"], **report.figures()},
     )
 

@@ -2,7 +2,7 @@
 
 In:  a `RQ-VAE.prepare_emb --layer tower` folder: what the heads read, computed once.
 Out: `<output>/clip/`, the two-tower model with its new heads (an open_clip folder); `<output>/images.npy` and
-     `texts.npy`, the features of the new shared space, for the next stages.
+     `texts.npy`, the features of the new shared space, for the next stages; `curves.jsonl` (tools/curves.py).
 Command: python -m RQ-VAE.train_heads --features DIR --output DIR
 """
 
@@ -16,9 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.clip import Heads, attach_heads, detach_heads, load_clip, save_clip
-from models.compute import load_state, make_optimizer, pick_device, save_state, seed_everything, warmup_share
+from models.compute import (
+    check_optimization,
+    load_state,
+    make_optimizer,
+    pick_device,
+    save_state,
+    seed_everything,
+    warmup_share,
+)
 from tools import runs
 from tools.commands import run_command
+from tools.curves import Curves
 from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Features, Floats, normalized, read_features
 from tools.files import write_array
@@ -61,6 +70,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.temperature <= 0:
             raise BadInput("--epochs must be at least 1, --batch-size at least 2, --temperature above 0")
+        check_optimization(self)
 
 
 class TwoHeads(nn.Module):
@@ -115,6 +125,7 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config, de
         optimizer, lambda step: warmup_share(step, steps=steps, warmup=config.warmup, decay="cosine")
     )
     tracker = Tracker(run.folder, job="train_heads", config=run.started["config"])
+    curves = Curves(config.epochs)
     state_path = run.resume_folder / "state.pt"
     state = load_state(state_path)
     start = 0
@@ -122,6 +133,7 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config, de
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
+        curves.restore(state.get("curves"))
         start = state["epoch"]
     bar = progress(range(start, config.epochs), "training heads", total=config.epochs, unit="epoch", initial=start)
     for epoch in bar:
@@ -140,6 +152,7 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config, de
             schedule.step()
             total += loss.item()
         tracker.log({"loss": total / per_epoch, "temperature": 1 / model.log_scale.exp().item()}, step=epoch)
+        curves.step(epoch + 1, {"train/loss": total / per_epoch})
         bar.set_postfix(loss=f"{total / per_epoch:.3f}", refresh=False)
         save_state(
             state_path,
@@ -148,12 +161,15 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config, de
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
                 "epoch": epoch + 1,
+                "curves": curves.state(),
             },
         )
         run.note_time()
     figures = validate(model, features, device)
     tracker.log({f"val/{name}": value for name, value in figures.items()})
     tracker.finish()
+    curves.mark(config.epochs, {f"val/R@{name}": value for name, value in figures.items()})
+    curves.write(run.folder)
     return figures
 
 

@@ -93,9 +93,14 @@ def machine() -> str:
     """The class of machine the figures come from."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    return f"1 thread of a CPU, {cpu()}"
+
+
+def cpu() -> str:
+    """The kind of processor."""
     units = [name for name in ("avx512_bf16", "avx512_vnni", "amx_bf16") if name in _cpu_flags()]
     kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return f"1 thread of a CPU, {kind}" + (f", {' '.join(units)}" if units else "")
+    return kind + (f", {' '.join(units)}" if units else "")
 
 
 def _status(field: str) -> int:

@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from tools.errors import BadInput
+
+from .checkpoints import first_line
+from .pretrained import LOADING_ERRORS, load_tokenizer
 
 CHAT_PROMPT = "Write a caption for this picture: one short sentence, and nothing else."
 
@@ -44,15 +47,15 @@ def load_captioner(name: str, *, device: torch.device, dtype: torch.dtype) -> Ca
         BadInput: transformers cannot get it, or it is no image-to-text model.
     """
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         if hasattr(processor, "image_processor"):
             tokenizer = processor.tokenizer
         else:  # an encoder and a decoder joined: each has its own
-            processor, tokenizer = AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BadInput(f"transformers cannot load {name} as an image-to-text model: {reason}") from None
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+            tokenizer = load_tokenizer(name)
+    except (*LOADING_ERRORS, KeyError, ImportError) as error:
+        raise BadInput(f"transformers cannot load {name} as an image-to-text model: {first_line(error)}") from None
     tokenizer.padding_side = "left"  # a text goes on at its end
     return Captioner(model.eval().to(device), processor, tokenizer)
 

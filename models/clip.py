@@ -14,18 +14,26 @@ import open_clip
 import torch
 from open_clip.transformer import TextTransformer, VisionTransformer
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoConfig
+from transformers import dynamic_module_utils
 
 from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
+from tools.pictures import open_picture
+from tools.runs import check_files
+from tools.texts import did_you_mean
+
+from .checkpoints import first_line, read_state
+from .pretrained import LOADING_ERRORS, load_config
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 HF_CONFIG_NAME = "config.json"
 CONTEXT_LENGTH = 77  # tokens of a caption at most, as CLIP has it
+
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # of open_clip's text towers: code of their own is refused, not asked for
 
 
 class Clip(NamedTuple):
@@ -58,8 +66,7 @@ class Pictures(Dataset[Tensor]):
     def __getitem__(self, position: int) -> Tensor:
         path = self.folder / self.files[position]
         try:
-            with Image.open(path) as picture:
-                return self.preprocess(picture.convert("RGB"))
+            return self.preprocess(open_picture(path))
         except OSError as error:
             raise BadInput(f"{path} cannot be read any more ({error}): run the same script again") from None
 
@@ -79,18 +86,24 @@ def load_clip(name: str, pretrained: str | None = None) -> Clip:
         pretrained: tag ("openai") or checkpoint file of a named model; not for folders.
 
     Raises:
-        BadInput: open_clip does not know the name, or cannot get the weights.
+        BadInput: open_clip does not know the name, or cannot get the weights; or a file of a finished run is damaged.
     """
     folder = Path(name)
     options: dict[str, Any] = {}
     if folder.is_dir():
         if not (folder / CONFIG_NAME).is_file():
             raise BadInput(f"{folder} has no {CONFIG_NAME}: not an open_clip model folder")
-        config = read_json(folder / CONFIG_NAME)["model_cfg"]
+        if pretrained is not None:
+            raise BadInput(f"--pretrained {pretrained} is for models by name, {folder} has weights: leave it out")
+        check_files(folder)
+        config = _read_config(folder / CONFIG_NAME)
         name, options = f"local-dir:{folder}", _local_text_tower(config, folder)
     elif not name.startswith("hf-hub:"):
         if name not in open_clip.list_models():
-            raise BadInput(f"--model {name} is neither a folder nor an open_clip model name (open_clip.list_models())")
+            near = did_you_mean(name, open_clip.list_models())
+            raise BadInput(
+                f"--model {name} is neither a folder nor an open_clip model name (open_clip.list_models()){near}"
+            )
         if not pretrained:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
             raise BadInput(f"--model {name} needs --pretrained: a checkpoint file or one of {tags}")
@@ -100,14 +113,14 @@ def load_clip(name: str, pretrained: str | None = None) -> Clip:
     else:
         config = {}
     try:
+        if name.startswith("hf-hub:"):
+            config = open_clip.get_model_config(name)
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, force_custom_text=True, **options
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise BadInput(
-            f"open_clip cannot load {name} ({pretrained or 'no tag'}): {str(error).splitlines()[0]}"
-        ) from None
+    except (*LOADING_ERRORS, AttributeError, EOFError, KeyError) as error:
+        raise BadInput(f"open_clip cannot load {name} ({pretrained or 'no tag'}): {first_line(error)}") from None
     return Clip(model.eval(), preprocess, tokenizer, config)
 
 
@@ -129,7 +142,10 @@ def assemble_clip(
         image_size: side of the pictures the tower reads, in pixels.
         image_mean: mean and standard deviation of a pixel, for all channels.
     """
-    positions = AutoConfig.from_pretrained(text_tower).max_position_embeddings
+    try:
+        positions = load_config(text_tower).max_position_embeddings
+    except (*LOADING_ERRORS, AttributeError) as error:
+        raise BadInput(f"--text-tower {text_tower} is no text encoder's folder: {first_line(error)}") from None
     context_length = min(CONTEXT_LENGTH, positions)
     config = {
         "embed_dim": width,
@@ -156,7 +172,10 @@ def assemble_clip(
         "size": image_size,
     }
     custom = {**config, "text_cfg": {**config["text_cfg"], "hf_model_pretrained": True}}  # type: ignore[dict-item]
-    model = open_clip.CustomTextCLIP(**custom)
+    try:
+        model = open_clip.CustomTextCLIP(**custom)
+    except (*LOADING_ERRORS, AssertionError, KeyError, AttributeError) as error:
+        raise BadInput(f"--image-tower {image_tower} or --text-tower {text_tower}: {first_line(error)}") from None
     weights = _read_weights(image_weights)
     if "_conv_stem.weight" in weights:
         weights = rename_efficientnet_lite(weights)
@@ -321,12 +340,23 @@ def save_clip(folder: Path, clip: Clip) -> None:
     text = clip.model.text
     if "hf_model_name" in model_config["text_cfg"]:
         text.config.save_pretrained(folder)
-        clip.tokenizer.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
         model_config["text_cfg"] |= {"hf_model_name": folder.as_posix(), "hf_tokenizer_name": folder.as_posix()}
+    if "hf_tokenizer_name" in model_config["text_cfg"]:  # SigLIP's own tower has a Hugging Face tokenizer too
+        clip.tokenizer.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        model_config["text_cfg"]["hf_tokenizer_name"] = folder.as_posix()
     state = {key: value.detach().cpu().contiguous().clone() for key, value in clip.model.state_dict().items()}
     with replacing(folder / WEIGHTS_NAME) as temporary:
         save_file(state, temporary)
     write_json(folder / CONFIG_NAME, {"model_cfg": model_config, "preprocess_cfg": preprocess})
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The architecture of a model folder."""
+    values = read_json(path)
+    config = values.get("model_cfg") if isinstance(values, dict) else None
+    if not isinstance(config, dict) or "text_cfg" not in config:
+        raise BadInput(f"{path} has no model_cfg with a text_cfg: not an open_clip model folder")
+    return config
 
 
 def _local_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -337,13 +367,8 @@ def _local_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return weights
-    except FileNotFoundError:
-        raise BadInput(f"{path} does not exist") from None
+    weights: dict[str, Tensor] = read_state(path)
+    return weights
 
 
 def _efficientnet_lite_stages(weights: dict[str, Tensor]) -> list[str]:

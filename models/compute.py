@@ -1,6 +1,8 @@
 """Where and in which precision a model runs, and the state a training needs to go on after it was killed."""
 
 import contextlib
+import os
+import pickle
 import platform
 import random
 from pathlib import Path
@@ -10,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from tools import processes
+from tools import environment, processes
 from tools.errors import BadInput
 from tools.files import replacing
+from tools.texts import did_you_mean
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,8 +38,12 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise BadInput(f"--device {name} is not a torch device: write cpu, cuda or cuda:N") from None
+    if device.type == "meta":
+        raise BadInput("--device meta computes nothing: write cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"--device {name}: torch sees no CUDA GPU; leave the option out to use the CPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0")
     if device.type == "cuda" and device.index is not None:
         if processes.count() > 1:
             raise BadInput(f"--device {name} would be every process's: write cuda, and each gets its own")
@@ -49,13 +56,18 @@ def pick_device(name: str | None = None) -> torch.device:
             )
         device = torch.device("cuda", own)
         torch.cuda.set_device(device)
+    environment.note(device=str(device))
     return device
 
 
 def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The arithmetic of the forward pass; "auto" is bf16 where the device computes it in hardware, else fp32."""
-    if precision != "auto":
-        return DTYPES[precision]
+    dtype = _fastest(device) if precision == "auto" else DTYPES[precision]
+    environment.note(precision=str(dtype).removeprefix("torch."))
+    return dtype
+
+
+def _fastest(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.bfloat16 if _cpu_computes_bf16() else torch.float32
@@ -80,6 +92,33 @@ def machine() -> str:
     return f"{torch.get_num_threads()} threads, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def check_optimization(config: Any) -> None:
+    """Refuse numbers that no training can use, before any work.
+
+    Args:
+        config: with optimizer, lr, weight_decay, warmup and seed, and max_grad_norm where there is one.
+
+    Raises:
+        BadInput: one of them is out of its range.
+    """
+    check_optimizer(config.optimizer)
+    if not 0 < config.lr < float("inf") or not 0 <= config.weight_decay < float("inf"):
+        raise BadInput("--lr must be above 0, --weight-decay at least 0, and both finite")
+    if not 0 <= getattr(config, "warmup", 0.0) <= 1:
+        raise BadInput(f"--warmup is a share of the steps, 0 to 1, not {config.warmup}")
+    if not getattr(config, "max_grad_norm", 1.0) > 0:
+        raise BadInput("--max-grad-norm must be above 0")
+    if config.seed < 0:
+        raise BadInput("--seed must be at least 0")
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse what is no optimiser of torch.optim."""
+    if name.lower() not in OPTIMIZERS:
+        near = did_you_mean(name.lower(), OPTIMIZERS)
+        raise BadInput(f"--optimizer {name} is not in torch.optim; it has {', '.join(sorted(OPTIMIZERS))}{near}")
+
+
 def make_optimizer(
     name: str, module: nn.Module, *, lr: float, weight_decay: float, **options: Any
 ) -> torch.optim.Optimizer:
@@ -88,8 +127,7 @@ def make_optimizer(
     Raises:
         BadInput: torch has no optimiser of that name.
     """
-    if name.lower() not in OPTIMIZERS:
-        raise BadInput(f"--optimizer {name} is not in torch.optim; it has {', '.join(sorted(OPTIMIZERS))}")
+    check_optimizer(name)
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
@@ -114,10 +152,15 @@ def warmup_share(step: int, *, steps: int, warmup: float, decay: Literal["none",
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
+    """Seed Python, NumPy and torch; on a GPU, let torch take algorithms that give the same sums twice, or warn."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        deterministic: Any = torch.utils.deterministic
+        deterministic.fill_uninitialized_memory = False  # which finds bugs, and costs time
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -130,11 +173,19 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """Read what `save_state` wrote and restore the generators; None when there is none. Never unpickles code."""
+    """Read what `save_state` wrote and restore the generators; None when there is none. Never unpickles code.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
     if not path.is_file():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    generators = state.pop("generators")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        generators = state.pop("generators")
+    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"{path} is damaged ({reason}): start the training again with --overwrite") from None
     torch.set_rng_state(generators["torch"])
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(generators["cuda"][: torch.cuda.device_count()])

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
 
+from .checkpoints import ANEW, read_state
 from .clip import Clip, load_clip, patch_map, with_image_size
 from .quantizer import QuantizerConfig, ResidualQuantizer
 
@@ -127,11 +128,18 @@ class PatchTokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "PatchTokenizer":
-        """Read what `save_pretrained` wrote, in eval mode."""
-        tokenizer = cls(PatchConfig(**read_json(folder / CONFIG_NAME)))
-        state = load_file(folder / WEIGHTS_NAME)
-        tokenizer.mean.data, tokenizer.directions.data = state["mean"], state["directions"]
-        tokenizer.quantizer.codebooks.data = state["codebooks"]
+        """Read what `save_pretrained` wrote, in eval mode.
+
+        Raises:
+            BadInput: a file is missing or damaged, or the tower cannot be loaded.
+        """
+        state = read_state(folder / WEIGHTS_NAME, advice=ANEW)
+        try:
+            tokenizer = cls(PatchConfig(**read_json(folder / CONFIG_NAME)))
+            tokenizer.mean.data, tokenizer.directions.data = state["mean"], state["directions"]
+            tokenizer.quantizer.codebooks.data = state["codebooks"]
+        except (KeyError, TypeError) as error:
+            raise BadInput(f"{folder} is not a patch tokenizer's ({error}): {ANEW}") from None
         return tokenizer.eval()
 
     def _narrow(self, patches: Tensor) -> Tensor:

@@ -1,32 +1,70 @@
 """What every pretrained Hugging Face model goes through here: loaded whole or not at all, and given new tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
 
 from tools.errors import BadInput
 from tools.files import read_json
+from tools.texts import did_you_mean
 
-LOADING_ERRORS = (OSError, ValueError, TypeError, RuntimeError, SafetensorError)
+from .checkpoints import ANEW, first_line
+
+LOADING_ERRORS = (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
+UNUSED = ".pooler."  # of BERTs
 ADAPTER_NAME = "adapter_config.json"  # of a peft folder
 
 
 def load_whole(loader: Any, name: str, **options: Any) -> Any:
     """A pretrained model, of which no weight may be missing: Hugging Face would fill it with random numbers."""
-    model, info = loader.from_pretrained(name, output_loading_info=True, **options)
+    model, info = loader.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
     if missing := sorted(info["missing_keys"]):
         raise BadInput(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} among them: fetch it again")
     return model
 
 
 def cannot_load(name: str, error: Exception) -> BadInput:
-    return BadInput(f"--language-model {name} cannot be loaded: {str(error).splitlines()[0]}")
+    return BadInput(f"--language-model {name} cannot be loaded: {first_line(error)}")
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Inside it a model is read that this project has saved.
+
+    Raises:
+        BadInput: a file of it is missing or damaged.
+    """
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        raise BadInput(f"{folder} cannot be read ({first_line(error)}): {ANEW}") from None
+
+
+def load_saved(loader: Any, folder: Path, **options: Any) -> Any:
+    """A model that this project has saved, of which no weight may be missing that is used."""
+    model, info = loader.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **options)
+    if missing := sorted(key for key in info["missing_keys"] if UNUSED not in f".{key}"):
+        raise BadInput(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} among them: {ANEW}")
+    return model
+
+
+def load_config(name: str | Path, **options: Any) -> Any:
+    """The configuration of a pretrained model; one that comes with code of its own is refused."""
+    return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a pretrained model; one that comes with code of its own is refused."""
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def merged(
@@ -44,12 +82,47 @@ def merged(
         model = load_whole(loader, name, dtype="auto", **options(name))
     except LOADING_ERRORS as error:
         raise BadInput(
-            f"{folder} adapts {name}, which cannot be loaded: {str(error).splitlines()[0]}; if it has moved, correct "
+            f"{folder} adapts {name}, which cannot be loaded: {first_line(error)}; if it has moved, correct "
             f"base_model_name_or_path in {ADAPTER_NAME}"
         ) from None
     if tokens > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(tokens, mean_resizing=False)  # the adapters hold the new rows
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    with reading(folder):
+        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+
+
+def module_names(model: nn.Module) -> set[str]:
+    """Paths of all modules of a model."""
+    return {path for path, _ in model.named_modules()}
+
+
+def fits(name: str, paths: Iterable[str]) -> bool:
+    """Whether a module's name, or the end of its path, is among paths of modules; peft reads names so."""
+    return any(path == name or path.endswith(f".{name}") for path in paths)
+
+
+def check_names(
+    name: str, model: nn.Module, wanted: Sequence[str], *, flag: str, published: Sequence[str] = ()
+) -> None:
+    """Whether a model has modules of the names that are wanted, where peft would pass over those it has not.
+
+    Args:
+        name: of the model.
+        published: names that need not be there, as long as one of the wanted is.
+
+    Raises:
+        BadInput: it lacks one; the message has the names of its own.
+    """
+    paths = module_names(model)
+    unknown = [each for each in wanted if not fits(each, paths)]
+    misspelt = [each for each in unknown if each not in published]
+    if not misspelt and (not wanted or len(unknown) < len(wanted)):
+        return
+    weights = (each.split(".")[:-1] for each, _ in model.named_parameters())
+    own = sorted({path[-1] for path in weights if path and not path[-1].isdigit()})
+    wrong = (misspelt or unknown)[0]
+    near = did_you_mean(wrong, own)
+    raise BadInput(f"{flag} {wrong}: {name} has no module of that name, it has {', '.join(own)}{near}")
 
 
 def widened(codebooks: NDArray[np.float32], width: int, name: str) -> NDArray[np.float32]:

@@ -160,7 +160,8 @@ def balanced_plan(vectors: Tensor, book: Tensor, temperature: float) -> Tensor:
         temperature: in units of the distances' standard deviation; smaller is harder.
     """
     distances = squared_distances(vectors, book) + (vectors * vectors).sum(dim=1, keepdim=True)
-    spread = distances.std().clamp_min(torch.finfo(distances.dtype).tiny)
+    spread = distances.std()
+    spread = spread.where(spread > 0, torch.inf)  # where all are equal, no code is nearer
     return sinkhorn(-distances / (spread * temperature), SINKHORN_ITERATIONS)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +23,7 @@ from tools.features import Floats, Rows
 from tools.files import read_json, replacing, write_json
 from tools.vokens import Codes
 
+from .checkpoints import ANEW, load_weights
 from .quantizer import QuantizerConfig, ResidualQuantizer
 
 Alignment = Literal["none", "mse", "l1", "contrastive"]
@@ -175,10 +176,18 @@ class RqVae(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "RqVae":
-        """Read what `save_pretrained` wrote; the model is in eval mode."""
+        """Read what `save_pretrained` wrote; the model is in eval mode.
+
+        Raises:
+            BadInput: a file is missing or damaged, or the two do not belong together.
+        """
         values: dict[str, Any] = read_json(folder / CONFIG_NAME)
-        model = cls(RqVaeConfig(**{**values, "hidden": tuple(values["hidden"])}))
-        model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+        try:
+            config = RqVaeConfig(**{**values, "hidden": tuple(values["hidden"])})
+        except (KeyError, TypeError):
+            raise BadInput(f"{folder / CONFIG_NAME} is not an RQ-VAE's: {ANEW}") from None
+        model = cls(config)
+        load_weights(model, folder / WEIGHTS_NAME)
         return model.eval()
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer, DynamicCache, LlamaConfig, LlamaModel
+from transformers import AddedToken, AutoModel, DynamicCache, LlamaConfig, LlamaModel
 
 if TYPE_CHECKING:
     from peft import PeftModel  # elsewhere where adapters are, and not above: slow to import
@@ -24,8 +24,24 @@ if TYPE_CHECKING:
 from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
 
+from .checkpoints import load_weights
 from .cooccurrence import factorise
-from .pretrained import ADAPTER_NAME, LOADING_ERRORS, cannot_load, load_whole, merged, set_rows, widened
+from .pretrained import (
+    ADAPTER_NAME,
+    LOADING_ERRORS,
+    cannot_load,
+    check_names,
+    fits,
+    load_config,
+    load_saved,
+    load_tokenizer,
+    load_whole,
+    merged,
+    module_names,
+    reading,
+    set_rows,
+    widened,
+)
 
 # Without a space before <img>: that is how SEED-LLaMA was trained (its tokenizer took the space away).
 PROMPT = "USER: Image:<img>{image}</img> Query: {query} ASSISTANT:"
@@ -232,14 +248,15 @@ class Scorer(nn.Module):
         """
         facts = read_json(folder / SCORER_NAME)
         layers = facts.pop("layers", None)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with reading(folder):
+            tokenizer = load_tokenizer(folder)
         if (folder / ADAPTER_NAME).is_file():
             model = merged(AutoModel, folder, len(tokenizer), options=lambda name: _causal(name, layers))
         else:
-            model = AutoModel.from_pretrained(folder, **_without_pooler(AutoConfig.from_pretrained(folder)))
-        weights = load_file(folder / HEAD_NAME)
+            with reading(folder):
+                model = load_saved(AutoModel, folder, **_without_pooler(load_config(folder)))
         head = scoring_head(model.config.hidden_size)
-        head.load_state_dict(weights)
+        load_weights(head, folder / HEAD_NAME)
         images = ImageTokens(**facts.pop("images"))
         return cls(model, head.to(next(model.parameters()).dtype), tokenizer, images=images, **facts).eval()
 
@@ -326,7 +343,7 @@ def build_scorer(
     """
     try:
         model = load_whole(AutoModel, name, dtype=dtype, **_causal(name, layers))
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name)
+        tokenizer = load_tokenizer(tokenizer_name or name)
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
     first = _image_tokens(name, model, tokenizer, images, starts)
@@ -365,8 +382,8 @@ def build_new_scorer(
     if width % (2 * heads) or width % 4:
         raise BadInput(f"--new-width {width} must divide into --new-heads {heads} of even width, and by 4")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        lender = load_whole(AutoModel, name, **_without_pooler(AutoConfig.from_pretrained(name)))
+        tokenizer = load_tokenizer(name)
+        lender = load_whole(AutoModel, name, **_without_pooler(load_config(name)))
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
     lent = lender.get_input_embeddings().weight.detach().float()[: len(tokenizer)]
@@ -409,7 +426,7 @@ def _main_directions(vectors: Tensor, width: int) -> Tensor:
 
 def _causal(name: str, layers: int | None) -> dict[str, Any]:
     """How a pretrained model is loaded: its first so many layers, and from left to right where it can do either."""
-    config = AutoConfig.from_pretrained(name)
+    config = load_config(name)
     if config.model_type in READ_BOTH_WAYS:
         config.is_decoder = True
     config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
@@ -476,17 +493,22 @@ def refuse_both_ways(name: str, model: Any) -> None:
 
 
 def _adapt(name: str, model: Any, lora: Lora) -> "PeftModel":
-    """Put adapters into a model, in place: they, and the modules that are trained whole, are what is trained."""
+    """Put adapters into a model, in place: they, and the modules that are trained whole, are what is trained.
+
+    Names of the published lists that the model lacks are passed over: they are those of LLaMA and its head.
+    """
     from peft import LoraConfig, get_peft_model
 
-    there = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    there = module_names(model)
+    check_names(name, model, lora.targets, flag="--lora-targets", published=LORA_TARGETS)
+    check_names(name, model, lora.whole, flag="--lora-whole", published=(*TRAINED_WHOLE, "lm_head"))
     config = LoraConfig(
         task_type="FEATURE_EXTRACTION",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-        modules_to_save=[each for each in lora.whole if each in there],
+        target_modules=[each for each in lora.targets if fits(each, there)],
+        modules_to_save=[each for each in lora.whole if fits(each, there)],
     )
     try:
         return get_peft_model(model, config)

@@ -13,14 +13,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
@@ -30,6 +27,7 @@ from transformers.utils import cached_file
 from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
 
+from .checkpoints import read_state
 from .quantizer import nearest
 
 Attention = Literal["sdpa", "eager"]
@@ -86,7 +84,6 @@ BLIP2_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-READ_ERRORS = (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -255,7 +252,7 @@ class SeedTokenizer(nn.Module):
                 unknown one below a name that is used.
         """
         config = config or SeedConfig()
-        quantizer_state, vision_state = _read_state(quantizer), _read_vision(vision)
+        quantizer_state, vision_state = read_state(quantizer), _read_vision(vision)
         state, account = convert_state(quantizer_state, vision_state, config, files=(str(quantizer), str(vision)))
         model = cls._of_state(state, config, interpolation=interpolation, attention=attention)
         model.account = account
@@ -276,7 +273,7 @@ class SeedTokenizer(nn.Module):
             BadInput: the folder is not one of a SEED tokenizer, or its files do not belong together.
         """
         config, interpolation = _read_config(folder / CONFIG_NAME)
-        saved = _Checkpoint(_read_state(folder / WEIGHTS_NAME), str(folder / WEIGHTS_NAME), SAVED_HINT)
+        saved = _Checkpoint(read_state(folder / WEIGHTS_NAME), str(folder / WEIGHTS_NAME), SAVED_HINT)
         shapes = _shapes(config)
         state = {key: saved.tensor(key, shape) for key, shape in shapes.items()}
         saved.account(shapes, owns=frozenset(key.split(".")[0] for key in shapes), ignorable=lambda _: False)
@@ -481,10 +478,10 @@ def _read_vision(source: Path | str) -> dict[str, Any]:
     """Tensors of an EVA file, or the ViT's of a BLIP-2 model: of the files that have them alone."""
     path = Path(source)
     if path.is_file() or (path.suffix in WEIGHT_SUFFIXES and not path.is_dir()):
-        return _read_state(path)
+        return read_state(path)
     state: dict[str, Any] = {}
     for file in _blip2_files(str(source)):
-        state |= _read_state(file, prefix=BLIP2_PREFIX)
+        state |= read_state(file, prefix=BLIP2_PREFIX)
     if not state:
         raise BadInput(f"{source} has no {BLIP2_PREFIX}* tensors: {VISION_HINT}")
     return state
@@ -522,24 +519,3 @@ def _model_file(source: str, name: str) -> Path:
         raise BadInput(
             f"{source} is no file or folder, and the Hub gives no {name} of it ({reason}): {VISION_HINT}"
         ) from None
-
-
-def _read_state(path: Path, *, prefix: str = "") -> dict[str, Any]:
-    """Tensors whose names start with `prefix`, left on the disk until they are used where the format can do that."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except FileNotFoundError:
-        raise BadInput(f"{path} does not exist: download it, or correct the path") from None
-    except UnpicklingError:
-        raise BadInput(
-            f"{path} is damaged or holds more than tensors, and pickled code is not run: download it again"
-        ) from None
-    except READ_ERRORS as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadInput(f"{path} is not a readable file of tensors ({reason}): download it again") from None
-    if not isinstance(state, dict):
-        raise BadInput(f"{path} holds one {type(state).__name__}, expected tensors by name: download it again")
-    return {str(key): value for key, value in state.items() if str(key).startswith(prefix)}

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tools import processes, runs
+from tools.curves import Curves
 from tools.errors import BadInput
 from tools.logs import Tracker, progress
 
@@ -152,6 +153,7 @@ class TrainingLoop(ABC):
         sharded: DeepSpeed trains it, and may keep its weights in parts; see `whole_weights`.
         steps: of the optimiser, in all epochs together.
         epoch, batch: what comes next; finished epochs, and finished batches of the current one.
+        curves: losses and validations so far.
         best: the figures of the best model so far, their "mean" and its "epoch"; empty before the first validation.
     """
 
@@ -177,6 +179,7 @@ class TrainingLoop(ABC):
         """
         config = self.config
         self.steps = config.epochs * -(-len(self.batches(0)) // config.accumulate)
+        self.curves = Curves(self.steps)
         optimizer = make_optimizer(config.optimizer, self.module, lr=config.lr, weight_decay=config.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_share(step, steps=self.steps, warmup=config.warmup, decay=decay)
@@ -221,6 +224,7 @@ class TrainingLoop(ABC):
                 continue
             self._step()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self.curves.step(self.epoch + self.batch / len(batches), {"train/loss": loss})
             tracker.log({"train/loss": loss, "train/lr": self.schedule.get_last_lr()[0], "epoch": self.epoch})
             if self._save_is_due():
                 self.save()
@@ -236,8 +240,9 @@ class TrainingLoop(ABC):
             self.save()
 
     def report(self, tracker: Tracker, figures: dict[str, float]) -> None:
-        """Show the figures of a validation."""
+        """Show the figures of a validation, and keep them."""
         tracker.log({**figures, "epoch": self.epoch})
+        self.curves.mark(self.epoch, figures)
         words = ", ".join(f"{name[4:]} {value:.1%}" for name, value in figures.items())
         print(f"epoch {self.epoch}, val: {words}", flush=True)
 
@@ -247,6 +252,7 @@ class TrainingLoop(ABC):
         tracker.finish()
         if processes.is_main():
             shutil.copytree(self.best_folder, self.run.folder / "model", dirs_exist_ok=True)
+            self.curves.write(self.run.folder)
         self.run.finish(facts=facts, metrics={f"val/{name}": value for name, value in self.best.items()})
 
     @contextlib.contextmanager
@@ -289,6 +295,7 @@ class TrainingLoop(ABC):
             "epoch": self.epoch,
             "batch": self.batch,
             "best": self.best,
+            "curves": self.curves.state(),
             "layout": self.layout,
         }
         if self.sharded:
@@ -330,6 +337,7 @@ class TrainingLoop(ABC):
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.best = state["epoch"], state["batch"], state["best"]
+        self.curves.restore(state.get("curves"))
         return True
 
     @property

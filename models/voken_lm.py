@@ -15,11 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     GPT2Config,
@@ -34,7 +32,20 @@ from tools.errors import BadInput
 from tools.files import read_json, write_json
 from tools.vokens import VokenSpace
 
-from .pretrained import ADAPTER_NAME, LOADING_ERRORS, cannot_load, load_whole, merged, set_rows, widened
+from .pretrained import (
+    ADAPTER_NAME,
+    LOADING_ERRORS,
+    cannot_load,
+    check_names,
+    load_config,
+    load_saved,
+    load_tokenizer,
+    load_whole,
+    merged,
+    reading,
+    set_rows,
+    widened,
+)
 
 Kind = Literal["seq2seq", "encoder-decoder", "causal"]
 LOADERS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder-decoder": EncoderDecoderModel, "causal": AutoModelForCausalLM}
@@ -257,11 +268,13 @@ class VokenLM(nn.Module):
             BadInput: the model that adapters belong to cannot be loaded.
         """
         facts = read_json(folder / VOKENS_NAME)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with reading(folder):
+            tokenizer = load_tokenizer(folder)
         if (folder / ADAPTER_NAME).is_file():
             model = merged(AutoModelForCausalLM, folder, len(tokenizer))
         else:
-            model = LOADERS[facts["kind"]].from_pretrained(folder)
+            with reading(folder):
+                model = load_saved(LOADERS[facts["kind"]], folder)
             if getattr(model.get_encoder(), "pooler", None) is not None:  # it comes back random, and is never used
                 model.get_encoder().pooler = None
         space = VokenSpace(**facts.pop("space"))
@@ -281,11 +294,11 @@ def build_seq2seq(
         BadInput: the model cannot be loaded, or the codebooks are too wide.
     """
     try:
-        config = AutoConfig.from_pretrained(name, dropout_rate=dropout)
+        config = load_config(name, dropout_rate=dropout)
         if config.model_type not in T5_FAMILY:
             raise BadInput(f"--language-model {name} is a {config.model_type}, seq2seq takes {', '.join(T5_FAMILY)}")
         model = load_whole(AutoModelForSeq2SeqLM, name, config=config, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
     return VokenLM(
@@ -329,7 +342,7 @@ def build_causal(
         raise BadInput(f"the prompt {prompt!r} must have {{query}} in it once")
     try:
         model = load_whole(AutoModelForCausalLM, name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
     if tokenizer.eos_token_id is None:
@@ -360,6 +373,7 @@ def _adapt(name: str, model: Any, lora: Lora) -> "PeftModel":
     """Put adapters into a causal model, in place: they, its embeddings and its head are what is trained."""
     from peft import LoraConfig, get_peft_model
 
+    check_names(name, model, lora.targets, flag="--lora-targets")
     whole = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -440,7 +454,7 @@ def build_encoder_decoder(
         raise BadInput(f"--decoder-heads {heads} does not divide the codebooks' width {width}")
     try:
         text_encoder = load_whole(AutoModel, encoder, add_pooling_layer=False, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        tokenizer = load_tokenizer(encoder)
     except LOADING_ERRORS as error:
         raise cannot_load(encoder, error) from None
     config = decoder_config(space, width=width, layers=layers, heads=heads, dropout=dropout)

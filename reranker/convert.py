@@ -168,6 +168,7 @@ def main(config: Config) -> None:
     run = runs.begin("reranker.convert", config, inputs=config.inputs())
     if run is None:
         return
+    runs.check_files(captions.images)
     device = pick_device(config.device)
     if config.tokenizer == "seed":
         tokenizer: SeedTokenizer | PatchTokenizer = seed_tokenizer(config)

@@ -2,7 +2,8 @@
 
 In:  a `retriever.rank_splits` folder, a `reranker.convert` folder, and SEED-LLaMA, another causal model, or nothing
      but a tokenizer (`--new-layers`).
-Out: `<output>/model/`, the best checkpoint by recall on val when its scores and the retriever's are interpolated.
+Out: `<output>/model/`, the best checkpoint by recall on val when its scores and the retriever's are interpolated;
+     `<output>/curves.jsonl`, losses and validations (tools/curves.py).
 Command: python -m reranker.train --lists DIR --tokens DIR --language-model AILab-CVC/seed-llama-8b-sft --output DIR
 
 The loss of a query is -log softmax of the right picture's score among its group's. Wrong pictures are drawn anew in
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.compute import Precision, autocast, pick_device, pick_dtype, seed_everything
+from models.compute import Precision, autocast, check_optimization, pick_device, pick_dtype, seed_everything
 from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora, Scorer, build_new_scorer, build_scorer
 from models.training import Part, TrainingLoop, bucketed_batches, check_batch_size
 from tools import runs
@@ -146,6 +147,7 @@ class Config:
             raise BadInput("--new-layers takes the tokenizer of --language-model: leave --tokenizer out")
         if self.new_layers and self.layers:
             raise BadInput("--new-layers makes a model from nothing, --layers cuts a trained one: give one of the two")
+        check_optimization(self)
         check_batch_size(self.batch_size)
 
     @property

@@ -26,20 +26,17 @@ from tools.commands import run_command
 from tools.errors import BadInput
 from tools.features import Floats, Rows
 from tools.logs import progress
-from tools.pictures import find_unreadable, pictures_below, printable
+from tools.pictures import find_unreadable, pictures_below
+from tools.texts import printable
 from tools.vokens import Codes
 
 from .gallery import Gallery, Picture, changing, model_content, replace_pictures
 
 
 @dataclass(frozen=True)
-class Config:
-    """What is added to which index."""
+class Options:
+    """How pictures are added."""
 
-    folder: tyro.conf.Positional[Path]
-    """Folder of the new pictures; folders below it are read too."""
-    index: Path
-    """Run folder of retriever.build_index."""
     prefix: str = ""
     """Put before each new picture's id, to tell two folders' IMG_0001.jpg apart."""
     replace: bool = False
@@ -58,12 +55,25 @@ class Config:
     """Processes that read pictures; 0 for the main one alone."""
 
     def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise BadInput(f"{self.folder} is not a folder")
         if self.replace and self.skip_known:
             raise BadInput("--replace and --skip-known contradict each other: give one")
         if self.batch_size < 1 or self.workers < 0:
             raise BadInput("--batch-size must be at least 1 and --workers at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """What is added to which index."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of the new pictures; folders below it are read too."""
+    index: Path
+    """Run folder of retriever.build_index."""
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise BadInput(f"{self.folder} is not a folder")
+        super().__post_init__()
 
 
 class Choice(NamedTuple):
@@ -74,16 +84,52 @@ class Choice(NamedTuple):
     """Rows of the gallery that leave for them."""
 
 
-def choose(gallery: Gallery, config: Config) -> Choice:
-    """Find the folder's pictures; check that they are new and can be read.
+class Added(NamedTuple):
+    """What changed."""
+
+    images: list[str]
+    """Ids of the pictures that were added."""
+    replaced: int
+    """Pictures that left for them."""
+    total: int
+    """Pictures that can be found."""
+
+
+def pictures_of(gallery: Gallery, places: Sequence[Path], prefix: str) -> list[Picture]:
+    """Pictures as the gallery will have them: files, whose id is their name, and all files below folders, whose id is
+    their path below it.
 
     Raises:
-        BadInput: there are none, or one is in the index already or cannot be read and nothing says what to do then.
+        BadInput: a place is neither, or has no picture, or two pictures would have the same id.
     """
-    folder = Path(portable(config.folder))
-    new = [Picture(config.prefix + file, str(folder / file)) for file in pictures_below(config.folder)]
-    if not new:
-        raise BadInput(f"there is no picture below {config.folder}")
+    found: list[Picture] = []
+    for place in places:
+        if place.is_dir():
+            folder = Path(gallery.recorded(place))
+            below = [Picture(prefix + file, str(folder / file)) for file in pictures_below(place)]
+            if not below:
+                raise BadInput(f"there is no picture below {place}")
+            found += below
+        elif place.is_file():
+            found.append(Picture(prefix + place.name, str(Path(gallery.recorded(place.parent)) / place.name)))
+        else:
+            raise BadInput(f"{place} does not exist; nothing was added")
+    first: dict[str, Picture] = {}
+    for picture in found:
+        if first.setdefault(picture.image, picture) is not picture:
+            raise BadInput(
+                f"{first[picture.image].file} and {picture.file} would both get the id {picture.image!r}: add them "
+                "one after the other, each with a prefix of its own; nothing was added"
+            )
+    return found
+
+
+def choose(gallery: Gallery, new: list[Picture], config: Options) -> Choice:
+    """Check that pictures are new and can be read.
+
+    Raises:
+        BadInput: one is in the index already or cannot be read, and nothing says what to do then.
+    """
     known = known_rows(gallery, new)
     if known and not (config.replace or config.skip_known):
         first, rows = next(iter(known.items()))
@@ -93,7 +139,7 @@ def choose(gallery: Gallery, config: Config) -> Choice:
             f"{old.image!r}, file {old.file}); leave them out with --skip-known, put them in the old ones' place with "
             "--replace, or tell other pictures of the same names apart with --prefix"
         )
-    added = readable([picture for picture in new if not (config.skip_known and picture in known)], config)
+    added = readable(gallery, [picture for picture in new if not (config.skip_known and picture in known)], config)
     replaced = {row for picture in added for row in known.get(picture, [])}
     return Choice(added, np.array(sorted(replaced), dtype=np.int64))
 
@@ -109,10 +155,10 @@ def known_rows(gallery: Gallery, new: Sequence[Picture]) -> dict[Picture, list[i
     return known
 
 
-def readable(pictures: list[Picture], config: Config) -> list[Picture]:
+def readable(gallery: Gallery, pictures: list[Picture], config: Options) -> list[Picture]:
     """The pictures that can be read; without --skip-bad, all of them must be."""
     workers = config.workers if len(pictures) > config.batch_size else 0
-    reasons = find_unreadable([picture.file for picture in pictures], workers=workers)
+    reasons = find_unreadable([picture.file for picture in pictures], workers=workers, folder=gallery.files_below)
     bad = [printable(f"{file}: {reason}") for file, reason in reasons.items() if reason]
     if bad and not config.skip_bad:
         raise BadInput(
@@ -133,14 +179,13 @@ def check_content(name: str, content: Any, recorded: Any, gallery: Gallery) -> N
         )
 
 
-def encode(gallery: Gallery, new: Sequence[Picture], config: Config, device: torch.device) -> Floats:
+def encode(gallery: Gallery, new: Sequence[Picture], config: Options, device: torch.device) -> Floats:
     """Features (pictures, width) of new pictures, by the model that encoded the gallery's."""
-    made_by = gallery.facts["clip"]
-    places = (made_by["model"], made_by["pretrained"])
-    check_content(made_by["model"], model_content(*places), made_by["content"], gallery)
-    clip = load_clip(*places)
+    name, pretrained = gallery.clip
+    check_content(name, model_content(name, pretrained), gallery.facts["clip"]["content"], gallery)
+    clip = load_clip(name, pretrained)
     clip.model.to(device=device, dtype=pick_dtype(config.precision, device), memory_format=torch.channels_last)
-    pictures = Pictures([picture.file for picture in new], clip.preprocess)
+    pictures = Pictures([picture.file for picture in new], clip.preprocess, folder=gallery.files_below)
     workers = config.workers if len(new) > config.batch_size else 0
     batches = DataLoader(pictures, batch_size=config.batch_size, num_workers=workers)
     with torch.inference_mode():
@@ -154,21 +199,27 @@ def code(gallery: Gallery, features: Floats, taken: NDArray[np.integer], device:
     Args:
         taken: (others, levels) codes of the pictures that stay.
     """
-    made_by = gallery.facts["rqvae"]
-    folder = runs.read_manifest(Path(made_by["path"]), "RQ-VAE.train").folder
-    check_content(str(folder), runs.fingerprint(folder), made_by["content"], gallery)
+    folder = runs.read_manifest(gallery.rqvae, "RQ-VAE.train").folder
+    check_content(str(folder), runs.fingerprint(folder), gallery.facts["rqvae"]["content"], gallery)
     groups = [np.arange(len(features))] if gallery.facts["resolve_collisions"] else None
     return tokenize(RqVae.from_pretrained(folder).to(device), features, groups=groups, taken=taken).codes
 
 
-def main(config: Config) -> None:
-    began = time.monotonic()
+def add(index: Path, places: Sequence[Path], config: Options, *, source: str) -> Added:
+    """Publish a version of the index with further pictures; without any, it stays as it is.
+
+    Args:
+        places: files and folders, see `pictures_of`.
+        source: where they come from, for the index's history.
+
+    Raises:
+        BadInput: see `pictures_of` and `choose`; or a model has changed, or another process changes the index.
+    """
     device = pick_device(config.device)
-    with changing(config.index) as gallery:
-        choice = choose(gallery, config)
+    with changing(index) as gallery:
+        choice = choose(gallery, pictures_of(gallery, places, config.prefix), config)
         if not choice.added:
-            print(f"nothing to add: no other readable pictures are below {config.folder}; the index stays as it is")
-            return
+            return Added([], 0, len(gallery))
         features = encode(gallery, choice.added, config, device)
         codes = code(gallery, features, np.delete(gallery.codes, choice.replaced, axis=0), device)
         total = replace_pictures(
@@ -177,10 +228,20 @@ def main(config: Config) -> None:
             added=choice.added,
             codes=codes,
             features=features,
-            source=portable(config.folder),
+            source=source,
         )
-    replaced = f" in the place of {len(choice.replaced):,}" if len(choice.replaced) else ""
-    print(f"{len(choice.added):,} pictures added{replaced}, {total:,} can be found, {time.monotonic() - began:.1f} s")
+    return Added([picture.image for picture in choice.added], len(choice.replaced), total)
+
+
+def main(config: Config) -> None:
+    began = time.monotonic()
+    added = add(config.index, [config.folder], config, source=portable(config.folder))
+    if not added.images:
+        print(f"nothing to add: no other readable pictures are below {config.folder}; the index stays as it is")
+        return
+    replaced = f" in the place of {added.replaced:,}" if added.replaced else ""
+    seconds = time.monotonic() - began
+    print(f"{len(added.images):,} pictures added{replaced}, {added.total:,} can be found, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from tools.files import replacing
+from tools.pictures import open_picture
+from tools.texts import printable
 
 THUMBNAIL = 96
 GAP = 8
 TEXT_HEIGHT = 22
 FRAME = 4
+DRAWN_CHARACTERS = 200  # of a query: more than the sheet is wide
 RIGHT, BACKGROUND, INK, FAINT = "#1a9850", "#ffffff", "#222222", "#888888"
 
 
@@ -30,7 +33,7 @@ def draw_sheet(path: Path, rows: Sequence[SheetRow], *, title: str, columns: int
     row_height = TEXT_HEIGHT + THUMBNAIL + 2 * GAP
     sheet = Image.new("RGB", (width, TEXT_HEIGHT + GAP + len(rows) * row_height), BACKGROUND)
     pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, GAP // 2), title, fill=INK, font=ImageFont.load_default(15))
+    pen.text((GAP, GAP // 2), printable(title), fill=INK, font=ImageFont.load_default(15))
     for number, row in enumerate(rows):
         top = TEXT_HEIGHT + GAP + number * row_height
         rank = row.found.index(row.wanted) + 1 if row.wanted in row.found else None
@@ -41,22 +44,23 @@ def draw_sheet(path: Path, rows: Sequence[SheetRow], *, title: str, columns: int
             if rank
             else "   (not found; shown right)"
         )
-        pen.text((GAP, top), row.query, fill=INK, font=ImageFont.load_default(14))
-        offset = pen.textlength(row.query, font=ImageFont.load_default(14))
+        query = printable(row.query[:DRAWN_CHARACTERS])
+        pen.text((GAP, top), query, fill=INK, font=ImageFont.load_default(14))
+        offset = pen.textlength(query, font=ImageFont.load_default(14))
         pen.text((GAP + offset, top), note, fill=FAINT, font=ImageFont.load_default(14))
         for column, file in enumerate(row.found[:columns]):
             left = GAP + column * (THUMBNAIL + GAP)
-            _paste(sheet, file, left, top + TEXT_HEIGHT, frame=RIGHT if file == row.wanted else None)
+            paste(sheet, file, left, top + TEXT_HEIGHT, frame=RIGHT if file == row.wanted else None)
         if row.wanted is not None and rank is None:
-            _paste(sheet, row.wanted, width - GAP - THUMBNAIL, top + TEXT_HEIGHT, frame=FAINT)
+            paste(sheet, row.wanted, width - GAP - THUMBNAIL, top + TEXT_HEIGHT, frame=FAINT)
     with replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
 
 
-def _paste(sheet: Image.Image, file: Path, left: int, top: int, *, frame: str | None) -> None:
+def paste(sheet: Image.Image, file: Path, left: int, top: int, *, frame: str | None) -> None:
+    """Put a thumbnail of a picture file onto a sheet, with a frame of that colour; grey where the file has gone."""
     try:
-        with Image.open(file) as picture:
-            thumbnail = picture.convert("RGB")
+        thumbnail = open_picture(file)
     except OSError:  # the file has gone since the picture was added to the index
         thumbnail = Image.new("RGB", (THUMBNAIL, THUMBNAIL), FAINT)
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))

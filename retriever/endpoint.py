@@ -23,6 +23,7 @@ from tools.blocks import Blocks
 from tools.errors import BadInput
 from tools.files import write_json
 from tools.logs import progress
+from tools.pictures import FORMATS, as_seen, is_turned
 
 STYLE_CAPTIONS = 5  # shown as an example, at most
 ANSWER_SECONDS = 120.0  # to wait for an answer, before it counts as failed
@@ -126,13 +127,13 @@ def data_url(file: Path) -> str:
         BadInput: the file cannot be read.
     """
     try:
-        with Image.open(file) as picture:
+        with Image.open(file, formats=FORMATS) as picture:
             kind, content = picture.format or "", BytesIO()
-            if kind in FORMATS_SENT:
+            if kind in FORMATS_SENT and not is_turned(picture):
                 content.write(file.read_bytes())
             else:
                 kind = "PNG"
-                picture.convert("RGB").save(content, kind)
+                as_seen(picture).save(content, kind)
     except OSError as error:
         raise BadInput(f"{file} cannot be read any more ({error}): run the same script again") from None
     return f"data:{Image.MIME[kind]};base64,{base64.b64encode(content.getvalue()).decode()}"
@@ -201,7 +202,7 @@ def _ask(client: Any, endpoint: Endpoint, request: Request) -> str:
         response = client.chat.completions.create(
             model=endpoint.language_model, messages=[{"role": "user", "content": content}]
         )
-        return str(response.choices[0].message.content or "")
+        return str(response.choices[0].message.content or "").replace(client.api_key, "...")
     except openai.APIStatusError as error:
         if endpoint.skip_refused and error.status_code in PICTURE_REFUSED:
             return ""

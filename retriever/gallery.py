@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ COMMAND = "retriever.build_index"
 CODES, PICTURES, LINES, FEATURES = "codes.npy", "pictures.jsonl", "lines.npy", "features.npy"
 KEEPS_FEATURES = "keeps_features"  # the manifest's fact; indexes of earlier versions have neither it nor features
 FEATURE_BLOCK = 65_536  # rows that are normalised at a time
+EXPORTED = "exported"  # the manifest's fact of an index inside an exported folder (retriever/exported.py)
+EXPORTED_PICTURES = "pictures"  # the folder beside such an index where its pictures lie
 VERSION = "version-{:06d}"
 HISTORY = 100  # changes that the manifest remembers
 
@@ -49,7 +52,7 @@ class Picture(NamedTuple):
     image: str
     """Its id."""
     file: str
-    """Its path, as seen from the repository's root."""
+    """Its path, as seen from the gallery's `files_below`: the repository's root."""
 
     def line(self) -> bytes:
         """As it stands in pictures.jsonl."""
@@ -86,6 +89,39 @@ class Gallery:
     def codebooks_hash(self) -> str:
         """What the codes mean, as in `RetrieverData`."""
         return str(self.facts["codebooks"])
+
+    @property
+    def clip(self) -> tuple[str, str | None]:
+        """Name or folder, and tag, of the two-tower model that encodes its pictures."""
+        made_by = self.facts["clip"]
+        return self._place(made_by["model"]), made_by["pretrained"]
+
+    @property
+    def rqvae(self) -> Path:
+        """Run folder of the tokenizer that codes its pictures."""
+        return Path(self._place(self.facts["rqvae"]["path"]))
+
+    def _place(self, recorded: str) -> str:
+        return str(self.folder.parent / recorded) if EXPORTED in self.facts else recorded
+
+    @cached_property
+    def files_below(self) -> Path:
+        """What the pictures' files are relative to: the repository's root, from which every command runs; of an
+        exported index the pictures beside it, or where they were when it was exported."""
+        if EXPORTED not in self.facts:
+            return Path()
+        beside, earlier = self.folder.parent / EXPORTED_PICTURES, self.facts[EXPORTED]["pictures"]
+        return Path(earlier) if earlier and Path(earlier).is_dir() and not beside.is_dir() else beside
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Row of each picture's id; made on first use, from all lines."""
+        return {picture.image: row for row, picture in enumerate(self.pictures())}
+
+    def recorded(self, path: Path) -> str:
+        """A path as its pictures have it: relative to `files_below` when it lies there."""
+        absolute, below = path.resolve(), self.files_below.resolve()
+        return str(absolute.relative_to(below)) if absolute.is_relative_to(below) else str(absolute)
 
     def line(self, row: int) -> bytes:
         return self.text[self.lines[row] : self.lines[row + 1]].tobytes()

@@ -9,6 +9,7 @@ Candidates come from the nearest train pictures, from an image-to-text model, or
 model then decides: a picture keeps the candidates whose text features are nearest to its own.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -28,6 +29,7 @@ from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Floats, normalized
 from tools.files import read_array, read_json, write_json, write_json_lines
 from tools.logs import progress
+from tools.pictures import open_picture
 
 from .candidates import Candidates, Pool, TrainCaptions
 from .data import read_data
@@ -39,6 +41,7 @@ Source = Literal["nearest", "model", "endpoint"]
 SELECT_BLOCK = 256  # pictures that are decided on at a time
 EXAMPLES = 3  # pictures shown at the end
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+NAMES_A_KEY = re.compile(r"(?i)(.*_)?(key|token|secret)")
 BELONGS_TO: dict[str, tuple[Source, ...]] = {
     **dict.fromkeys(("neighbours",), ("nearest",)),
     **dict.fromkeys(("candidates", "precision"), ("model", "endpoint")),
@@ -143,8 +146,10 @@ class Config:
             raise BadInput("--url must begin with http:// or https:// and name a host")
         if address.username or address.password or address.query:  # the manifest would tell
             raise BadInput("--url takes no user, password or query: export the key, --api-key-variable names it")
-        if not ENVIRONMENT_NAME.fullmatch(self.api_key_variable):  # perhaps the key itself: not to be shown
-            raise BadInput("--api-key-variable takes the name of an environment variable, not the key")
+        name = self.api_key_variable
+        if not ENVIRONMENT_NAME.fullmatch(name) or (name not in os.environ and not NAMES_A_KEY.fullmatch(name)):
+            # perhaps the key itself: neither to be shown nor to be written into a manifest
+            raise BadInput("--api-key-variable takes the name of an environment variable that is set, not the key")
 
 
 def flag(name: str) -> str:
@@ -234,17 +239,16 @@ def ask_model(run: runs.Run, pool: Pool, config: Config) -> list[list[str]]:
         files = pool.files
         for number in progress(work.left, "captioning"):
             batch = slice(number * config.batch_size, (number + 1) * config.batch_size)
-            pictures = [open_picture(file) for file in files[batch]]
+            pictures = [decode(file) for file in files[batch]]
             seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
             write_json(work.path(number), write_captions(captioner, pictures, sampling, seed=seed))
     return [texts for path in work.gather() for texts in read_json(path)]
 
 
-def open_picture(file: Path) -> Image.Image:
-    """Decode one picture."""
+def decode(file: Path) -> Image.Image:
+    """One picture, as `open_picture` gives it."""
     try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
+        return open_picture(file)
     except OSError as error:
         raise BadInput(f"{file} cannot be read any more ({error}): run the same script again") from None
 

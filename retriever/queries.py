@@ -15,10 +15,23 @@ from models.voken_lm import Memory, Tokens, VokenLM
 from tools import processes
 from tools.blocks import Blocks, wait_for
 from tools.errors import BadInput
-from tools.files import read_array, replacing, write_array
+from tools.files import new_array, read_array, replacing, write_array
 from tools.logs import progress
+from tools.texts import clean
 
 ENCODE_BATCH = 256
+LONGEST_QUERY = 20_000  # characters: more than any model reads
+
+
+def read_query(text: str) -> str:
+    """What a person typed, as a caption is: on one line, without what is no text.
+
+    Raises:
+        BadInput: nothing is left of it.
+    """
+    if not (query := clean(text[:LONGEST_QUERY])):
+        raise BadInput("an empty query finds nothing: write some words")
+    return query
 
 
 class Searchable(Protocol):
@@ -114,7 +127,7 @@ class StoredQueries:
     def _merge(self, path: Path, blocks: list[Path], batches: list[NDArray[np.int64]], *, width: int) -> None:
         """Put the states of all batches in the order of the texts."""
         with replacing(path) as temporary:
-            array = open_memmap(temporary, mode="w+", dtype=np.float16, shape=(int(self.offsets[-1]), width))
+            array = new_array(temporary, dtype=np.float16, shape=(int(self.offsets[-1]), width))
             for batch, block in zip(batches, blocks, strict=True):
                 ends = np.cumsum(self.distinct_lengths[batch])
                 for index, states in zip(batch, np.split(read_array(block), ends[:-1]), strict=True):

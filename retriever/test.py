@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from models.compute import machine
 from models.rqvae import RqVae
@@ -53,6 +52,10 @@ class Config:
     """cpu, cuda or cuda:N; by default the GPU where there is one."""
     overwrite: bool = False
     """Throw away what the output folder holds and start again."""
+
+    def __post_init__(self) -> None:
+        if self.examples < 1:
+            raise BadInput("--examples must be at least 1")
 
 
 class Case:
@@ -115,10 +118,17 @@ def two_tower_row(case: Case, features: Features, pictures: Floats, config: Conf
     return {**row, "setting": "inductive"}  # whatever the retriever beside it was trained on
 
 
-def quantized_features(features: Features, rqvae: Path, codes: NDArray[np.int64]) -> Floats:
-    """Picture features decoded from their codes, (pictures, width)."""
+def quantized_features(rqvae: Path, data: RetrieverData) -> Floats:
+    """Picture features decoded from their codes, (pictures, width).
+
+    Raises:
+        BadInput: another RQ-VAE made the codes.
+    """
     runs.read_manifest(rqvae, "RQ-VAE.train")
-    decoded: Floats = RqVae.from_pretrained(rqvae).reconstruct(torch.tensor(codes)).numpy()
+    model = RqVae.from_pretrained(rqvae)
+    if not np.array_equal(model.quantizer.codebooks.detach().numpy(), data.codebooks):
+        raise BadInput(f"--rqvae {rqvae} is not the RQ-VAE that coded {data.folder}: give that one")
+    decoded: Floats = model.reconstruct(torch.tensor(data.codes)).numpy()
     return decoded
 
 
@@ -129,7 +139,7 @@ def result_rows(cases: list[Case], config: Config) -> list[dict[str, Any]]:
         features = read_features(Path(case.data.manifest.facts["features"]))
         rows.append(two_tower_row(case, features, normalized(features.images), config, system="two-tower"))
         if config.rqvae is not None:
-            quantized = quantized_features(features, config.rqvae, case.data.codes)
+            quantized = quantized_features(config.rqvae, case.data)
             rows.append(two_tower_row(case, features, quantized, config, system=config.quantized_system))
         speed = case.manifest.metrics[case.pool]["queries_per_second"]
         for level in ("image", "code"):

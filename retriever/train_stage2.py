@@ -1,7 +1,8 @@
 """Stage 2: train on to tell the right picture from those the search confuses it with.
 
 In:  a `retriever.prepare` folder and the `retriever.train` folder to start from.
-Out: `<output>/model/`, the best checkpoint by recall on val; the start itself where nothing beats it.
+Out: `<output>/model/`, the best checkpoint by recall on val; the start itself where nothing beats it;
+     `<output>/curves.jsonl`, losses and validations (tools/curves.py).
 Command: python -m retriever.train_stage2 --dataset DIR --stage1 DIR --output DIR
 
 Before each epoch its captions are searched, in eval mode, over the pictures that are trained on (those of val and test
@@ -215,6 +216,7 @@ def read_start(config: Config, data: RetrieverData) -> tuple[VokenLM, runs.Manif
 
 def main(config: Config) -> None:
     data = read_data(config.dataset)
+    config.check(data)
     lm, start = read_start(config, data)
     if start.facts["setting"] == "transductive" and config.pseudo_queries is None:
         print("note: --stage1 was trained on pseudo queries, this stage is not: the result counts as transductive")

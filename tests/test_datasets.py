@@ -13,7 +13,7 @@ from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora
 from reranker import convert
 from reranker import test as test_reranker
 from reranker import train as train_reranker
-from retriever import generate_pseudo_query, rank_splits, retrieve, train, train_stage2
+from retriever import generate_pseudo_query, rank_splits, report, retrieve, train, train_stage2
 from tests.tiny import assemble_clip, generate_codes, prepare_emb, rqvae_train, train_heads
 from tools import fetch_emoji, prepare_captions
 
@@ -35,6 +35,7 @@ REQUIRED: dict[str, tuple[type[Any], list[str]]] = {
     "RANK": (rank_splits.Config, ["--dataset", "x", "--retriever", "x"]),
     "TRAIN_RERANKER": (train_reranker.Config, ["--lists", "x", "--tokens", "x"]),
     "TEST_RERANKER": (test_reranker.Config, ["--lists", "x", "--summary", "x", "--name", "x"]),
+    "REPORT": (report.Config, ["--dataset", "x", "--summary", "x", "--name", "x"]),
 }
 
 
@@ -118,10 +119,7 @@ def test_an_unknown_dataset_is_one_clear_line() -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: DATASET=flicker: there is no scripts/datasets/flicker.sh; "
-        "write one after scripts/datasets/flickr30k.sh\n"
-    )
+    assert done.stderr == ("error: DATASET=flicker: there is no scripts/datasets/flicker.sh; did you mean flickr30k?\n")
 
 
 def test_a_users_own_file_reaches_every_stage(tmp_path: Path) -> None:

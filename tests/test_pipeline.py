@@ -53,15 +53,19 @@ def test_each_command_leaves_exactly_its_files(chain: Chain, retriever: Path) ->
     assert files_of(chain.captions) == ["captions.jsonl", "manifest.json"]
     assert files_of(chain.towers) == ["images.npy", "manifest.json", "texts.npy"]
     assert files_of(chain.features) == [
-        "clip/open_clip_config.json", "clip/open_clip_model.safetensors", "images.npy", "manifest.json", "texts.npy",
+        "clip/open_clip_config.json", "clip/open_clip_model.safetensors", "curves.jsonl", "images.npy", "manifest.json",
+        "texts.npy",
     ]  # fmt: skip
-    assert files_of(chain.rqvae) == ["config.json", "manifest.json", "model.safetensors", "report.json"]
+    assert files_of(chain.rqvae) == [
+        "config.json", "curves.jsonl", "manifest.json", "model.safetensors", "report.json",
+    ]  # fmt: skip
     assert files_of(chain.codes) == ["codebooks.npy", "codes.npy", "latents.npy", "manifest.json", "report.json"]
     assert files_of(chain.dataset) == [
         "codebooks.npy", "codes.npy", "latents.npy", "manifest.json", "pool.jsonl", "test.jsonl", "train.jsonl",
         "val.jsonl",
     ]  # fmt: skip
-    assert {"manifest.json", "model/model.safetensors", "model/vokens.json"} <= set(files_of(retriever))
+    assert {"curves.jsonl", "manifest.json", "model/model.safetensors"} <= set(files_of(retriever))
+    assert "model/vokens.json" in files_of(retriever)
     assert not any(name.startswith("resume") for name in files_of(retriever))
 
 
@@ -128,7 +132,7 @@ def test_table_summary_and_sheet(chain: Chain, retriever: Path, tmp_path: Path) 
     retrieve.main(retrieve_config(chain, retriever, tmp_path / "found", pools=("test", "all"), beams=8))
     summary = tmp_path / "summary.json"
     summary.write_text(json.dumps([{
-        "system": "another", "dataset": "toy", "split": "test", "pool": "test", "level": "image",
+        "system": "another", "dataset": "toy", "split": "test", "pool": "test", "level": "image", "recall": {},
     }]))  # fmt: skip
     config = final.Config(
         predictions=tmp_path / "found", output=tmp_path / "final", summary=summary, name="toy", rqvae=chain.rqvae,
@@ -303,6 +307,7 @@ def test_a_killed_training_ends_with_the_same_weights(
         assert torch.allclose(value, second[name], atol=1e-6), name
     manifests = [runs.read_manifest(config.output, "retriever.train") for config in (whole, cut)]
     assert manifests[0].metrics == manifests[1].metrics
+    assert manifests[0].outputs["curves.jsonl"] == manifests[1].outputs["curves.jsonl"]
 
 
 def test_a_killed_tokenizer_ends_with_the_same_weights(
@@ -314,6 +319,7 @@ def test_a_killed_tokenizer_ends_with_the_same_weights(
     first, second = (load_file(folder / "model.safetensors") for folder in (chain.rqvae, config.output))
     for name, value in first.items():
         assert torch.allclose(value, second[name], atol=1e-6), name
+    assert (config.output / "curves.jsonl").read_text() == (chain.rqvae / "curves.jsonl").read_text()
 
 
 def test_a_killed_encoding_goes_on_where_it_was(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +342,7 @@ def test_killed_heads_end_with_the_same_features(chain: Chain, tmp_path: Path, m
     config = train_heads.Config(features=chain.towers, output=tmp_path / "cut", epochs=30, device="cpu")
     interrupted(monkeypatch, train_heads.main, config, train_heads, "warmup_share", 20)
     assert np.allclose(np.load(tmp_path / "cut" / "images.npy"), np.load(chain.features / "images.npy"), atol=1e-5)
+    assert (tmp_path / "cut" / "curves.jsonl").read_text() == (chain.features / "curves.jsonl").read_text()
 
 
 def test_assembled_towers_run_through_prepare_emb(chain: Chain, tmp_path: Path) -> None:
@@ -364,9 +371,8 @@ def test_changed_captions_are_noticed_downstream(chain: Chain, tmp_path: Path) -
     manifest = chain.captions / "manifest.json"
     kept = manifest.read_text()
     try:
-        manifest.write_text(
-            kept.replace('"outputs": {\n    "captions.jsonl": "', '"outputs": {\n    "captions.jsonl": "0')
-        )
+        values = read_json(manifest)
+        runs.write_manifest(chain.captions, {**values, "facts": {**values["facts"], "pictures": 0}})
         with pytest.raises(BadInput, match="has changed since"):
             read_features(chain.features)
     finally:

@@ -120,7 +120,10 @@ def tested(stages: Stages) -> final.Config:
     """What reordering by features, reranker and both has left."""
     config = final_config(stages, stages.chain.root / "18" / "test")
     config.output.mkdir(parents=True)
-    write_json(config.summary, [{"system": "another", "dataset": "toy", "split": "test", "pool": "x", "level": "x"}])
+    write_json(
+        config.summary,
+        [{"system": "another", "dataset": "toy", "split": "test", "pool": "x", "level": "x", "recall": {}}],
+    )
     final.main(config)
     return config
 
@@ -137,7 +140,7 @@ def test_each_command_leaves_exactly_its_files(stages: Stages, tested: final.Con
         "manifest.json", "test-all.jsonl", "test-test.jsonl", "train-train.jsonl", "val-val.jsonl",
     ]  # fmt: skip
     assert files_of(stages.model) == [
-        "manifest.json", "model/config.json", "model/head.safetensors", "model/model.safetensors",
+        "curves.jsonl", "manifest.json", "model/config.json", "model/head.safetensors", "model/model.safetensors",
         "model/scorer.json", "model/tokenizer.json", "model/tokenizer_config.json",
     ]  # fmt: skip
     cases = ("test-all", "test-test", "val-val")
@@ -541,6 +544,7 @@ def test_a_killed_training_ends_with_the_same_weights(
     manifests = [runs.read_manifest(config.output, "reranker.train") for config in (whole, cut)]
     assert manifests[0].metrics == manifests[1].metrics
     assert manifests[0].facts == manifests[1].facts
+    assert manifests[0].outputs["curves.jsonl"] == manifests[1].outputs["curves.jsonl"]
 
 
 def test_a_model_with_adapters_goes_through_the_final_test(stages: Stages, tmp_path: Path) -> None:
@@ -797,13 +801,15 @@ def test_lists_of_other_captions_are_refused(stages: Stages, tmp_path: Path) -> 
         train.main(train_config(stages._replace(tokens=tmp_path / "tokens"), tmp_path / "model"))
     with pytest.raises(BadInput, match="speak of different pictures: make both from one set"):
         final.main(final_config(stages._replace(tokens=tmp_path / "tokens"), tmp_path / "test"))
-    manifest = captions / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"captions.jsonl": "', '"captions.jsonl": "0'))
+    values = read_json(captions / "manifest.json")
+    runs.write_manifest(captions, {**values, "facts": {**values["facts"], "pictures": 0}})
     with pytest.raises(BadInput, match=r"has changed since .*tokens was made: make it again"):
         read_tokens(tmp_path / "tokens")
 
 
-def test_what_cannot_be_fitted_or_ranked_is_one_clear_line(stages: Stages, tmp_path: Path) -> None:
+def test_what_cannot_be_fitted_or_ranked_is_one_clear_line(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare_captions.main(
         prepare_captions.Config(images=stages.chain.root / "images", output=tmp_path / "bare", workers=1)
     )
@@ -814,6 +820,7 @@ def test_what_cannot_be_fitted_or_ranked_is_one_clear_line(stages: Stages, tmp_p
     old = tmp_path / "dataset"
     shutil.copytree(stages.chain.dataset, old)
     lines = (old / "val.jsonl").read_text()
+    monkeypatch.setenv(runs.VERIFY_VARIABLE, "off")  # an earlier version wrote such files, and their hashes
     (old / "val.jsonl").write_text(lines.replace('"caption": ', '"row": '))
     chain = stages.chain._replace(dataset=old)
     with pytest.raises(BadInput, match=r"is of an earlier version: run scripts/07_prepare_retriever_dataset\.sh again"):

@@ -164,12 +164,6 @@ def test_a_missing_stage_names_its_script(tmp_path: Path) -> None:
         runs.read_manifest(tmp_path, "RQ-VAE.train")
 
 
-def test_every_command_has_its_script() -> None:
-    root = Path(__file__).parent.parent
-    for command, script in runs.MADE_BY.items():
-        assert f"python -m {command} " in (root / script).read_text()
-
-
 def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

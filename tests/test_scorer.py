@@ -616,7 +616,7 @@ def test_the_first_layers_alone_are_used(folders: dict[str, str]) -> None:
 
 
 def test_adapters_that_do_not_fit_are_one_clear_line(folders: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"--lora-targets do not fit .*llama") as raised:
+    with pytest.raises(BadInput, match=r"--lora-targets no_proj: .*llama has no module of that name") as raised:
         built(folders, lora=LORA._replace(targets=("no_proj",)))
     assert "\n" not in str(raised.value)
     scorer = built(folders, lora=LORA)

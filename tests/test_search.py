@@ -16,10 +16,9 @@ from models.arithmetic import Arithmetic
 from models.decoding import Scoring, Writer, make_writer
 from models.voken_lm import VokenLM
 from retriever.beam import Beams, Candidates, RankedPictures, beam_search, best, expand
-from retriever.index import Offsets, build_index, load_index, pack_offsets, save_index, sort_codes, to_device
+from retriever.index import build_index, to_device
 from tests.oracle import dictionary_trie, exhaustive, generate
 from tests.tiny import tiny_encoder_decoder, tiny_llama, tiny_t5
-from tools.errors import BadInput
 from tools.vokens import VokenSpace
 
 Codes = NDArray[np.int64]
@@ -231,66 +230,3 @@ def test_a_softmax_that_overflows_is_an_error(lm: VokenLM, monkeypatch: pytest.M
     monkeypatch.setattr(writer.head, "others", lambda rows: torch.full((len(rows), 3), torch.inf))
     with pytest.raises(FloatingPointError, match="another --precision"):
         find(writer, random_codes(lm.space, 4), QUERIES, beams=2, scoring="full")
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=200))
-def test_the_index_holds_exactly_the_pool(levels: int, rows: list[list[int]]) -> None:
-    codes = np.array(rows, dtype=np.int64)[:, :levels]
-    index = build_index(codes)
-    walked: list[tuple[int, ...]] = [()]
-    for level in index.levels:
-        bounds = level.offsets.at(np.arange(len(walked) + 1))
-        walked = [
-            (*prefix, int(code))
-            for node, prefix in enumerate(walked)
-            for code in level.codes[bounds[node] : bounds[node + 1]]
-        ]
-        assert level.widest == int(np.diff(bounds).max())
-    assert walked == sorted({tuple(row) for row in codes.tolist()})
-    assert index.leaves == len(walked)
-    for leaf, sequence in enumerate(walked):
-        found, owners = index.expand(np.array([leaf]))
-        assert found.tolist() == [row for row, own in enumerate(codes.tolist()) if tuple(own) == sequence]
-        assert not owners.any()
-
-
-@given(st.lists(st.sampled_from([1, 1, 1, 2, 7, 300, 40_000]), min_size=1, max_size=300))
-def test_packed_offsets_are_the_numbers(steps: list[int]) -> None:
-    numbers = np.cumsum([0, *steps]).astype(np.int32)
-    packed: Offsets = pack_offsets(numbers)
-    assert packed.at(np.arange(len(numbers))).tolist() == numbers.tolist()
-
-
-@pytest.mark.parametrize("high", [3, 2**15 - 1, 2**15, 2**30])
-def test_codes_of_any_size_are_sorted(high: int) -> None:
-    codes = np.random.default_rng(0).integers(0, 3, size=(50, 4))
-    codes[::7] += high - 3
-    assert sort_codes(codes).tolist() == np.lexsort(codes.T[::-1]).tolist()
-    index = build_index(codes)
-    assert np.array_equal(codes[index.expand(np.arange(index.leaves))[0]][:, 0], np.sort(codes[:, 0]))
-
-
-@pytest.mark.parametrize("pictures", [1, 7, 5000])
-def test_a_saved_index_is_the_same(tmp_path: Path, pictures: int) -> None:
-    codes = random_codes(WIDE, pictures)
-    index = build_index(codes)
-    save_index(tmp_path, index)
-    loaded = load_index(tmp_path, WIDE.levels)
-    leaves = np.arange(index.leaves)
-    assert [part.tolist() for part in loaded.expand(leaves)] == [part.tolist() for part in index.expand(leaves)]
-    assert isinstance(loaded.pictures.base, np.memmap)
-    assert (loaded.constraint_bytes, loaded.map_bytes) == (index.constraint_bytes, index.map_bytes)
-
-
-def test_parts_of_another_index_are_refused(tmp_path: Path) -> None:
-    save_index(tmp_path, build_index(random_codes(WIDE, 500)))
-    save_index(tmp_path / "..", build_index(random_codes(WIDE, 400)))
-    (tmp_path / ".." / "level2_codes.npy").replace(tmp_path / "level2_codes.npy")
-    with pytest.raises(BadInput, match="level 2 do not fit"):
-        load_index(tmp_path, WIDE.levels)
-
-
-def test_an_empty_pool_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one picture"):
-        build_index(np.zeros((0, 4), dtype=np.int64))

@@ -16,10 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.clip import encode_tokens, load_clip
-from retriever import add_pictures, build_index, remove_pictures, search
+from retriever import add_pictures, api, build_index, remove_pictures, search
 from retriever.beam import RankedPictures
 from retriever.gallery import Gallery, read_gallery
+from retriever.query_encoder import QueryEncoder
 from tests.chain import Chain
+from tools import runs
 from tools.errors import BadInput
 from tools.features import read_features
 from tools.files import read_array, read_json, write_json
@@ -101,7 +103,9 @@ def test_no_share_is_the_beams_own_order(
     assert zero[1:] == own[1:]
     assert zero.head.endswith(" s")  # nothing is said of features
     assert zero.scores == sorted(zero.scores, reverse=True)
-    assert len(zero.files) == search.BEAMS
+    assert len(zero.files) == 48  # as many as are to be shown
+    [few] = answers(dataclasses.replace(config, keep=3), capsys)
+    assert few.files == zero.files[:3]
 
 
 def test_more_pictures_are_reordered_than_are_shown(
@@ -128,7 +132,7 @@ def test_equal_scores_keep_the_beams_order(scores: list[int], share: float, seed
     own = sorted(map(float, scores), reverse=True)
     cosines = np.random.default_rng(seed).integers(-2, 3, size=len(own)).astype(np.float32) / np.float32(4)
     rows = np.random.default_rng(seed).permutation(100)[: len(own)].tolist()
-    found = search.reordered(RankedPictures(rows, own), cosines, share)
+    found = api.reordered(RankedPictures(rows, own), cosines, share)
     total = [(1 - share) * score + share * 100 * float(cosine) for score, cosine in zip(own, cosines, strict=True)]
     order = sorted(range(len(own)), key=lambda place: (-total[place], place))
     assert found.rows == [rows[place] for place in order]
@@ -142,7 +146,7 @@ def write_tested(folder: Path, **weights: dict[str, float]) -> Path:
         "facts": {"weights": weights}, "metrics": {}, "seconds": 1.0, "commit": "",
     }  # fmt: skip
     folder.mkdir()
-    write_json(folder / "manifest.json", manifest)
+    runs.write_manifest(folder, manifest)
     return folder
 
 
@@ -216,13 +220,13 @@ def test_an_interactive_search_reorders_by_the_features_of_the_moment(
         build_index.main(rebuilt)
         yield QUERY
 
-    load = search.QueryEncoder._load
+    load = QueryEncoder._load
 
-    def counted(encoder: search.QueryEncoder, opened: Gallery) -> Any:
+    def counted(encoder: QueryEncoder, opened: Gallery) -> Any:
         loads.append(opened.facts["version"])
         return load(encoder, opened)
 
-    monkeypatch.setattr(search.QueryEncoder, "_load", counted)
+    monkeypatch.setattr(QueryEncoder, "_load", counted)
     monkeypatch.setattr(search, "typed_queries", typed)
     shown = config_of(folder, retriever, tmp_path / "x.png", queries=(), rerank_weight=None, beams=64)
     config = dataclasses.replace(shown, weights=write_tested(tmp_path / "tested", features={"features": 1.0}))
@@ -240,7 +244,8 @@ def without_features(index: Path) -> Path:
     """An index as earlier versions of this repository left it."""
     manifest = read_json(index / "manifest.json")
     del manifest["facts"]["keeps_features"]
-    write_json(index / "manifest.json", manifest)
+    del manifest["outputs"][f"{manifest['facts']['version']}/features.npy"]
+    runs.write_manifest(index, manifest)
     (index / manifest["facts"]["version"] / "features.npy").unlink()
     return index
 
@@ -256,7 +261,7 @@ def test_an_index_of_an_earlier_version_is_searched_as_before(
     assert found.head.endswith(" s")
     [zero] = answers(dataclasses.replace(config, rerank_weight=0.0), capsys)
     assert zero[1:] == before[1:]
-    with pytest.raises(BadInput, match=r"index keeps no features to re-rank by: leave --rerank-weight out, or run "):
+    with pytest.raises(BadInput, match=r"index keeps no features to re-rank by: leave their share out, or run "):
         search.main(dataclasses.replace(config, rerank_weight=0.3))
 
 
@@ -276,7 +281,7 @@ def test_a_model_that_cannot_encode_queries_is_one_clear_line(
         ({"model": "no-such-model", "content": []}, r"cannot be loaded \(--model no-such-model is neither"),
     ):
         manifest["facts"]["clip"] = {**made_by, **other}
-        write_json(folder / "manifest.json", manifest)
+        runs.write_manifest(folder, manifest)
         with pytest.raises(BadInput, match=message) as error:
             search.main(config)
         assert str(error.value).endswith(
@@ -284,7 +289,7 @@ def test_a_model_that_cannot_encode_queries_is_one_clear_line(
         )
         assert answers(dataclasses.replace(config, rerank=False), capsys)[0].files
     manifest["facts"]["clip"] = made_by
-    write_json(folder / "manifest.json", manifest)
+    runs.write_manifest(folder, manifest)
     monkeypatch.delitem(sys.modules, "models.clip")
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(BadInput, match=r"cannot be loaded \(import of open_clip halted.*--no-rerank"):

@@ -8,7 +8,7 @@ that can be found but not trained on.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from .errors import BadInput
 from .files import read_json_lines, write_json_lines
@@ -17,6 +17,7 @@ from .runs import Manifest, read_manifest
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 FILE_NAME = "captions.jsonl"
+AGAIN = "run scripts/01_prepare_captions.sh again"
 
 
 class Record(NamedTuple):
@@ -57,11 +58,31 @@ def read_records(path: Path) -> list[Record]:
     for number, row in read_json_lines(path):
         where = f"{path}, line {number}"
         if missing := [key for key in Record._fields if key not in row]:
-            raise BadInput(f"{where}: no {missing[0]!r} in it; run scripts/01_prepare_captions.sh again")
+            raise BadInput(f"{where}: no {missing[0]!r} in it; {AGAIN}")
         if row["split"] not in SPLITS:
             raise BadInput(f"{where}: split is {row['split']!r}, expected one of {', '.join(SPLITS)}")
+        if not _is_record(row):
+            raise BadInput(f"{where}: image and file must be texts, captions a list of texts; {AGAIN}")
+        if leaves_folder(row["file"]):
+            raise BadInput(f"{where}: file {row['file']!r} lies outside the folder of pictures; {AGAIN}")
         records.append(Record(row["image"], row["file"], row["split"], tuple(row["captions"])))
     return records
+
+
+def leaves_folder(file: str) -> bool:
+    """Whether a file name leads out of the folder that it is relative to, links aside.
+
+    >>> [leaves_folder(file) for file in ("a/b.jpg", "../b.jpg", "a/../../b.jpg", "/b.jpg")]
+    [False, True, True, True]
+    """
+    path = Path(file)
+    return path.is_absolute() or ".." in path.parts or "\0" in file
+
+
+def _is_record(row: dict[str, Any]) -> bool:
+    texts = row["captions"]
+    names = isinstance(row["image"], str) and isinstance(row["file"], str)
+    return names and isinstance(texts, list) and all(isinstance(text, str) for text in texts)
 
 
 def query_owners(records: list[Record]) -> list[int]:

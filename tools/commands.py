@@ -1,4 +1,4 @@
-"""Turning a configuration dataclass into a command line, and a `BadInput` into one clear line."""
+"""Turning a configuration dataclass into a command line, and what its user can mend into one clear line."""
 
 import logging
 import os
@@ -6,17 +6,21 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
 from . import processes
+from .arguments import check_arguments, check_numbers
 from .errors import EXIT_BAD_INPUT, BadInput
+from .failures import explain
+from .logs import end_progress
 
 ConfigT = TypeVar("ConfigT")
 
 EXIT_BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 HEAD_START_SECONDS = 2.0  # of the main process when several report a mistake
+TAKES_MEMORY = ("batch_size", "pairs", "search_batch", "memory", "beams", "workers")  # options that say how much
 
 
 def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, shares_work: bool = False) -> None:
@@ -25,8 +29,9 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
     Of several processes (`accelerate launch`, `torchrun`) the main one alone runs it, unless it `shares_work`; the
     others then print nothing but errors.
 
-    Ends the process with status 2 and one line on standard error when the input is at fault, with 130 on Ctrl-C, and
-    quietly with 141 when whoever reads its output has gone (`| head`).
+    Ends the process with status 2 and one line on standard error when the input is at fault, or the machine (a full
+    disk, a permission, too little memory), with 130 on Ctrl-C, and quietly with 141 when whoever reads its output has
+    gone (`| head`).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()
@@ -36,24 +41,42 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if not shares_work:
         processes.go_alone()
+    config: ConfigT | None = None
     try:
-        main(tyro.cli(config_type, description=sys.modules[main.__module__].__doc__))
+        check_arguments(config_type, sys.argv[1:])
+        config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
+        check_numbers(config)
+        main(config)
     except BadInput as error:
-        if not processes.is_main():  # which says the same of most mistakes; the launcher then ends this one
-            time.sleep(HEAD_START_SECONDS)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        _refuse(str(error).rpartition("BadInput: ")[2])  # of a DataLoader's worker it comes with its traceback
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        options = [f"--{name.replace('_', '-')}" for name in TAKES_MEMORY if hasattr(config, name)]
+        place = getattr(config, "output", None) or getattr(config, "index", None) or "the current folder"
+        line = explain(error, place=str(place), options=" or ".join(options) or "the size of the input")
+        if line is None:
+            raise
+        _refuse(line)
+
+
+def _refuse(line: str) -> NoReturn:
+    if not processes.is_main():  # which says the same of most mistakes; the launcher then ends this one
+        time.sleep(HEAD_START_SECONDS)
+    end_progress()
+    print(f"error: {line.strip()}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
 
 
 def quiet_libraries() -> None:
     """Keep library chatter that no user of these commands can act on off the screen."""
     warnings.filterwarnings("ignore", message=".*nested tensors.*")
+    warnings.filterwarnings("ignore", message="Detected pickle protocol.*")  # of a file that is then refused
+    warnings.filterwarnings("ignore", message=".*decompression bomb DOS attack.*")  # half of what would be refused
     for name in ("open_clip", "transformers", "httpx", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .captions import Record, Split, query_owners, read_captions
 from .errors import BadInput
 from .files import read_array
-from .runs import Manifest, read_manifest
+from .runs import Manifest, fingerprint, read_manifest
 
 IMAGES, TEXTS = "images.npy", "texts.npy"
 Floats = NDArray[np.float32]
@@ -73,6 +73,12 @@ def read_features(folder: Path, *, layer: str = "embedding") -> Features:
         raise BadInput(f"{facts['captions']} has changed since {folder} was made: make it again with --overwrite")
     images, texts = read_array(folder / IMAGES), read_array(folder / TEXTS)
     return Features(images, texts, captions.records, np.array(query_owners(captions.records), np.int64), manifest)
+
+
+def encoder_of(manifest: Manifest) -> list[str | None]:
+    """What tells the two-tower model of a finished feature folder from others: content on disk, or name and tag."""
+    places = (manifest.facts["model"], manifest.facts["pretrained"])
+    return [fingerprint(Path(place)) if place and Path(place).exists() else place for place in places]
 
 
 def normalized(vectors: Floats) -> Floats:

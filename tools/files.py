@@ -1,30 +1,46 @@
 """Writing files so that a reader never sees half of one."""
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from .errors import BadInput
+from .failures import why_not_written
 
 HASH_CHUNK_BYTES = 1 << 20
+SETTLED_SECONDS = 2.0  # a file changed later than this before it was hashed may change again unseen by its times
+
+_hashes: dict[Path, tuple[tuple[int, ...], str]] = {}
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it takes the place of `path` in one step, on failure it goes."""
+    """Give a temporary path beside `path`; on success it takes the place of `path` in one step, on failure it goes.
+
+    Raises:
+        BadInput: the disk is full, read-only, or otherwise refuses the file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
         temporary.replace(path)
+    except Exception as error:
+        if reason := why_not_written(error):
+            raise BadInput(f"{path} cannot be written: {reason}") from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
+            temporary.unlink(missing_ok=True)
 
 
 def remove_torn(folder: Path) -> None:
@@ -46,13 +62,15 @@ def read_json(path: Path) -> Any:
         BadInput: the file is missing or is not JSON; the message has the line.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise BadInput(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise BadInput(f"{path}: not readable JSON ({error})") from None
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -73,7 +91,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     if not path.is_file():
         raise BadInput(f"{path} does not exist")
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(_decoded(file, path), start=1):
             if not line.strip():
                 continue
@@ -81,6 +99,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise BadInput(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{path}, line {number}: not readable JSON ({error})") from None
             if not isinstance(row, dict):
                 raise BadInput(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
             yield number, row
@@ -99,12 +119,20 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
         np.save(file, array)
 
 
+def new_array(path: Path, *, dtype: Any, shape: tuple[int, ...]) -> "np.memmap[Any, Any]":
+    """A memory-mapped `.npy` file to fill, its space on the disk reserved: a full disk would else kill the process."""
+    array = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def read_array(path: Path) -> NDArray[Any]:
     """Memory-map one `.npy` file, read-only; never unpickles."""
     try:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (ValueError, EOFError) as error:
-        raise BadInput(f"{path} is not a readable .npy file ({error})") from None
+        raise BadInput(f"{path} is not a readable .npy file ({error}): make it again") from None
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
 
@@ -116,3 +144,17 @@ def hash_file(path: Path) -> str:
         while chunk := file.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def verified_hash(path: Path) -> str:
+    """`hash_file`, of a file that has not changed since this process hashed it without reading it again."""
+    state = path.stat()
+    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    known = _hashes.get(path)
+    if known is not None and known[0] == key:
+        return known[1]
+    began = time.time()
+    content = hash_file(path)
+    if began - max(state.st_mtime, state.st_ctime) > SETTLED_SECONDS:
+        _hashes[path] = (key, content)
+    return content

@@ -1,7 +1,8 @@
 """Whether a command line has been run to its end already, without loading what the command needs.
 
 `scripts/env.sh` asks this before each command. Yes means: the output folder's manifest has the same arguments, the
-command's source is unchanged, and every input has the content it had. In all other cases the command itself decides.
+command's source is unchanged, every input has the content it had, and the outputs are whole. In all other cases the
+command itself decides.
 Command: python -m tools.finished -m RQ-VAE.train --features DIR --output DIR; exits 0 when finished, else 1.
 """
 
@@ -22,6 +23,7 @@ def is_finished(command: str, arguments: list[str]) -> Path | None:
     folder = Path(arguments[(arguments.index("--output") + 1) % len(arguments)])
     try:
         manifest = read_json(folder / runs.MANIFEST)
+        runs.check_files(folder)
         same = (manifest["command"], manifest["arguments"], manifest["source"]) == (
             command,
             arguments,
@@ -33,7 +35,7 @@ def is_finished(command: str, arguments: list[str]) -> Path | None:
             if same and all(runs.fingerprint(Path(i["path"]), i["by"]) == i["fingerprint"] for i in inputs)
             else None
         )
-    except (BadInput, KeyError, OSError):
+    except (BadInput, KeyError, TypeError, OSError):
         return None
 
 

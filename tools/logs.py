@@ -40,6 +40,12 @@ def progress(
     )
 
 
+def end_progress() -> None:
+    """End every bar that is still shown, so that what is printed next has a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of equal keys as aligned text: words to the left, numbers to the right, None as a dash.
 
@@ -117,23 +123,39 @@ class Tracker:
             self._call_on(self._run.summary, "update", values)
 
     def table(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Log rows of equal keys as a W&B table."""
-        if self._run is not None and rows:
-            import wandb
-
+        """Log rows of equal keys as a W&B table; columns of numbers stay numbers, all others are text."""
+        if rows:
             columns = list(rows[0])
-            self.log({name: wandb.Table(columns=columns, data=[[str(row[key]) for key in columns] for row in rows])})
+            plain = {key for key in columns if all(isinstance(row[key], int | float | None) for row in rows)}
+            cells = [[row[key] if key in plain else str(row[key]) for key in columns] for row in rows]
+            self._show(name, "Table", columns=columns, data=cells)
 
     def image(self, name: str, path: Path) -> None:
         """Log a picture file."""
-        if self._run is not None:
-            import wandb
+        self._show(name, "Image", str(path))
 
-            self.log({name: wandb.Image(str(path))})
+    def page(self, name: str, path: Path) -> None:
+        """Log an HTML file, as it is."""
+        self._show(name, "Html", str(path), inject=False)
 
     def finish(self) -> None:
         """Flush and close."""
         self._call("finish")
+        self._run = None
+
+    def _show(self, name: str, kind: str, *args: Any, **options: Any) -> None:
+        """Log one of W&B's own objects; making it may fail, too."""
+        if self._run is None:
+            return
+        try:
+            import wandb
+
+            self._run.log({name: getattr(wandb, kind)(*args, **options)})
+        except Exception as error:
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        print(f"wandb is off for the rest of this run: {error}", file=sys.stderr)
         self._run = None
 
     def _call(self, method: str, *args: Any, **options: Any) -> None:
@@ -144,8 +166,7 @@ class Tracker:
         try:
             getattr(target, method)(*args, **options)
         except Exception as error:
-            print(f"wandb is off for the rest of this run: {error}", file=sys.stderr)
-            self._run = None
+            self._stop(error)
 
 
 def _logged_in(wandb: Any) -> bool:

@@ -1,13 +1,16 @@
 """Write the one caption format (tools/captions.py) from what the data came as, checked before anything is written.
 
 In:  a folder of pictures and one source: a Karpathy JSON, a published `<dataset>_split_captions.json`, COCO
-     `captions_*.json`, a CSV or JSONL table of image, caption(s) and optionally split, or nothing but the pictures.
-Out: `<output>/captions.jsonl`, `<output>/manifest.json`.
+     `captions_*.json`, a CSV or JSONL table of image, caption(s) and optionally split, or nothing but the pictures; or
+     webdataset shards, which hold both (tools/shards.py).
+Out: `<output>/captions.jsonl`, `<output>/manifest.json`; of shards, `<output>/pictures/`.
 Command: python -m tools.prepare_captions --images DIR --source FILE --output RQ-VAE/data/<dataset>/01_captions
 """
 
 import csv
 import hashlib
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,14 +19,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from . import runs
-from .captions import FILE_NAME, SPLITS, Record, portable, write_captions
+from .captions import FILE_NAME, SPLITS, Record, leaves_folder, portable, write_captions
 from .commands import run_command
 from .errors import BadInput
 from .files import read_json, read_json_lines
 from .logs import table
-from .pictures import find_unreadable, pictures_below, printable
+from .pictures import find_unreadable, pictures_below
+from .shards import shards_of, unpack
+from .texts import clean, is_unicode, printable
 
-Format = Literal["karpathy", "published", "coco", "table", "folder"]
+Format = Literal["karpathy", "published", "coco", "table", "folder", "webdataset"]
+UNPACKED = "pictures"  # the folder, below the output, of what was in shards
 NAMED_PROBLEMS = 10
 
 
@@ -31,12 +37,13 @@ NAMED_PROBLEMS = 10
 class Config:
     """Where the pictures and captions are, and how pictures without a split are divided."""
 
-    images: Path
-    """Folder of the pictures; file names are relative to it."""
     output: Path
     """Run folder to write."""
+    images: Path | None = None
+    """Folder of the pictures; file names are relative to it. Not for shards, which hold the pictures."""
     source: tuple[Path, ...] = ()
-    """Caption file, or several for COCO; none for a bare folder of pictures."""
+    """Caption file, or several for COCO; none for a bare folder of pictures. Of webdataset shards the folder, the .tar
+    files, or a pattern of their names with *, ? or {000..012}."""
     format: Format | None = None
     """Format of the source; by default recognised from the file."""
     split_rule: str = "random:0.8,0.1,0.1"
@@ -47,21 +54,50 @@ class Config:
     """Pictures of train, val and test that a complete copy of the data has; others are an error."""
     skip_bad: bool = False
     """Leave out what is wrong with the data, and go on."""
+    follow_links: bool = False
+    """Take pictures behind links that lead out of --images too."""
     workers: int = 4
     """Processes that open the pictures."""
     overwrite: bool = False
     """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
-        if not self.images.is_dir():
-            raise BadInput(f"--images {self.images} is not a folder")
+        shards = self.shards
+        if self.format == "webdataset" and not shards:
+            raise BadInput("--format webdataset takes --source: .tar files, or a folder that has some")
+        if shards and self.images is not None:
+            raise BadInput(f"--images {self.images}: the pictures are in the shards, leave it out")
+        if not shards and (self.images is None or not self.images.is_dir()):
+            raise BadInput(
+                "name a folder of --images" if self.images is None else f"--images {self.images} is not a folder"
+            )
         for path in self.source:
-            if not path.is_file():
+            if not shards and not path.is_file():
                 raise BadInput(f"--source {path} does not exist")
-        if len(self.source) > 1 and self.format not in (None, "coco"):
+        if len(self.source) > 1 and self.format not in (None, "coco", "webdataset"):
             raise BadInput(f"--format {self.format} takes one --source, not {len(self.source)}")
         if self.format == "folder" and self.source:
             raise BadInput("--format folder takes no --source")
+        if self.workers < 0:
+            raise BadInput("--workers must be at least 0")
+
+    @property
+    def shards(self) -> list[Path]:
+        """The shards that the sources stand for.
+
+        Raises:
+            BadInput: there are shards and something else.
+        """
+        found = [shards_of(path) if self.format in (None, "webdataset") else [] for path in self.source]
+        if any(found) and not all(found):
+            other = next(path for path, shards in zip(self.source, found, strict=True) if not shards)
+            raise BadInput(f"--source {other} has no webdataset shards, as the others have: name one kind of source")
+        return [shard for shards in found for shard in shards]
+
+    @property
+    def picture_folder(self) -> Path:
+        """Where the pictures lie."""
+        return self.output / UNPACKED if self.images is None else self.images
 
 
 class Found(NamedTuple):
@@ -70,8 +106,11 @@ class Found(NamedTuple):
     image: str
     file: str
     split: str | None
-    captions: list[str]
+    captions: list[Any]
+    """Texts, unless the source is wrong."""
     where: str
+    problem: str = ""
+    """What is known to be wrong with it."""
 
 
 class Problem(NamedTuple):
@@ -88,8 +127,10 @@ def read_karpathy(path: Path, value: Any) -> Iterator[Found]:
             file = str(Path(row.get("filepath", "")) / row["filename"])
             captions = [sentence["raw"] for sentence in row["sentences"]]
             split = {"restval": "train"}.get(row["split"], row["split"])
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise BadInput(f"{path}, images[{number}]: no {error} in it; is this a Karpathy file?") from None
+        except (TypeError, AttributeError):
+            raise BadInput(f"{path}, images[{number}]: not as in a Karpathy file: name another --format") from None
         yield Found(row["filename"], file, split, captions, f"{path.name}, images[{number}]")
 
 
@@ -99,7 +140,7 @@ def read_published(path: Path, value: Any) -> Iterator[Found]:
         captions = row.get("caption", row.get("captions")) if isinstance(row, dict) else None
         if captions is None or "split" not in row:
             raise BadInput(f'{path}, entry "{file}": expected {{"split": ..., "caption": [...]}}')
-        captions = [captions] if isinstance(captions, str) else captions
+        captions = captions if isinstance(captions, list) else [captions]
         yield Found(file, file, row["split"], captions, f'{path.name}, entry "{file}"')
 
 
@@ -111,7 +152,8 @@ def read_coco(path: Path, value: Any) -> Iterator[Found]:
             raise BadInput(f"{path}, annotations[{number}]: image_id {row['image_id']} is not among the images")
         captions[row["image_id"]].append(row["caption"])
     for number, row in enumerate(value["images"]):
-        yield Found(row["file_name"], row["file_name"], None, captions[row["id"]], f"{path.name}, images[{number}]")
+        file = str(row["file_name"])
+        yield Found(file, file, None, captions[row["id"]], f"{path.name}, images[{number}]")
 
 
 def read_table(path: Path) -> Iterator[Found]:
@@ -122,7 +164,7 @@ def read_table(path: Path) -> Iterator[Found]:
         captions = row.get("captions", row.get("caption"))
         if not row.get("image") or captions is None:
             raise BadInput(f"{path}, line {number}: needs `image` and `caption` (or `captions`), has {', '.join(row)}")
-        captions = [captions] if isinstance(captions, str) else list(captions)
+        captions = captions if isinstance(captions, list) else [captions]
         image, split = str(row["image"]), row.get("split") or None
         known = found.get(image)
         if known is None:
@@ -140,6 +182,15 @@ def read_folder(images: Path) -> Iterator[Found]:
         yield Found(file, file, "test", [], file)
 
 
+def read_shards(shards: list[Path], config: Config) -> Iterator[Found]:
+    """Every sample of webdataset shards, whose pictures are unpacked."""
+    config.picture_folder.mkdir(exist_ok=True)
+    for shard, sample in unpack(shards, config.picture_folder):
+        split = sample.split or _rule_for(shard, config.split_rule)(sample.name)
+        problem = sample.problem or ("" if sample.has_picture else "sample without a picture")
+        yield Found(sample.name, sample.name, split, sample.captions, sample.where, problem)
+
+
 def recognise(path: Path, value: Any) -> Format:
     """Tell a JSON source's format by its keys."""
     if isinstance(value, dict) and "annotations" in value and "images" in value:
@@ -154,8 +205,10 @@ def recognise(path: Path, value: Any) -> Format:
 def read_sources(config: Config) -> list[Found]:
     """Read all sources, splits decided."""
     if not config.source:
-        return list(read_folder(config.images))
+        return list(read_folder(config.picture_folder))
     found = []
+    if shards := config.shards:
+        return list(read_shards(shards, config))
     for path in config.source:
         rule = _rule_for(path, config.split_rule)
         found += [row if row.split else row._replace(split=rule(row.image)) for row in _read_source(path, config)]
@@ -168,13 +221,14 @@ def check(found: list[Found], config: Config) -> tuple[list[Record], list[Proble
     splits: dict[str, set[str]] = {}
     for row in found:
         splits.setdefault(row.image, set()).add(str(row.split))
-    unreadable = find_unreadable(sorted({row.file for row in found}), workers=config.workers, folder=config.images)
+    outside = files_outside(found, config)
+    inside = sorted({row.file for row in found} - outside.keys())
+    unreadable = outside | find_unreadable(inside, workers=config.workers, folder=config.picture_folder)
     records: dict[str, Record] = {}
     for row in found:
-        captions = tuple(" ".join(caption.split()) for caption in row.captions if isinstance(caption, str))
-        empty = len(row.captions) - sum(1 for caption in captions if caption)
-        problems += [Problem("empty caption", row.where)] * empty
-        reason = unreadable[row.file]
+        captions, wrong = check_captions(row)
+        problems += wrong
+        reason = row.problem or unreadable[row.file] or ("" if is_unicode(row.image) else "id not UTF-8")
         if row.split not in SPLITS:
             problems.append(Problem(f"split is not one of {', '.join(SPLITS)}", f"{row.where}: {row.split!r}"))
         elif len(splits[row.image]) > 1:
@@ -183,12 +237,38 @@ def check(found: list[Found], config: Config) -> tuple[list[Record], list[Proble
             problems.append(Problem("duplicate id", f"{row.where}: {row.image}"))
         elif reason:
             problems.append(Problem(reason, f"{row.where}: {row.file}"))
-        elif row.captions and not any(captions):
+        elif row.captions and not captions:
             problems.append(Problem("picture without a caption", f"{row.where}: {row.image}"))
         else:
-            kept = tuple(caption for caption in captions if caption)
-            records[row.image] = Record(row.image, row.file, row.split, kept)
+            records[row.image] = Record(row.image, row.file, row.split, captions)
     return list(records.values()), problems
+
+
+def check_captions(row: Found) -> tuple[tuple[str, ...], list[Problem]]:
+    """The good captions of a picture, each on one line without control characters; what is wrong with the others."""
+    good, problems = [], []
+    for caption in row.captions:
+        if caption is not None and not isinstance(caption, str):
+            problems.append(Problem(f"caption is no text but {type(caption).__name__}", row.where))
+        elif not caption or not (text := clean(caption)):
+            problems.append(Problem("empty caption", row.where))
+        elif not is_unicode(caption):
+            problems.append(Problem("caption with half a character (a lone surrogate)", row.where))
+        else:
+            good.append(text)
+    return tuple(good), problems
+
+
+def files_outside(found: list[Found], config: Config) -> dict[str, str]:
+    """Files that a source names and that lie, or whose links lead, outside the folder of pictures, with the reason."""
+    folder = config.picture_folder.resolve()
+    outside = {}
+    for file in {row.file for row in found}:
+        if leaves_folder(file):
+            outside[file] = "file outside --images"
+        elif not config.follow_links and is_unicode(file) and not _real(folder / file).is_relative_to(folder):
+            outside[file] = "link that leads out of --images (--follow-links lets it)"
+    return outside
 
 
 def report(problems: list[Problem], images: Path) -> str:
@@ -197,21 +277,24 @@ def report(problems: list[Problem], images: Path) -> str:
     lines = [f"{sum(counts.values())} problems in the data ({images}):"]
     lines += [f"  {count:,} × {kind}" for kind, count in counts.most_common()]
     lines += [f"  {problem.kind}: {problem.where}" for problem in problems[:NAMED_PROBLEMS]]
-    return printable("\n".join(lines))
+    return "\n".join(printable(line) for line in lines)
 
 
 def main(config: Config) -> None:
-    sources = {f"source{number}": path for number, path in enumerate(config.source)}
-    run = runs.begin("tools.prepare_captions", config, inputs=sources, listings={"images": config.images})
+    sources = {f"source{number}": path for number, path in enumerate(config.shards or config.source)}
+    listings = {} if config.images is None else {"images": config.images}
+    run = runs.begin("tools.prepare_captions", config, inputs=sources, listings=listings)
     if run is None:
         return
     records, problems = check(read_sources(config), config)
     if problems and not config.skip_bad:
-        raise BadInput(report(problems, config.images) + "\nMend them, or go on without them with --skip-bad.")
+        if config.images is None:
+            shutil.rmtree(config.picture_folder)  # else the folder would be held to be this run's, without --skip-bad
+        raise BadInput(report(problems, config.picture_folder) + "\nMend them, or go on without them with --skip-bad.")
     if problems:
-        print(report(problems, config.images) + "\nLeft out (--skip-bad).")
+        print(report(problems, config.picture_folder) + "\nLeft out (--skip-bad).")
     if not records:
-        raise BadInput(f"no usable picture: nothing in {config.images} matches the source")
+        raise BadInput(f"no usable picture: nothing in {config.picture_folder} matches the source")
     pictures = Counter(record.split for record in records)
     found = tuple(pictures[split] for split in SPLITS)
     if config.expect is not None and found != config.expect:
@@ -221,11 +304,18 @@ def main(config: Config) -> None:
     for record in records:
         captions[record.split] += len(record.captions)
     rows = [{"split": split, "pictures": pictures[split], "captions": captions[split]} for split in SPLITS]
-    run.finish(
-        facts={"images": portable(config.images), "pictures": pictures, "captions": captions},
+    manifest = run.finish(
+        facts={"images": portable(config.picture_folder), "pictures": pictures, "captions": captions},
         metrics={"problems": len(problems)},
     )
+    if config.images is None:  # unpacked pictures are not read again by every later stage, as others are not
+        runs.replace_outputs(manifest, [run.folder / FILE_NAME], manifest.facts)
     print(table(rows))
+
+
+def _real(path: Path) -> Path:
+    """Where links lead; links that go round in circles lead nowhere, and stay what they are."""
+    return Path(os.path.realpath(path))
 
 
 def _read_source(path: Path, config: Config) -> Iterator[Found]:
@@ -262,8 +352,10 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             for row in rows:
                 yield rows.line_num, {key: value for key, value in row.items() if key and value is not None}
-        except (UnicodeDecodeError, csv.Error) as error:
+        except UnicodeDecodeError as error:
             raise BadInput(f"{path}, after line {rows.line_num}: cannot be read ({error}); save it as UTF-8") from None
+        except csv.Error as error:
+            raise BadInput(f"{path}, after line {rows.line_num}: not readable as a table ({error}): mend it") from None
 
 
 def _rule_for(path: Path, rules: str) -> Callable[[str], str]:
@@ -291,7 +383,7 @@ def _rule_for(path: Path, rules: str) -> Callable[[str], str]:
 
 
 def _random_split(image: str, bounds: tuple[float, float]) -> str:
-    draw = int.from_bytes(hashlib.blake2b(image.encode(), digest_size=8).digest(), "big") / 2**64
+    draw = int.from_bytes(hashlib.blake2b(image.encode(errors="surrogatepass"), digest_size=8).digest(), "big") / 2**64
     return "train" if draw < bounds[0] else "val" if draw < bounds[1] else "test"
 
 

@@ -3,6 +3,7 @@
 Command: python -m tools.results --summary retriever/output/emoji/summary.json [--markdown]
 """
 
+import fcntl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from .errors import BadInput
 from .files import read_json, write_json
 from .logs import table
 from .recall import CUTOFFS
+from .texts import as_markdown_cell
 
 KEY = ("system", "dataset", "split", "pool", "level")
 FIRST = "two-tower"  # systems whose names begin so stand at the head of each pool
@@ -32,10 +34,29 @@ class Config:
 
 def merge_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Put rows into the summary: in place of rows of the same system, split, pool and level, else at its end."""
-    merged = {_key(row): row for row in (read_json(path) if path.is_file() else [])}
-    merged.update({_key(row): row for row in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as lock:  # until it is closed: other systems' tests may run
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _merge(path, rows)
+
+
+def _merge(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    merged = {_key(row): row for row in (read_rows(path) if path.is_file() else [])}
+    merged.update({_key(row): row for row in rows})
     write_json(path, list(merged.values()))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a summary.
+
+    Raises:
+        BadInput: the file is none.
+    """
+    rows = read_json(path)
+    wanted = {*KEY, "recall"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and wanted <= row.keys() for row in rows):
+        raise BadInput(f"{path} holds no rows of results: give a summary.json of scripts/13_test_retriever.sh")
+    return rows
 
 
 def ordered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,7 +77,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     cells = [_cells(row) for row in ordered(rows)]
     lines = [list(cells[0]), ["---"] * len(cells[0])]
     lines += [
-        ["–" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in cells
+        ["–" if v is None else f"{v:.3g}" if isinstance(v, float) else as_markdown_cell(v) for v in row.values()]
+        for row in cells
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -80,7 +102,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main(config: Config) -> None:
-    rows = [row for row in read_json(config.summary) if row["level"] in config.levels]
+    rows = [row for row in read_rows(config.summary) if row["level"] in config.levels]
     if not rows:
         raise BadInput(f"{config.summary} has no rows of --levels {' '.join(config.levels)}")
     print(markdown(rows) if config.markdown else printable(rows))

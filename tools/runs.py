@@ -6,7 +6,9 @@
     ...                  # write files into run.folder
     run.finish(facts={"levels": 4}, metrics={"collisions": 0.002})
 
-The next command asks `read_manifest(folder, "RQ-VAE.generate_codes")` and is refused when the folder is not complete.
+The next command asks `read_manifest(folder, "RQ-VAE.generate_codes")` and is refused when the folder is not complete,
+or a file in it is no longer what the manifest's hashes say (once a process, about a second for a gigabyte;
+`VERIFY=off` leaves that out).
 `started.json`, written first, holds the configuration of a run that has not finished: the same command then resumes.
 """
 
@@ -14,23 +16,29 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TextIO
 
-from . import processes
+from . import environment, processes
 from .errors import EXIT_BAD_INPUT, BadInput
-from .files import hash_file, read_json, remove_torn, write_json
+from .files import hash_file, read_json, remove_torn, verified_hash, write_json
 
+FORMAT = 1  # of a manifest and of what lies beside it: a change that old folders do not fit counts it up
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 LOCK = ".lock"
 RESUME = "resume"  # a folder for what only a resumed run needs; removed when the run finishes
+KINDS = {"command": str} | dict.fromkeys(("config", "inputs", "outputs", "facts", "metrics"), dict)
+CHECKSUM = "checksum"  # of the manifest's other values
+VERIFY_VARIABLE = "VERIFY"  # "off": files are not compared with their manifest's hashes
 RUNTIME_FIELDS = frozenset(  # these do not change what is computed: a run may go on with others
     {"output", "overwrite", "workers", "device"}
     | {"api_key_variable", "requests_per_minute", "parallel", "retries", "skip_refused"}
@@ -56,7 +64,12 @@ MADE_BY = {
     "retriever.rank_splits": "scripts/16_prepare_reranker_dataset.sh",
     "reranker.train": "scripts/17_finetune_reranker_llama.sh",
     "reranker.test": "scripts/18_test_reranker_llama.sh",
+    "retriever.report": "scripts/19_report.sh",
 }
+
+
+_HELD: "weakref.WeakSet[TextIO]" = weakref.WeakSet()  # locks of this process
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _HELD])  # a child does not hold what it outlives
 
 
 class StageConfig(Protocol):
@@ -86,6 +99,10 @@ class Manifest:
     metrics: dict[str, Any]
     seconds: float
     commit: str
+    format: int = 1
+    """`FORMAT` when the manifest was written; those of before it was counted have the first."""
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """`environment.describe()` of the process that finished the run; empty in manifests of earlier versions."""
 
     @property
     def fingerprint(self) -> str:
@@ -119,7 +136,7 @@ class Run:
         if self.lock is not None:
             self._write_manifest(facts or {}, metrics or {})
             self.lock.close()
-            manifest = read_manifest(self.folder, self.started["command"])
+            manifest = Manifest(folder=self.folder, **_manifest_values(self.folder))
         told = processes.share(manifest)
         assert told is not None, "the main process has no run"
         return told
@@ -127,14 +144,16 @@ class Run:
     def _write_manifest(self, facts: dict[str, Any], metrics: dict[str, Any]) -> None:
         earlier = float(self.started.get("seconds", 0.0))
         manifest = {
+            "format": FORMAT,
             **{key: self.started[key] for key in ("command", "arguments", "source", "config", "inputs")},
             "outputs": _hashes(self.folder, _output_files(self.folder)),
             "facts": facts,
             "metrics": metrics,
             "seconds": round(earlier + time.monotonic() - self.began, 2),
             "commit": current_commit(),
+            "environment": environment.describe(),
         }
-        write_json(self.folder / MANIFEST, manifest)
+        write_manifest(self.folder, manifest)
         _drop_leftovers(self.folder)
 
     def note_time(self) -> None:
@@ -182,7 +201,10 @@ def begin(
 
 def _begin(command: str, config: StageConfig, inputs: dict[str, Path], listings: dict[str, Path]) -> Run | None:
     folder = config.output
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise BadInput(f"{folder} cannot be a folder, {error.filename} is a file: name another --output") from None
     lock = hold(folder)
     started = {
         "command": command,
@@ -194,14 +216,17 @@ def _begin(command: str, config: StageConfig, inputs: dict[str, Path], listings:
             **{name: _input(path, "listing") for name, path in sorted(listings.items())},
         },
     }
+    for torn in folder.glob(f".{STARTED}.*.part"):  # of a run that was killed with its first file
+        torn.unlink()
     if config.overwrite:
         _clear(folder)
-    found = _found(folder)
+    found = _found(folder, command)
     if found is not None and not (folder / MANIFEST).exists() and not _has_work(folder):
         found = None  # it stopped before it wrote anything: nothing to resume, nothing to lose
     if found is not None:
-        _refuse_difference(folder, found, started)
+        _refuse_difference(folder, found, started, _defaults(config))
         if (folder / MANIFEST).exists():
+            check_files(folder)
             _drop_leftovers(folder)
             print(f"{command}: {folder} is finished; nothing to do.")
             lock.close()
@@ -221,16 +246,39 @@ def read_manifest(folder: Path, *commands: str) -> Manifest:
     """Read a finished run folder that one of `commands` made.
 
     Raises:
-        BadInput: there is no manifest, or another command made the folder; the message names the script to run.
+        BadInput: there is no manifest, another command made the folder, or a file in it is damaged; the message names
+            the script to run.
     """
     scripts = " or ".join(MADE_BY.get(command, command) for command in commands)
     if not (folder / MANIFEST).is_file():
         state = "was not finished" if (folder / STARTED).is_file() else "has no manifest.json"
         raise BadInput(f"{folder} {state}: run {scripts} first")
-    values = read_json(folder / MANIFEST)
+    values = _manifest_values(folder, *commands)
     if values["command"] not in commands:
         raise BadInput(f"{folder} was made by {values['command']}, not by {' or '.join(commands)}: run {scripts}")
+    while damage := _damage(folder, values["outputs"]):
+        newer = _manifest_values(folder, *commands)
+        if newer == values:
+            raise BadInput(f"{damage}: run {_script(values['command'])} --overwrite")
+        values = newer  # the folder's content was replaced in the meantime
     return Manifest(folder=folder, **values)
+
+
+def check_files(path: Path) -> None:
+    """Compare a run folder, or a file or folder in one, with its manifest; nothing where no finished run left it.
+
+    Raises:
+        BadInput: a file is gone or damaged; the message names it and the script to run.
+    """
+    folder = next((each for each in (path.absolute(), *path.absolute().parents) if (each / MANIFEST).is_file()), None)
+    if folder is None or not (folder / LOCK).is_file():  # a stranger's manifest.json
+        return
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())  # as the user knows it
+    values = _manifest_values(folder)
+    own = {name: content for name, content in values["outputs"].items() if _lies_in(folder / name, path)}
+    if damage := _damage(folder, own):
+        raise BadInput(f"{damage}: run {_script(values['command'])} --overwrite")
 
 
 def unchanged_input(manifest: Manifest, name: str) -> Path:
@@ -251,7 +299,13 @@ def replace_outputs(manifest: Manifest, outputs: Iterable[Path], facts: dict[str
     """Let the manifest of a finished run speak of other files of its folder, in one step; the run stays the same."""
     values = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
     folder = values.pop("folder")
-    write_json(folder / MANIFEST, {**values, "outputs": _hashes(folder, outputs), "facts": facts})
+    write_manifest(folder, {**values, "outputs": _hashes(folder, outputs), "facts": facts})
+
+
+def write_manifest(folder: Path, values: dict[str, Any]) -> None:
+    """Write a manifest with a checksum of its own, atomically."""
+    plain = json.loads(json.dumps({key: value for key, value in values.items() if key != CHECKSUM}))
+    write_json(folder / MANIFEST, {**plain, CHECKSUM: _hash_value(plain)})
 
 
 def hold(folder: Path) -> TextIO:
@@ -261,6 +315,7 @@ def hold(folder: Path) -> TextIO:
         BadInput: another process holds it.
     """
     file = (folder / LOCK).open("a")
+    _HELD.add(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -286,7 +341,7 @@ def fingerprint(path: Path, by: str = "content") -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return _hash_value([[str(file.relative_to(path)), file.stat().st_size] for file in files])
     if (path / MANIFEST).is_file():
-        values = read_json(path / MANIFEST)
+        values = _manifest_values(path)
         return _hash_value([values["outputs"], values["facts"]])
     if path.is_file():
         return hash_file(path)
@@ -320,21 +375,114 @@ def _config_values(config: StageConfig) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name not in RUNTIME_FIELDS}
 
 
-def _found(folder: Path) -> dict[str, Any] | None:
-    for name in (MANIFEST, STARTED):
-        if (folder / name).is_file():
-            values: dict[str, Any] = read_json(folder / name)
-            return values
+def _defaults(config: StageConfig) -> dict[str, Any]:
+    values = {field.name: field.default for field in dataclasses.fields(config)}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
+
+
+def _found(folder: Path, command: str) -> dict[str, Any] | None:
+    if (folder / MANIFEST).is_file():
+        return _manifest_values(folder, command)
+    if (folder / STARTED).is_file():
+        return _record(folder / STARTED, {"command", "arguments", "source", "config", "inputs"}, [command])
     return None
 
 
-def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _manifest_values(folder: Path, *commands: str) -> dict[str, Any]:
+    """What a manifest holds, without its checksum.
+
+    Args:
+        commands: that may have made the folder: whose script to name when the manifest is damaged.
+    """
+    path = folder / MANIFEST
+    wanted = {field.name for field in dataclasses.fields(Manifest)} - {"folder"}
+    needed = wanted - {"environment", "format"}  # the first manifests have none, and no checksum
+    values = _record(path, needed, commands)
+    checksum = values.pop(CHECKSUM, None)
+    if (checksum is not None and checksum != _hash_value(values)) or not needed <= values.keys() <= wanted:
+        raise _damaged_record(path, "its checksum is another", commands)
+    return values
+
+
+def _record(path: Path, wanted: set[str], commands: Iterable[str]) -> dict[str, Any]:
+    try:
+        values = read_json(path)
+    except BadInput as error:
+        raise _damaged_record(path, str(error).removeprefix(str(path)).lstrip(", "), commands) from None
+    if not isinstance(values, dict):
+        raise _damaged_record(path, f"it holds a {type(values).__name__}", commands)
+    _refuse_format(path, values, commands)
+    if missing := sorted(wanted - values.keys()):
+        raise _damaged_record(path, f"it has no {missing[0]}", commands)
+    if wrong := [key for key, kind in KINDS.items() if key in wanted and not isinstance(values[key], kind)]:
+        raise _damaged_record(path, f"its {wrong[0]} is a {type(values[wrong[0]]).__name__}", commands)
+    return values
+
+
+def _refuse_format(path: Path, values: dict[str, Any], commands: Iterable[str]) -> None:
+    found = values.get("format", 1)
+    if type(found) is not int:
+        raise _damaged_record(path, "its format is no number", commands)
+    if found < FORMAT:
+        again = " or ".join(_scripts(path, commands))
+        raise BadInput(
+            f"{path.parent} was made by an earlier version of this project (format {found}, this one reads {FORMAT}): "
+            f"run {again} --overwrite"
+        )
+    if found > FORMAT:
+        raise BadInput(
+            f"{path.parent} was made by a later version of this project (format {found}, this one reads {FORMAT}): "
+            "update the project (git pull), or name another folder"
+        )
+
+
+def _damaged_record(path: Path, reason: str, commands: Iterable[str]) -> BadInput:
+    return BadInput(f"{path} is damaged ({reason}): run {' or '.join(_scripts(path, commands))} --overwrite")
+
+
+def _scripts(path: Path, commands: Iterable[str]) -> list[str]:
+    """Which scripts may have made the folder of a record."""
+    by_name = [script for script in MADE_BY.values() if Path(script).stem == path.parent.name]
+    return [_script(command) for command in commands] or by_name or [f"the command that made {path.parent}"]
+
+
+def _script(command: str) -> str:
+    return MADE_BY.get(command, command)
+
+
+def _damage(folder: Path, outputs: dict[str, str]) -> str:
+    """What is wrong with the first file that is not as a manifest has it, or nothing. The main process alone looks."""
+    if not processes.is_main():  # it ends the others when it is refused
+        return ""
+    for name, content in outputs.items():
+        path = folder / name
+        try:
+            if os.environ.get(VERIFY_VARIABLE) == "off":
+                path.stat()
+            elif verified_hash(path) != content:
+                return f"{path} is damaged, it has changed since it was made"
+        except FileNotFoundError:
+            return f"{path} is missing"
+    return ""
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.absolute().is_relative_to(folder.absolute())
+
+
+def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Refuse a folder of another run.
+
+    Args:
+        defaults: of the configuration: what a run meant that knew nothing of a field.
+    """
     if found["command"] != wanted["command"]:
         raise BadInput(f"{folder} was made by {found['command']}: name another --output")
     differences = [
         f"--{name.replace('_', '-')} was {found['config'].get(name)}, now {value}"
         for name, value in wanted["config"].items()
-        if name not in wanted["inputs"] and found["config"].get(name) != value
+        if name not in wanted["inputs"] and found["config"].get(name, defaults.get(name)) != value
     ]
     differences += [
         f"{name} ({value['path']}) has changed since"
@@ -351,7 +499,7 @@ def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, An
 def _clear(folder: Path) -> None:
     """Remove an earlier run's files. Its manifest goes first, so that no reader trusts a torn folder, and becomes the
     record of a run under way, so that the folder is still known as ours when this is cut short."""
-    if _found(folder) is None and _output_files(folder):
+    if not any((folder / name).is_file() for name in (MANIFEST, STARTED)) and _output_files(folder):
         raise BadInput(f"{folder} holds files that no run of this project left: --overwrite will not remove them")
     if (folder / MANIFEST).exists():
         (folder / MANIFEST).replace(folder / STARTED)
@@ -366,6 +514,7 @@ def _clear(folder: Path) -> None:
 
 
 def _input(path: Path, by: str) -> dict[str, str]:
+    check_files(path)
     return {"path": str(path), "by": by, "fingerprint": fingerprint(path, by)}
 
 

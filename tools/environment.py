@@ -1,0 +1,97 @@
+"""What a run's figures depend on beside its configuration and inputs: versions, machine, threads, device, arithmetic.
+
+`runs` writes it into every manifest, where `tools.repeat` reads it. It says nothing about the content of a run folder,
+and two runs that differ in it alone are the same run.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import processes
+
+# Module -> distributions that may bring it, for what can change a number or a picture.
+DISTRIBUTIONS = {
+    "PIL": ("pillow",),
+    "accelerate": ("accelerate",),
+    "deepspeed": ("deepspeed",),
+    "faiss": ("faiss-cpu", "faiss-gpu"),
+    "numpy": ("numpy",),
+    "open_clip": ("open_clip_torch",),
+    "peft": ("peft",),
+    "resvg_py": ("resvg-py",),
+    "safetensors": ("safetensors",),
+    "sentencepiece": ("sentencepiece",),
+    "timm": ("timm",),
+    "tokenizers": ("tokenizers",),
+    "torch": ("torch",),
+    "torchvision": ("torchvision",),
+    "transformers": ("transformers",),
+}
+VARIABLES = (
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_USE_DEEPSPEED",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_VISIBLE_DEVICES",
+    "LAUNCH",
+    "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+)
+
+_chosen: dict[str, str] = {}
+
+
+def note(**choices: str) -> None:
+    """Keep what this process resolved from a default, such as the device or the arithmetic behind "auto"."""
+    _chosen.update(choices)
+
+
+def describe() -> dict[str, Any]:
+    """The environment of this process, as JSON: of the packages, those that it has loaded."""
+    return {
+        "python": platform.python_version(),
+        "packages": versions(name for name in DISTRIBUTIONS if name in sys.modules),
+        "machine": machine(),
+        "processes": processes.count(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        **_chosen,
+    }
+
+
+def versions(modules: Iterable[str]) -> dict[str, str]:
+    """Installed version of each of `modules` (names in `DISTRIBUTIONS`); one that is not installed is left out."""
+    found = {}
+    for module in modules:
+        for name in DISTRIBUTIONS[module]:
+            try:
+                found[module] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Class of machine; what only torch knows is left out of a process that has not loaded it."""
+    known: dict[str, Any] = {"system": platform.system(), "processor": _processor()}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        known["threads"] = torch.get_num_threads()
+        known["capability"] = torch.backends.cpu.get_cpu_capability()
+        if torch.cuda.is_available():
+            known["gpu"] = torch.cuda.get_device_name()
+            known["cuda"] = torch.version.cuda
+    return known
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
