@@ -418,6 +418,35 @@ def test_pseudo_queries_make_a_training_transductive(chain: Chain, tmp_path: Pat
     assert runs.read_manifest(found.output, "retriever.retrieve").facts["setting"] == "transductive"
 
 
+def test_a_training_goes_on_from_another(chain: Chain, retriever: Path, tmp_path: Path) -> None:
+    """With a rate of nearly nothing it ends where it started, and not where it would start by itself."""
+    config = encoder_decoder_config(chain, tmp_path / "more", start=retriever, epochs=1, lr=1e-12, warmup=0)
+    train.main(config)
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (retriever, config.output))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    manifest = runs.read_manifest(config.output, "retriever.train")
+    assert manifest.inputs["start"]["fingerprint"] == runs.fingerprint(retriever)
+    assert manifest.facts["setting"] == "inductive"
+
+
+def test_a_start_that_does_not_fit_is_refused(chain: Chain, retriever: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--start is for --kind seq2seq and encoder-decoder"):
+        llama_config(chain, tmp_path / "run", start=retriever)
+    other = dataclasses.replace(
+        encoder_decoder_config(chain, tmp_path / "run", start=retriever), kind="seq2seq", language_model="t5-base"
+    )
+    with pytest.raises(BadInput, match="was trained with --kind encoder-decoder: give the same here"):
+        train.main(other)
+    image = read_data(chain.dataset).images[read_data(chain.dataset).rows("test")[0]]
+    told = pseudo_folder(chain, tmp_path / "pseudo", [{"image": image, "query": "round"}])
+    transductive = encoder_decoder_config(chain, tmp_path / "first", pseudo_queries=told, epochs=1)
+    train.main(transductive)
+    with pytest.raises(BadInput, match="was trained with --pseudo-queries: give them here too"):
+        train.main(encoder_decoder_config(chain, tmp_path / "run", start=transductive.output))
+    assert not (tmp_path / "run").exists()
+
+
 def test_pseudo_queries_from_other_captions_are_refused(chain: Chain, tmp_path: Path) -> None:
     """Where pictures have changed splits, a caption that was a train picture's may be one of test now."""
     folder = pseudo_folder(chain, tmp_path / "pseudo", [{"image": "red-circle.png", "query": "a red circle"}])

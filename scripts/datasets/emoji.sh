@@ -156,5 +156,5 @@ TEST_RERANKER=(
 )
 REPORT=( # the inductive retriever and the full system
     --systems retriever retriever+stage2
-    --queries 300
+    --queries 200
 )
