@@ -16,6 +16,7 @@ import gc
 import importlib
 import io
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -37,7 +38,8 @@ Outcome = Literal["killed", "timeout", "survived"]
 
 ROOT = Path(__file__).parent.parent
 PROJECT = ("models", "tools", "retriever", "reranker", "RQ-VAE", "tests")
-LEAST_SECONDS, PATIENCE = 10.0, 10.0  # a mutant may take this long, and this many times what the tests take without it
+LEAST_SECONDS, PATIENCE = 10, 10  # a mutant may take this long, and this many times what the tests take without it
+LONGEST_SECONDS = 600.0  # for one that waits instead of working
 POLL_SECONDS = 0.005
 
 TESTS = {
@@ -167,14 +169,21 @@ def load_libraries(module: str) -> None:
     gc.freeze()  # no fork goes through the libraries' objects again
 
 
-def outcome_of(tests: list[str], seconds: float) -> Outcome:
-    """Run the tests in a fork."""
+def outcome_of(tests: list[str], *, cpu_seconds: int, seconds: float = LONGEST_SECONDS) -> Outcome:
+    """Run the tests in a fork.
+
+    Args:
+        cpu_seconds: it may take of a processor's time, which does not depend on what else the machine does.
+        seconds: it may take on the clock.
+    """
     child = os.fork()
     if not child:
-        _run_tests(tests)
+        _run_tests(tests, cpu_seconds)
     ends = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
+        if done and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+            return "timeout"
         if done:
             return "survived" if status == 0 else "killed"
         if time.monotonic() > ends:
@@ -184,11 +193,12 @@ def outcome_of(tests: list[str], seconds: float) -> Outcome:
         time.sleep(POLL_SECONDS)
 
 
-def _run_tests(tests: list[str]) -> None:
+def _run_tests(tests: list[str], cpu_seconds: int) -> None:
     """What a fork does; it never returns."""
     status = 1
     try:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
@@ -207,26 +217,25 @@ def measure(module: str, earlier: dict[str, Any] | None = None) -> dict[str, Any
     """
     tests, path = TESTS[module], Path(module)
     load_libraries(module)
-    began = time.monotonic()
-    if outcome_of(tests, 600.0) != "survived":
+    before = _children_seconds()
+    if outcome_of(tests, cpu_seconds=600) != "survived":
         raise BadInput(f"the tests of {module} fail without a mutant: run python -m pytest {' '.join(tests)}")
-    seconds = max(LEAST_SECONDS, PATIENCE * (time.monotonic() - began))
+    cpu_seconds = max(LEAST_SECONDS, round(PATIENCE * (_children_seconds() - before)))
     mutants, source = mutants_of(path), hash_file(path)
     original, every = path.read_text(encoding="utf-8"), len(mutants)
     counts: dict[Outcome, int] = {"killed": 0, "timeout": 0, "survived": 0}
-    spent = 0.0
+    spent, before = 0.0, _children_seconds()
     if earlier is not None:
         if earlier["source"] != source:
             raise BadInput(f"{module} is not the one that was measured: leave --survivors out")
         left = {(each["line"], each["before"], each["after"]) for each in earlier["survivors"]}
         mutants = [mutant for mutant in mutants if (mutant.line, mutant.before, mutant.after) in left]
         counts["killed"], counts["timeout"] = earlier["killed"], earlier["timeout"]
-        spent = earlier["seconds"]
+        spent = earlier["cpu_seconds"]
     survivors = []
-    began = time.monotonic()
     for mutant in progress(mutants, module, unit="mutant"):
         path.write_text(mutant.source, encoding="utf-8")
-        outcome = outcome_of(tests, seconds)
+        outcome = outcome_of(tests, cpu_seconds=cpu_seconds)
         counts[outcome] += 1
         if outcome == "survived":
             survivors.append({name: getattr(mutant, name) for name in ("line", "function", "before", "after")})
@@ -237,9 +246,14 @@ def measure(module: str, earlier: dict[str, Any] | None = None) -> dict[str, Any
         "tests": tests,
         "mutants": every,
         **{str(outcome): count for outcome, count in counts.items()},
-        "seconds": round(spent + time.monotonic() - began),
+        "cpu_seconds": round(spent + _children_seconds() - before),
         "survivors": survivors,
     }
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def with_reasons(measured: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
@@ -258,15 +272,16 @@ def _head(results: dict[str, Any]) -> Iterator[str]:
     yield "# Mutation testing"
     yield ""
     yield "Command: `bash scripts/mutation.sh`, which writes this page and `mutation.json`. Each module is tested by"
-    yield f"its own tests alone; the mutants are those of {results['tool']}. The prefix tree is `retriever/index.py`."
+    yield f"its own tests alone (`tests/mutation.py` says how); the mutants are those of {results['tool']}. The prefix tree"
+    yield "is `retriever/index.py`."
     yield ""
-    yield "| module | tests | mutants | killed | by timeout | survived | share killed | seconds |"
+    yield "| module | tests | mutants | killed | by timeout | survived | share killed | CPU seconds |"
     yield "|---|---|---|---|---|---|---|---|"
     for module, found in results["modules"].items():
         tests = ", ".join(f"`{name}`" for name in found["tests"])
         killed = found["killed"] + found["timeout"]
         counts = [found["mutants"], killed, found["timeout"], found["survived"], f"{killed / found['mutants']:.1%}"]
-        yield f"| `{module}` | {tests} | {' | '.join(map(str, counts))} | {found['seconds']} |"
+        yield f"| `{module}` | {tests} | {' | '.join(map(str, counts))} | {found['cpu_seconds']} |"
 
 
 def _survivors(results: dict[str, Any]) -> Iterator[str]:
@@ -293,6 +308,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 def main(config: Config) -> None:
     path = config.output.resolve() / "mutation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = read_json(path) if path.is_file() else {"tool": "", "modules": {}}
     if config.render:
         write_results(path.parent, results)
@@ -305,7 +321,9 @@ def main(config: Config) -> None:
         sys.path[:] = [folder, *(entry for entry in sys.path if entry not in ("", str(ROOT)))]
         for module in config.modules:
             before = results["modules"].get(module, {})
-            results["modules"][module] = with_reasons(measure(module, before if config.survivors else None), before)
+            results["modules"][module] = with_reasons(
+                measure(module, before if config.survivors and before else None), before
+            )
             write_results(path.parent, results)
         os.chdir(ROOT)
     print(markdown(results))

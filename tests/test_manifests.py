@@ -210,6 +210,12 @@ def test_what_differs_is_named(config: Config, tmp_path: Path) -> None:
     )
 
 
+def test_what_is_not_the_default_is_compared_too(config: Config) -> None:
+    finish(replace(config, lr=0.5))
+    assert begin(replace(config, lr=0.5)) is None
+    assert "(--lr was 0.5, now 0.1)" in refusal(begin, config)
+
+
 def test_a_field_of_several_words_is_named_as_it_is_typed(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Words:
@@ -349,11 +355,20 @@ def test_why_a_folder_is_not_read(config: Config, tmp_path: Path) -> None:
 def test_a_manifest_of_an_earlier_version_is_read(config: Config) -> None:
     finish(config)
     values = read_json(config.output / "manifest.json")
-    for name in ("checksum", "environment"):
+    for name in ("checksum", "environment", "format"):
         del values[name]
     (config.output / "manifest.json").write_text(json.dumps(values))
-    assert runs.read_manifest(config.output, "tools.example").environment == {}
+    manifest = runs.read_manifest(config.output, "tools.example")
+    assert (manifest.environment, manifest.format) == ({}, 1)
     assert begin(config) is None
+
+
+def test_a_run_from_before_a_field_existed_had_its_default(config: Config) -> None:
+    finish(config)
+    values = read_json(config.output / "manifest.json")
+    runs.write_manifest(config.output, {**values, "config": {"source": str(config.source)}})
+    assert begin(config) is None
+    assert "(--lr was 0.1, now 0.2)" in refusal(begin, replace(config, lr=0.2))
 
 
 def test_an_input_that_changed_is_refused(config: Config) -> None:
@@ -457,6 +472,8 @@ def test_a_run_folder_is_its_outputs_and_facts(config: Config) -> None:
     assert replace(manifest, metrics={"loss": 9.0}, seconds=9.0, config={}, commit="x").fingerprint == before
     assert replace(manifest, facts={"levels": 5}).fingerprint != before
     assert replace(manifest, outputs={}).fingerprint != before
+    one, two = ({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    assert replace(manifest, facts=one).fingerprint == replace(manifest, facts=two).fingerprint
 
 
 def test_what_does_not_exist_has_no_content(tmp_path: Path) -> None:
@@ -494,6 +511,7 @@ def test_the_commit_and_whether_there_are_changes(tmp_path: Path, monkeypatch: p
 
     (tmp_path / "file").write_text("one")
     git("init", "-q")
+    assert runs.current_commit() == "unknown"
     git("add", "file")
     git("commit", "-q", "-m", "first")
     commit = git("rev-parse", "HEAD").strip()
@@ -665,6 +683,9 @@ def test_folders_of_other_versions_are_refused(number: int, line: str, config: C
     finish(config)
     runs.write_manifest(config.output, {**read_json(config.output / "manifest.json"), "format": number})
     assert refusal(runs.read_manifest, config.output, "tools.example") == f"{config.output} was made by {line}"
+    line = line.replace("tools.example", "tools.example or scripts/05_train_rqvae.sh")
+    message = refusal(runs.read_manifest, config.output, "tools.example", "RQ-VAE.train")
+    assert message == f"{config.output} was made by {line}"
 
 
 def test_a_folder_that_changes_while_it_is_read_is_read_again(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,6 +702,22 @@ def test_a_folder_that_changes_while_it_is_read_is_read_again(config: Config, mo
 
     monkeypatch.setattr(runs, "verified_hash", meanwhile)
     assert runs.read_manifest(config.output, "tools.example").facts == {"levels": 9}
+
+
+def test_a_manifest_that_is_damaged_while_its_folder_is_read_is_named(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(config)
+    path = config.output / "manifest.json"
+
+    def meanwhile(file: Path) -> str:
+        path.write_text("[]")
+        return "other"
+
+    monkeypatch.setattr(runs, "verified_hash", meanwhile)
+    assert refusal(runs.read_manifest, config.output, "tools.example") == (
+        f"{path} is damaged (it holds a list): run tools.example --overwrite"
+    )
 
 
 def test_the_main_process_alone_looks_for_damage(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The measurement of tests/mutation.py: its page says what was measured, and nothing is left unexplained."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,11 +35,17 @@ def test_a_mutant_is_described_by_its_line_and_function() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "outcome"), [("assert True", "survived"), ("assert False", "killed"), ("time.sleep(60)", "timeout")]
+    ("body", "limits", "outcome"),
+    [
+        ("assert True", {"cpu_seconds": 60}, "survived"),
+        ("assert False", {"cpu_seconds": 60}, "killed"),
+        ("while True: pass", {"cpu_seconds": 2}, "timeout"),
+        ("time.sleep(60)", {"cpu_seconds": 60, "seconds": 2.0}, "timeout"),
+    ],
 )
-def test_tests_run_in_a_fork(body: str, outcome: str, tmp_path: Path) -> None:
+def test_tests_run_in_a_fork(body: str, limits: dict[str, Any], outcome: str, tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text(f"import time\n\ndef test_x():\n    {body}\n")
-    assert mutation.outcome_of([str(tmp_path / "test_x.py")], 2.0 if outcome == "timeout" else 60.0) == outcome
+    assert mutation.outcome_of([str(tmp_path / "test_x.py")], **limits) == outcome
 
 
 def test_reasons_are_kept_for_what_still_survives() -> None:

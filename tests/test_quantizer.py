@@ -235,6 +235,12 @@ def test_empty_clusters_move_to_rows() -> None:
     assert torch.equal(alone, torch.zeros(5, 2))
 
 
+def test_as_many_clusters_as_rows_are_the_rows() -> None:
+    vectors = torch.arange(8.0).unsqueeze(1)
+    found = kmeans(vectors, 8, iterations=2, generator=generator())
+    assert torch.equal(found.sort(dim=0).values, vectors)
+
+
 def test_kmeans_leaves_the_vectors_alone() -> None:
     vectors = random(30, 3)
     kept = vectors.clone()
