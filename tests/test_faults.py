@@ -258,11 +258,9 @@ def test_a_command_tells_the_machines_faults_in_one_line_and_bugs_in_full(body: 
     assert ("Traceback" in done.stderr) == (status == 1)
 
 
-def below_limit(path: Path, kind: str) -> None:
-    """Write a file of a million bytes where a thousand are allowed."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    array = np.zeros(250_000, np.float32)
+def write_some(path: Path, kind: str, count: int) -> None:
+    """Write so many numbers in one of the ways that the stages have."""
+    array = np.zeros(count, np.float32)
     if kind == "array":
         write_array(path, array)
     elif kind == "memory map":
@@ -278,14 +276,19 @@ def below_limit(path: Path, kind: str) -> None:
         write_json(path, array.tolist())
 
 
+@pytest.mark.parametrize("missing", [1, 700, 5000, 900_000])  # bytes; the first are less than what C keeps in hand
 @pytest.mark.parametrize("kind", ["array", "memory map", "torch", "safetensors", "text"])
-def test_every_way_of_writing_tells_why_it_could_not(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "file"
+def test_every_way_of_writing_tells_why_it_could_not(kind: str, missing: int, tmp_path: Path) -> None:
+    path, count = tmp_path / "file", 300_000 if missing > 5000 else 3000
+    write_some(path, kind, count)
+    limit = path.stat().st_size - missing
     path.write_text("before")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         with pytest.raises(BadInput, match=rf"^{path} cannot be written: .*start the same command again, it resumes$"):
-            below_limit(path, kind)
+            write_some(path, kind, count)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_text() == "before"
@@ -316,14 +319,17 @@ def test_a_child_does_not_keep_the_lock_of_a_killed_command(config: Config) -> N
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
+        os.write(writing, b"forked")
+        signal.pause()
+    try:
+        assert os.read(reading, 6) == b"forked"
+        run.lock.close()  # as when the process is killed
+        assert begin(config) is not None
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
         os.close(writing)
-        os.read(reading, 1)  # until the test ends
-        os._exit(0)
-    run.lock.close()  # as when the process is killed
-    again = begin(config)
-    os.close(writing)
-    os.waitpid(child, 0)
-    assert again is not None
 
 
 def test_two_tests_at_once_keep_both_rows(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.test_training import stage2_config
 from tests.tiny import picture_set, rqvae_train
 from tools import environment, prepare_captions, repeat, runs
 from tools.errors import BadInput
-from tools.files import read_json, write_json
+from tools.files import hash_file, read_json, write_json
 from tools.logs import table
 
 TIMED = "table.txt"  # the only output that holds times
@@ -228,6 +228,19 @@ def test_tables_are_compared_without_their_speeds(tmp_path: Path) -> None:
     assert list(repeat.differences(first, better)) == ["output table.txt differs"]
     others = (dataclasses.replace(each, outputs={"other.txt": each.folder.name}) for each in (first, faster))
     assert list(repeat.differences(*others)) == ["output other.txt differs"]
+
+
+def test_a_file_may_name_its_own_folder(tmp_path: Path) -> None:
+    made = []
+    for name, model in (("run", "clip"), ("run-repeat", "clip"), ("run-other", "blip")):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_json(folder / "config.json", {"name": f"{folder}/{model}"})
+        (folder / "weights.npy").write_text(str(folder))
+        outputs = {file: hash_file(folder / file) for file in ("config.json", "weights.npy")}
+        made.append(record(folder, arguments=["--output", str(folder)], outputs=outputs))
+    assert list(repeat.differences(made[0], made[1])) == ["output weights.npy differs"]
+    assert list(repeat.differences(made[0], made[2])) == ["output config.json differs", "output weights.npy differs"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -116,7 +116,18 @@ def _decoded(lines: Iterable[str], path: Path) -> Iterator[str]:
 def write_array(path: Path, array: NDArray[Any]) -> None:
     """Write one `.npy` file, atomically."""
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+        np.save(cast(Any, _Written(file)), array)
+
+
+class _Written:
+    """A file that numpy does not take for one: into a real one it writes through C, whose last error it does not see,
+    and on a full disk the end of an array would be lost without a word."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def write(self, data: bytes) -> int:
+        return self.file.write(data)
 
 
 def new_array(path: Path, *, dtype: Any, shape: tuple[int, ...]) -> "np.memmap[Any, Any]":

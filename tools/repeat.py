@@ -25,6 +25,7 @@ from .files import read_json
 
 EXIT_DIFFERENT = 1
 TABLE, SPEED = "table.txt", "queries/s"  # the one output with times in it, and their column
+TEXTS = (".json", ".jsonl", ".txt")  # endings of outputs that may name their own folder
 TIMES = ("seconds", "per_second")  # endings of the names of figures that are times
 
 
@@ -117,13 +118,16 @@ def warnings(manifest: runs.Manifest) -> Iterator[str]:
 
 
 def differences(first: runs.Manifest, second: runs.Manifest) -> Iterator[str]:
-    """What two runs of one command gave differently: outputs by content, facts and metrics by value, times aside."""
+    """What two runs of one command gave differently: outputs by content, facts and metrics by value.
+
+    Times do not count, nor where a run's own folder lies.
+    """
     for name in sorted(first.outputs.keys() | second.outputs.keys()):
         if name not in second.outputs:
             yield f"output {name} is missing"
         elif name not in first.outputs:
             yield f"output {name} is new"
-        elif first.outputs[name] != second.outputs[name] and not _same_table(first, second, name):
+        elif first.outputs[name] != second.outputs[name] and not _same_text(first, second, name):
             yield f"output {name} differs"
     for kind in ("facts", "metrics"):
         before, after = (_figures(manifest, kind) for manifest in (first, second))
@@ -156,7 +160,7 @@ def _option(arguments: list[str], option: str) -> str | None:
 def _figures(manifest: runs.Manifest, kind: str) -> dict[str, Any]:
     """Facts or metrics by name, without times; the run's own folder in them stands as "."."""
     found: dict[str, Any] = {}
-    own = _option(manifest.arguments, "--output") or str(manifest.folder)
+    own = _own_folder(manifest)
 
     def collect(name: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -170,15 +174,30 @@ def _figures(manifest: runs.Manifest, kind: str) -> dict[str, Any]:
     return found
 
 
-def _same_table(first: runs.Manifest, second: runs.Manifest, name: str) -> bool:
-    """Whether two tables are equal but for their last column, the speed."""
-    if Path(name).name != TABLE:
+def _same_text(first: runs.Manifest, second: runs.Manifest, name: str) -> bool:
+    """Whether two text files are equal but for the run's own folder in them and the speeds of a table."""
+    if Path(name).suffix not in TEXTS:
         return False
-    lines = [(manifest.folder / name).read_text(encoding="utf-8").splitlines() for manifest in (first, second)]
-    if not all(each and each[0].endswith(SPEED) for each in lines):
-        return False
-    cut = [[line.rstrip().rpartition(" ")[0].rstrip() for line in each] for each in lines]
-    return cut[0] == cut[1]
+    texts = [
+        (manifest.folder / name).read_text(encoding="utf-8").replace(_own_folder(manifest), ".")
+        for manifest in (first, second)
+    ]
+    if Path(name).name == TABLE:
+        texts = [_without_speeds(text) for text in texts]
+    return texts[0] == texts[1]
+
+
+def _without_speeds(text: str) -> str:
+    """A table without its last column, where that is the speed."""
+    lines = text.splitlines()
+    if not lines or not lines[0].endswith(SPEED):
+        return text
+    return "\n".join(line.rstrip().rpartition(" ")[0].rstrip() for line in lines)
+
+
+def _own_folder(manifest: runs.Manifest) -> str:
+    """The run's folder as its command line has it."""
+    return _option(manifest.arguments, "--output") or str(manifest.folder)
 
 
 def execute(manifest: runs.Manifest, output: Path) -> None:

@@ -480,7 +480,7 @@ def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, An
     if found["command"] != wanted["command"]:
         raise BadInput(f"{folder} was made by {found['command']}: name another --output")
     differences = [
-        f"--{name.replace('_', '-')} was {found['config'].get(name)}, now {value}"
+        f"--{name.replace('_', '-')} was {found['config'].get(name, defaults.get(name))}, now {value}"
         for name, value in wanted["config"].items()
         if name not in wanted["inputs"] and found["config"].get(name, defaults.get(name)) != value
     ]

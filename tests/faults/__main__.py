@@ -17,7 +17,7 @@ from typing import Any
 
 from tools.commands import run_command
 from tools.errors import BadInput
-from tools.files import write_json
+from tools.files import read_json_lines, write_json, write_json_lines
 
 from .faults import CLEAR, FAILED, FAULTS, NOT_APPLICABLE, SAME, strike
 from .harness import Chain, modules
@@ -48,6 +48,11 @@ class Config:
     only: str | None = None
     """Name of a fault: no other kind."""
 
+    @property
+    def partial(self) -> Path:
+        """The rows so far, until all are done."""
+        return self.output.with_name(f".{self.output.name}.partial")
+
     def __post_init__(self) -> None:
         if self.faults < 1:
             raise BadInput("--faults must be at least 1")
@@ -66,12 +71,14 @@ def plan(count: int, seed: int, stages: tuple[Stage, ...], only: str | None = No
 
 
 def disturb(chain: Chain, config: Config) -> list[dict[str, Any]]:
-    """Do all faults, and print each."""
+    """Do all faults, print each, and keep its row in `config.partial`, from which a run that was killed goes on."""
     pairs = plan(config.faults, config.seed, STAGES, config.only)
     if config.alone:
         pairs += [(ALONE_KIND, BY_NAME[name]) for name in ALONE]
-    rows = []
-    for number, (name, stage) in enumerate(pairs):
+    rows = [row for _, row in read_json_lines(config.partial)] if config.partial.is_file() else []
+    if [(row["fault"], row["stage"]) for row in rows] != [(name, stage.name) for name, stage in pairs[: len(rows)]]:
+        raise BadInput(f"{config.partial} was left by a run of other --faults or another --seed: remove it")
+    for number, (name, stage) in enumerate(pairs[len(rows) :], start=len(rows)):
         began = time.monotonic()
         outcome = strike(chain, name, stage, random.Random(f"{config.seed} {number} {name} {stage.name}"))
         rows.append({"number": number, "stage": stage.name, "module": stage.module, "fault": name, **outcome._asdict()})
@@ -80,11 +87,12 @@ def disturb(chain: Chain, config: Config) -> list[dict[str, Any]]:
             f"{outcome.told or outcome.wrong}  ({time.monotonic() - began:.1f} s)",
             flush=True,
         )
+        write_json_lines(config.partial, rows)
     return rows
 
 
 def counted(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A row a stage with the outcomes of each fault by their letters: "3s 1c" is 3 same, 1 clear line. Last: of all."""
+    """A row a stage with the outcomes of each fault by their letters: "3s 1c" is 3 same, 1 clear line. Last: all."""
     kinds = [kind for kind in (*FAULTS, ALONE_KIND, SCRIPT_KIND) if any(row["fault"] == kind for row in rows)]
     stages = [stage for stage in (*(stage.name for stage in STAGES), SCRIPTS) if any(r["stage"] == stage for r in rows)]
 
@@ -93,7 +101,9 @@ def counted(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         return " ".join(f"{found[outcome]}{letter}" for outcome, letter in LETTERS.items() if found[outcome]) or "-"
 
     groups = {**{stage: [stage] for stage in stages}, "all": stages}
-    return [{"stage": name, **{kind: cell(kind, chosen) for kind in kinds}} for name, chosen in groups.items()]
+    felt = Counter(row["fault"] for row in rows if row["felt"])
+    lines = [{"stage": name, **{kind: cell(kind, chosen) for kind in kinds}} for name, chosen in groups.items()]
+    return [*lines, {"stage": "felt", **{kind: str(felt[kind]) for kind in kinds}}]
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -128,12 +138,12 @@ def main(config: Config) -> None:
         "command": f"python -m tests.faults --faults {config.faults} --seed {config.seed}",
         "pictures": chain.pictures,
         "machine": f"{platform.machine()}, one thread, no GPU",
-        "seconds": round(time.monotonic() - began),
         "outcomes": dict(outcomes),
         "undisturbed": undisturbed,
         "faults": rows,
     }
     write_json(config.output, report)
+    config.partial.unlink()
     print(as_markdown(report))
     if outcomes[FAILED]:
         raise BadInput(f"{outcomes[FAILED]} faults failed: see {config.output} and {folder}")

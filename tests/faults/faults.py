@@ -35,6 +35,8 @@ class Outcome(NamedTuple):
     """The line that the disturbed command, or the reader of a damaged file, ended with."""
     wrong: str = ""
     """Why it failed."""
+    felt: bool = True
+    """It struck before the command had ended, or was in its way."""
 
 
 class Wrong(AssertionError):
@@ -48,7 +50,7 @@ def killed_at_change(chain: Chain, stage: Stage, draw: random.Random) -> Outcome
     ended = chain.run(stage, action="kill", at=at)
     _require(ended.status in (-signal.SIGKILL, 0), f"status {ended.status}: {ended.errors[-600:]}")
     restart(chain, stage)
-    return Outcome(SAME, f"change {at + 1} of {chain.known[stage.name].changes}")
+    return Outcome(SAME, f"change {at + 1} of {chain.known[stage.name].changes}", felt=ended.status != 0)
 
 
 def killed_at_time(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
@@ -56,9 +58,10 @@ def killed_at_time(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
     seconds = draw.random() * chain.known[stage.name].seconds
     chain.set_up(stage)
     request = chain.request(stage)
-    chain.finish(chain.zygote.start(request), request, kill_after=seconds)
+    ended = chain.finish(chain.zygote.start(request), request, kill_after=seconds)
     restart(chain, stage)
-    return Outcome(SAME, f"after {seconds:.2f} of {chain.known[stage.name].seconds:.2f} s")
+    moment = f"after {seconds:.2f} of {chain.known[stage.name].seconds:.2f} s"
+    return Outcome(SAME, moment, felt=ended.status != 0)
 
 
 def killed_alone(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
@@ -68,11 +71,11 @@ def killed_alone(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
     _require(whole.status == 0 and chain.differs(stage) is None, f"undisturbed: {whole.errors[-600:]}")
     seconds = draw.uniform(0.3, 1.0) * whole.seconds
     chain.set_up(stage)
-    chain.run_alone(stage, kill_after=seconds)
+    killed = chain.run_alone(stage, kill_after=seconds)
     ended = chain.run_alone(stage)
     _require(ended.status == 0 or _is_gone(stage, ended), f"restart: {ended.errors[-600:]}")
     _require_same(chain, stage)
-    return Outcome(SAME, f"after {seconds:.1f} of {whole.seconds:.1f} s")
+    return Outcome(SAME, f"after {seconds:.1f} of {whole.seconds:.1f} s", felt=killed.status != 0)
 
 
 def limited_file_size(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
@@ -81,7 +84,7 @@ def limited_file_size(chain: Chain, stage: Stage, draw: random.Random) -> Outcom
     chain.set_up(stage)
     told = _refused_or_done(chain.run(stage, file_size=size))
     restart(chain, stage)
-    return Outcome(SAME, f"files of at most {size:,} bytes", told)
+    return Outcome(SAME, f"files of at most {size:,} bytes", told, felt=bool(told))
 
 
 def full_disk(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
@@ -105,7 +108,7 @@ def full_disk(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
         restart(chain, stage)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    return Outcome(SAME, f"a disk of {size:,} bytes", told)
+    return Outcome(SAME, f"a disk of {size:,} bytes", told, felt=bool(told))
 
 
 def read_only(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
@@ -124,7 +127,7 @@ def read_only(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
         set_immutable(Path(frozen.read_text()), False)
     told = _refused_or_done(ended)
     restart(chain, stage)
-    return Outcome(SAME, f"from change {at + 1} of {chain.known[stage.name].changes} on", told)
+    return Outcome(SAME, f"from change {at + 1} of {chain.known[stage.name].changes} on", told, felt=bool(told))
 
 
 def truncated(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
@@ -151,7 +154,7 @@ def flipped(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
 
 def twice(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
     """The same command is started again while it runs."""
-    seconds = draw.random() * chain.known[stage.name].seconds
+    seconds = draw.uniform(0.0, 0.7) * chain.known[stage.name].seconds  # the second, too, takes its time to come there
     chain.set_up(stage)
     first = chain.request(stage)
     pid = chain.zygote.start(first)
@@ -165,8 +168,8 @@ def twice(chain: Chain, stage: Stage, draw: random.Random) -> Outcome:
         _require(ended.status == 0 or refused, f"status {ended.status}: {ended.errors[-600:]}")
     _require(any(ended.status == 0 for ended in both), "neither came to its end")
     restart(chain, stage)
-    told = next((ended.refusal for ended in both if ended.refusal), "")
-    return Outcome(SAME, f"after {seconds:.2f} s", told)
+    told = next((ended.refusal for ended in both if ended.refusal and IN_USE in ended.refusal), "")
+    return Outcome(SAME, f"after {seconds:.2f} of {chain.known[stage.name].seconds:.2f} s", told, felt=bool(told))
 
 
 FAULTS: dict[str, Callable[[Chain, Stage, random.Random], Outcome]] = {

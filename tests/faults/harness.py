@@ -80,7 +80,7 @@ class Chain:
         return self.folder / "run"
 
     def make(self, data: Path | None) -> None:
-        """Run every stage once."""
+        """Run every stage twice, the second time for its time: the first loads what it needs. Both must agree."""
         self.pictures = first_inputs(self.folder / "base", data)
         for stage in self.stages:
             self.set_up(stage)
@@ -89,9 +89,10 @@ class Chain:
             self.keep(stage)
             left = [path for path in (self.here / stage.folder).rglob("*") if path.is_file()]
             sizes = [path.stat().st_size for path in left] or [0]
-            self.known[stage.name] = Undisturbed(
-                content(self.here, stage), changes, ended.seconds, max(sizes), sum(sizes)
-            )
+            found = content(self.here, stage)
+            self.set_up(stage)
+            self.known[stage.name] = Undisturbed(found, changes, self.run(stage).seconds, max(sizes), sum(sizes))
+            assert self.differs(stage) is None, f"{stage.name} does not give the same twice: {self.differs(stage)}"
 
     def set_up(self, stage: Stage, *, finished: bool = False) -> None:
         """A fresh folder with what the stages before left; `finished`: with what it left too, and all up to its reader.

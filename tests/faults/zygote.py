@@ -215,17 +215,16 @@ class Zygote:
         """The exit status of a command (a signal as its negative); None while it runs after so many seconds."""
         until = None if seconds is None else time.monotonic() + seconds
         while pid not in self.statuses:
-            left = None if until is None else until - time.monotonic()
-            if left is not None and left <= 0:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not self._read(left) and left == 0:
                 return None
-            self._read(left)
         return self.statuses.pop(pid)
 
-    def _read(self, seconds: float | None) -> None:
+    def _read(self, seconds: float | None) -> bool:
         assert self.process.stdout is not None
         handle = self.process.stdout.fileno()
         if not select.select([handle], [], [], seconds)[0]:
-            return
+            return False
         data = os.read(handle, 1 << 16)
         assert data, "the zygote has ended"
         *lines, self.waiting = (self.waiting + data).split(b"\n")
@@ -235,6 +234,7 @@ class Zygote:
                 self.statuses[value["pid"]] = value["status"]
             elif "pid" in value:
                 self.started.append(value["pid"])
+        return True
 
 
 def environment() -> dict[str, str]:
@@ -250,9 +250,10 @@ def zygote(modules: list[str]) -> Iterator[Zygote]:
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
-        yield Zygote(process)
-        assert process.stdin is not None
-        process.stdin.close()
+        try:
+            yield Zygote(process)
+        finally:
+            process.kill()  # closing its standard input would not do while another process holds the other end too
 
 
 if __name__ == "__main__":
