@@ -60,10 +60,11 @@ def killed_scripts(folder: Path, draw: random.Random, count: int) -> list[Outcom
     for number in range(count):
         seconds = draw.uniform(0.1, 0.95) * whole.seconds
         own = folder / f"killed{number}"
-        quickstart(own, base, kill_after=seconds)
+        killed = quickstart(own, base, kill_after=seconds)
         again = quickstart(own, base)
         same = again.status == 0 and left(own) == left(folder / "whole")
         moment = f"after {seconds:.1f} of {whole.seconds:.1f} s"
-        outcomes.append(Outcome(SAME if same else FAILED, moment, wrong="" if same else again.errors[-600:]))
+        wrong = "" if same else again.errors[-600:]
+        outcomes.append(Outcome(SAME if same else FAILED, moment, wrong=wrong, felt=killed.status != 0))
     shutil.rmtree(folder)
     return outcomes
