@@ -28,7 +28,7 @@ from tools.interpolation import COSINE_SCALE, Choice, choose_weights, interpolat
 from tools.logs import Tracker, table
 from tools.ranked import RankedLists, reordered_ranks, write_lists
 from tools.recall import Report, report, search_recall
-from tools.results import merge_summary, printable
+from tools.results import merge_summary, printable, scalars
 
 from .data import Lists, PictureTokens, read_ranked, read_tokens
 from .rerank import score_lists
@@ -290,6 +290,7 @@ def conclude(
     merge_summary(config.summary, tested)
     tracker = Tracker(run.folder, job="test_reranker", config=run.started["config"])
     tracker.table("reranked", [{**{k: v for k, v in row.items() if k != "recall"}, **row["recall"]} for row in tested])
+    tracker.summary(scalars(rows, main=f"{config.system}+{list(chosen)[-1]}"))  # by all that there is to reorder by
     tracker.finish()
     print(f"{text}\n\nrows: {config.summary}")
     for name, choice in chosen.items():

@@ -21,7 +21,7 @@ from tools.features import Features, Floats, normalized, read_features
 from tools.files import read_json_lines, replacing
 from tools.logs import Tracker
 from tools.recall import NOT_FOUND, Ranks, Report, code_rank, image_rank, report
-from tools.results import merge_summary, printable
+from tools.results import merge_summary, printable, scalars
 
 from .contact_sheet import SheetRow, draw_sheet
 from .data import RetrieverData, read_data
@@ -181,6 +181,7 @@ def main(config: Config) -> None:
     flat = [{key: value for key, value in row.items() if key != "recall"} | row["recall"] for row in rows]
     tracker.table("results", flat)
     tracker.image("contact_sheet", sheet)
+    tracker.summary(scalars(rows, main=config.system))
     tracker.finish()
     metrics = {f"{row['system']}/{row['pool']}/{row['level']}/R@1": row["recall"]["1"] for row in rows}
     run.finish(metrics=metrics)

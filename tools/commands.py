@@ -15,6 +15,7 @@ from .arguments import check_arguments, check_numbers
 from .errors import EXIT_BAD_INPUT, BadInput
 from .failures import explain
 from .logs import end_progress
+from .sweeps import of_trial
 
 ConfigT = TypeVar("ConfigT")
 
@@ -46,7 +47,7 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
         check_arguments(config_type, sys.argv[1:])
         config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
         check_numbers(config)
-        main(config)
+        main(of_trial(config))
     except BadInput as error:
         _refuse(str(error).rpartition("BadInput: ")[2])  # of a DataLoader's worker it comes with its traceback
     except BrokenPipeError:  # the reader of a pipe has seen enough
