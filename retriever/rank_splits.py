@@ -27,6 +27,7 @@ from tools.ranked import NO_PICTURE, RankedLists, padded, write_lists
 from .data import UNKNOWN, Queries, RetrieverData, read_data, read_retriever
 from .queries import LiveQueries
 from .retrieve import Pool, check_scoring, queries_per_second, search_queries
+from .setting import setting_on
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def main(config: Config) -> None:
         print(f"{name}: {len(lists.texts):,} queries, {speed:.0f} a second; {found:.1%} of the pictures in their list")
     kept = ("features", "captions_fingerprint")
     facts = {key: data.manifest.facts[key] for key in kept}
-    run.finish(facts={**facts, "dataset": str(config.dataset), "setting": trained.facts["setting"]}, metrics=metrics)
+    run.finish(facts={**facts, "dataset": str(config.dataset), "setting": setting_on(trained, data)}, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from .beam import RankedPictures, beam_search, expand
 from .data import Queries, RetrieverData, read_data, read_retriever
 from .index import build_index, to_device
 from .queries import LiveQueries, Searchable
+from .setting import setting_on
 
 Pool = Literal["train", "val", "test", "all"]
 
@@ -230,7 +231,7 @@ def main(config: Config) -> None:
             write_json_lines(run.folder / f"{pool}.jsonl", predictions(data, queries, ranking))
         metrics[pool] = {"queries": len(queries.texts), "queries_per_second": round(speed, 2)}
         print(f"{len(queries.texts):,} queries over pool {pool}: {speed:.0f} a second")
-    run.finish(facts={"dataset": str(config.dataset), "setting": trained.facts["setting"]}, metrics=metrics)
+    run.finish(facts={"dataset": str(config.dataset), "setting": setting_on(trained, data)}, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def only_run(folder: Path) -> OfflineRun:
+    wandb.teardown()  # what is still on its way to the file
     (run,) = read_offline_runs(folder)
     return run
 
