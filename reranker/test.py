@@ -29,7 +29,7 @@ from tools.interpolation import COSINE_SCALE, Choice, choose_weights, interpolat
 from tools.logs import Tracker, table
 from tools.ranked import RankedLists, reordered_ranks, write_lists
 from tools.recall import Report, report
-from tools.results import merge_summary, printable, scalars
+from tools.results import MRR_NOTE, merge_summary, printable, scalars
 from tools.two_tower import two_tower_recall
 
 from .data import Lists, PictureTokens, read_ranked, read_tokens
@@ -299,7 +299,7 @@ def conclude(
 ) -> None:
     """Save everything, and show it."""
     save(run, cases, chosen)
-    text = f"{printable(rows)}\n\n{explanation(rows)}"
+    text = f"{printable(rows)}\n\n{MRR_NOTE}\n\n{explanation(rows)}"
     with replacing(run.folder / "table.txt") as temporary:
         temporary.write_text(text + "\n")
     tested = [row for row in rows if row["split"].startswith("test") and "weights" in row]

@@ -23,7 +23,7 @@ from tools.features import Features, Floats, read_features
 from tools.files import read_json_lines, replacing
 from tools.logs import Tracker
 from tools.recall import Ranks, Report, code_rank, image_rank, report
-from tools.results import merge_summary, printable, scalars
+from tools.results import MRR_NOTE, merge_summary, printable, scalars
 from tools.two_tower import two_tower_recall
 
 from .contact_sheet import SheetRow, draw_sheet
@@ -189,7 +189,7 @@ def main(config: Config) -> None:
     features = read_features(Path(data.manifest.facts["features"]))
     cases = [Case(manifest, data, features, pool) for pool in manifest.config["pools"]]
     rows = result_rows(cases, config)
-    text = printable(rows)
+    text = f"{printable(rows)}\n\n{MRR_NOTE}"
     with replacing(run.folder / "table.txt") as temporary:
         temporary.write_text(text + "\n")
     sheet = run.folder / "contact_sheet.png"

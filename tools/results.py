@@ -21,6 +21,8 @@ from .texts import as_markdown_cell
 KEY = ("system", "dataset", "split", "pool", "level")
 FIRST = "two-tower"  # systems whose names begin so stand at the head of each pool
 
+MRR_NOTE = "MRR and median rank: brute-force search counts the whole pool, a retriever what is in its list."
+
 
 @dataclass(frozen=True)
 class Config:
