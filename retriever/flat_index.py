@@ -1,7 +1,7 @@
 """Exact search by cosine over all pictures of a pool: faiss on a CPU, one matrix product and a top-k on a GPU.
 
-Both give the same lists: best first, and of equal scores the lower row. `tools.recall.search_ranks` is their oracle, and
-what recall is measured with: a matrix product may give two equal pictures scores that differ in the last bit.
+Both give the same lists: best first, and of equal scores the lower row. A matrix product may give two equal pictures
+scores that differ in the last bit, though. `tools.recall.search_ranks`, their oracle, is what recall is measured with.
 """
 
 from collections.abc import Iterator

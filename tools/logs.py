@@ -97,14 +97,15 @@ class Tracker:
 
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
         id_file = folder / "resume" / "wandb_id"
-        run_id = id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
+        trial = sweeps.trial()
+        run_id = trial[1] if trial else id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
         options: dict[str, Any] = {
             "group": os.environ.get("WANDB_RUN_GROUP") or chain_of(folder),
             "job_type": job,
             "config": config,
             "resume": "allow",
         }
-        if sweeps.trial() is None:  # the agent has chosen name, project and id of a trial
+        if trial is None:  # the agent has chosen name, project and id of a trial
             options |= {"name": str(folder), "project": os.environ.get("WANDB_PROJECT", PROJECT), "id": run_id}
         settings = wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS)
         try:
@@ -145,7 +146,8 @@ class Tracker:
 
     def finish(self) -> None:
         """Say where the run was computed and how long it took, flush and close."""
-        self.summary({f"run/{name}": value for name, value in ran(self._folder).items()})
+        if self._run is not None:
+            self.summary({f"run/{name}": value for name, value in ran(self._folder).items()})
         self._call("finish")
         self._run = None
 
