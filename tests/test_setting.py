@@ -1,5 +1,6 @@
 """Transductive or inductive is said of what was trained on against what is searched."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from retriever import retrieve
 from retriever import test as final
+from retriever.card import setting_of as setting_of_card
 from retriever.data import RetrieverData, read_data
 from retriever.setting import setting_on
 from tests.chain import Chain
@@ -69,6 +71,17 @@ def test_without_the_pseudo_queries_a_search_keeps_the_setting_of_the_training(
     second = trained(tmp_path / "second", "transductive", stage1=run)
     shutil.rmtree(other)
     assert setting_of(run, data) == setting_of(second, data) == "transductive"
+
+
+def test_the_card_of_a_gallery_says_it_too(chain: Chain, data: RetrieverData, index: Path, tmp_path: Path) -> None:
+    gallery = runs.read_manifest(index, "retriever.build_index")
+    for images, expected in ((data.images[:1], "transductive"), (["x.jpg"], "inductive")):
+        told = pseudo(tmp_path / f"pseudo-{expected}", images, captions="a")
+        run = trained(tmp_path / f"run-{expected}", "transductive", pseudo_queries=told)
+        manifest = runs.read_manifest(run, "retriever.train")
+        assert setting_of_card(gallery, manifest) == expected
+        gone = dataclasses.replace(gallery, inputs={})
+        assert setting_of_card(gone, manifest) == "transductive"
 
 
 def changed(source: Path, folder: Path, **values: Any) -> Path:
