@@ -1,5 +1,7 @@
 """RMS norms as one kernel: what makes a training on a GPU wait least, as it is bound by launches and not by sums."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,14 +13,14 @@ class FusedRmsNorm(nn.Module):
     Hugging Face writes it out in six operations, and in twelve more backwards.
 
     Attributes:
-        weight: the parameter of the norm that it stands for, under the same name.
+        weight: (width,) the parameter of the norm that it stands for, under the same name.
         variance_epsilon: of that norm.
     """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight: Tensor = norm.weight
-        self.variance_epsilon = float(norm.variance_epsilon)  # type: ignore[arg-type]
+        self.weight = norm.get_parameter("weight")
+        self.variance_epsilon = float(cast(float, norm.variance_epsilon))
 
     def forward(self, states: Tensor) -> Tensor:
         """States (..., width) to the same shape; inside autocast in its arithmetic, else in that of the states."""

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -43,7 +43,8 @@ Decay = Literal["none", "linear", "cosine"]
 
 SAVE_EVERY_SECONDS = 30.0
 MOST_SAVING = 0.05  # share of the time that may go into saving: a large model is saved less often
-GPU_STEPS = 20  # steps between looks at the losses: each look waits until the GPU has done what it was given
+COMPILER = "inductor"  # of torch.compile
+STEPS_UNREAD = {"cuda": 20}  # between looks at the losses: each waits until the GPU has done what it was given
 SHARDED = "sharded"  # folders of DeepSpeed's own checkpoints
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
 
@@ -86,6 +87,9 @@ class LoopConfig(Protocol):
 
     @property
     def device(self) -> str | None: ...
+
+    @property
+    def compile(self) -> bool: ...
 
 
 def check_launch(kind: DistributedType) -> None:
@@ -189,7 +193,11 @@ class TrainingLoop(ABC):
         self.config, self.run = config, run
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.precision, self.device)
-        self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+        self.accelerator = Accelerator(
+            cpu=self.device.type == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are the same everywhere
+        )
         check_launch(self.accelerator.distributed_type)
         self.sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.sharded and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
@@ -197,10 +205,14 @@ class TrainingLoop(ABC):
         self.module = module.to(self.device)
         if self.device.type == "cuda":
             fuse_norms(self.module)
+        if config.compile and self.sharded:
+            raise BadInput("--compile is for whole models, DeepSpeed shares this one: leave one of the two out")
+        if config.compile:
+            self.module.compile(backend=COMPILER, dynamic=True)
         self.best: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
         self.unread: list[Step] = []
-        self.read_every = GPU_STEPS if self.device.type == "cuda" else 1
+        self.read_every = STEPS_UNREAD.get(self.device.type, 1)
 
     def prepare(self, *, decay: Decay) -> None:
         """Make optimiser, schedule and `model`: the end of a stage's `__init__`, when `batches` can be asked.
@@ -262,7 +274,8 @@ class TrainingLoop(ABC):
                 continue
             self._step()
             mean = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-            self.unread.append(Step(self.epoch + self.batch / len(batches), mean, self.schedule.get_last_lr()[0]))
+            rate = float(self.schedule.get_last_lr()[0])
+            self.unread.append(Step(self.epoch + self.batch / len(batches), mean, rate))
             losses = []
             if len(self.unread) == self.read_every or self.batch == len(batches):
                 bar.set_postfix(loss=f"{self._read_losses(tracker):.3f}", refresh=False)
@@ -428,7 +441,7 @@ class TrainingLoop(ABC):
         return model, prepared
 
     def _backward(self, part: Part, complete: bool) -> Tensor:
-        """Add a part's gradients; when they are complete, processes share them. Returns the part's share of the loss."""
+        """Add a part's gradients; when they are complete, processes share them. Returns its share of the loss."""
         self.accelerator.sync_gradients = complete
         with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.model):
             loss = self.loss(part) * part.weight

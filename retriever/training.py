@@ -73,6 +73,9 @@ class TrainingConfig:
     """Captions of val that are searched, at most."""
     precision: Precision = "auto"
     """Arithmetic of the forward passes; weights are kept in fp32."""
+    compile: bool = False
+    """Compile the model (torch.compile), which takes minutes once, and a third of the kernels a step from then on; it
+    needs a C++ compiler, and Triton on a GPU."""
     seed: int = 0
     """Seed of weights, batches and drawn codes."""
     device: str | None = None
