@@ -430,15 +430,17 @@ def _add_vokens(
         raise BadInput(f"the tokenizer of {name} already has some vokens: their ids {first} to {last} are not in a row")
     if last >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(last + 1, mean_resizing=False)  # the new rows are set below
-    for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        set_rows([matrix], first, codebooks * (_mean_length(matrix[:first]) / _mean_length(codebooks) if scaled else 1))
+    rows = torch.from_numpy(np.ascontiguousarray(codebooks.reshape(-1, codebooks.shape[-1])))
+    with torch.no_grad():
+        for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            scale = _mean_length(matrix[:first]) / _mean_length(rows) if scaled else 1.0
+            matrix[first : last + 1] = (rows * scale).to(matrix.dtype)
     return first
 
 
-def _mean_length(rows: Tensor | NDArray[np.float32]) -> float:
-    """Mean Euclidean norm over the last dimension."""
-    with torch.no_grad():
-        return float(torch.linalg.vector_norm(torch.as_tensor(rows), dim=-1, dtype=torch.float32).mean())
+def _mean_length(rows: Tensor) -> Tensor:
+    """Mean Euclidean norm of rows (rows, width), a scalar."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).mean()
 
 
 def build_encoder_decoder(

@@ -37,7 +37,7 @@ def test_raw_recall_is_not_measured_again(chain: Chain, monkeypatch: pytest.Monk
         searched.append(pool)
         return search_recall(queries, pool, targets)
 
-    search_recall = tokenizer_report.search_recall
+    search_recall = tokenizer_report.search_recall  # type: ignore[attr-defined]
     monkeypatch.setattr(tokenizer_report, "search_recall", counted)
     assert make_report(model, features, split="val", raw=first.raw_recall) == first
     assert len(searched) == 1
