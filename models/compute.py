@@ -121,7 +121,8 @@ def refuse_unknown_card(device: torch.device) -> None:
         raise BadInput(
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and torch "
             f"{torch.__version__} (CUDA {torch.version.cuda}) is built for {', '.join(built)}: set TORCH_BACKEND "
-            "to a build for this card, such as cu126 for Volta, and start the script again; --device cpu computes without it"
+            "to a build for this card, such as cu126 for Volta, and start the script again; --device cpu computes "
+            "without it"
         )
 
 
