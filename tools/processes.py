@@ -95,9 +95,10 @@ def say_once(line: str) -> None:
         return
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        if file.tell() == 0:
+        if os.fstat(file.fileno()).st_size == 0:
             print(line, file=sys.stderr, flush=True)
             file.write("said\n")
+            file.flush()
 
 
 def _said(line: str) -> Path:
