@@ -28,6 +28,7 @@ def progress(
     items: Iterable[ItemT], label: str, *, total: int | None = None, unit: str = "batch", initial: int = 0
 ) -> "tqdm[ItemT]":
     """A progress bar over `items`: live on a terminal, a line now and then in a log file."""
+    environment.say_choices()  # a command without a choice of precision has not said its device
     interval = 0.1 if sys.stderr.isatty() else QUIET_INTERVAL_SECONDS
     return tqdm(
         items,
