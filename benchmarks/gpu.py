@@ -31,7 +31,7 @@ import torch
 import transformers
 
 from models.compute import pick_device
-from tools.files import read_json, write_json
+from tools.files import write_json
 from tools.logs import table
 
 from .gpu_equality import equality

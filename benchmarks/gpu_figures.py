@@ -50,7 +50,7 @@ class Report:
     """Where a section puts its figures.
 
     Attributes:
-        deadline: on `time.monotonic`'s clock; what begins later is skipped.
+        deadline: on `time.monotonic`'s clock, for `need_time`.
     """
 
     def __init__(self, section: str, device: torch.device, send: Callable[[Figure], None], deadline: float) -> None:
@@ -66,15 +66,19 @@ class Report:
         """Report that there is no figure."""
         self.send(Figure(self.section, what, None, "", note=note, trace=trace))
 
+    def need_time(self) -> None:
+        """Begin nothing more after the deadline.
+
+        Raises:
+            Skipped: it is over.
+        """
+        if time.monotonic() > self.deadline:
+            raise Skipped("the time is over")
+
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Inside it a failure becomes a line of the report, and what was allocated is freed.
-
-        What would begin after the deadline fails at once.
-        """
+        """Inside it a failure becomes a line of the report, and what was allocated is freed."""
         try:
-            if time.monotonic() > self.deadline:
-                raise Skipped("the time is over")
             yield
         except Skipped as reason:
             self.say(what, f"skipped: {reason}")
@@ -96,7 +100,11 @@ def cells(figure: Figure) -> dict[str, Any]:
     return {
         "section": figure.section,
         "figure": figure.what,
-        "value": "-" if figure.value is None else f"{figure.value:,.4g}" if figure.value < 1000 else f"{figure.value:,.0f}",
+        "value": "-"
+        if figure.value is None
+        else f"{figure.value:,.4g}"
+        if figure.value < 1000
+        else f"{figure.value:,.0f}",
         "unit": figure.unit,
         "goal": figure.goal,
         "met": {None: "", True: "yes", False: "NO"}[figure.met],

@@ -1,5 +1,6 @@
 """Stage 18 on a GPU: how many pairs of a query and a picture a 7B reranker scores a second, and in how much memory."""
 
+import numpy as np
 import torch
 
 from models.scorer import Scorer
@@ -10,14 +11,13 @@ from .gpu_figures import GIB, Goal, Report
 from .gpu_models import Sizes, captions, image_tokens, scorer
 from .gpu_training import synchronize, timed
 
-import numpy as np
-
 MEMORY, PAIRS = 16.0, 1024  # the flags of stage 18
 
 
 def rerank(sizes: Sizes, report: Report, *, graphs: bool) -> None:
     """Lists over one pool, whose pictures several queries share."""
     with report.attempt("stage 18"):
+        report.need_time()
         model = scorer(sizes.llama, sizes, report.device, dtype=torch.bfloat16)
         score(model, sizes, report)
 
@@ -25,9 +25,7 @@ def rerank(sizes: Sizes, report: Report, *, graphs: bool) -> None:
 def score(model: Scorer, sizes: Sizes, report: Report) -> None:
     generator = np.random.default_rng(0)
     tokens = image_tokens(sizes.rerank_pool, sizes)
-    rows = np.stack(
-        [generator.permutation(sizes.rerank_pool)[: sizes.candidates] for _ in range(sizes.rerank_queries)]
-    )
+    rows = np.stack([generator.permutation(sizes.rerank_pool)[: sizes.candidates] for _ in range(sizes.rerank_queries)])
     numbers = np.arange(len(rows))
     texts = captions(len(rows), sizes)
     lists = RankedLists(texts, numbers, rows[:, 0], rows, np.zeros(rows.shape, dtype=np.float32))

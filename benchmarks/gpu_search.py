@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.compute import Precision
 from models.decoding import Writer, make_writer
 from models.graphs import Replay
 from models.voken_lm import Tokens, VokenLM
@@ -35,6 +36,8 @@ SLOW_ROUNDS = 2
 GRAPHED_CAUSAL = 64  # queries of the largest batch that a LLaMA is recorded for: a larger one keeps the GPU busy
 CAPTION_CONTEXT = 77  # CLIP's
 
+PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
+
 Calls = dict[str, Callable[[], object]]
 
 
@@ -44,7 +47,7 @@ class Bench(NamedTuple):
     report: Report
     sizes: Sizes
     lm: VokenLM
-    index: VokenIndex
+    tree: VokenIndex
     levels: list[DeviceLevel]
     trie: DictionaryTrie
     graphs: bool
@@ -82,7 +85,7 @@ def graphed_passes(writer: Writer, setting: Setting) -> Callable[[], object]:
 def search_t5(sizes: Sizes, report: Report, *, graphs: bool) -> None:
     """T5-base."""
     bench = make_bench(t5(sizes.t5_base, sizes, report.device), sizes, report, graphs=graphs)
-    writers = {precision: make_writer(bench.lm, precision) for precision in ("bf16", "fp32")}  # type: ignore[arg-type]
+    writers = {precision: make_writer(bench.lm, precision) for precision in PRECISIONS}
     half = t5(sizes.t5_base, sizes, report.device, dtype=torch.bfloat16)
     with report.attempt("identical to generate"):
         setting = bench.setting(min(8, sizes.compared))
@@ -94,23 +97,18 @@ def search_t5(sizes: Sizes, report: Report, *, graphs: bool) -> None:
     for batch in sizes.batches:
         with report.attempt(f"batch {batch}"):
             setting = bench.setting(batch)
-            calls: Calls = {}
+            calls: Calls = {}  # measured against each other
             for precision, writer in writers.items():
                 calls |= bench.engine_calls(writer, precision, setting, graphs=graphs)
-            hugging_face = partial(generate, token_ids=setting.token_ids, beams=setting.beams, score_end=True)
-            calls["generate, cache fp32"] = partial(hugging_face, bench.lm, bench.trie)
-            calls["generate, cache bf16"] = partial(hugging_face, half, bench.trie)
             timings = measure(report, batch, calls, repeats=sizes.repeats)
             compare_with_passes(report, batch, timings)
-            compare(report, batch, timings, "generate, cache bf16", "engine, voken")
-        with report.attempt(f"batch {batch}: {PUBLISHED}"):
-            slow = partial(
-                hugging_face, bench.lm, bench.trie, use_cache=False, pad_to=sizes.published_length
-            )
-            timings |= measure(report, batch, {PUBLISHED: slow}, repeats=SLOW_ROUNDS, warm_up=batch == 1)
-            goal = PUBLISHED_GOAL if batch >= GOAL_BATCH else None
-            compare(report, batch, timings, PUBLISHED, "engine, voken", goal=goal)
-            compare(report, batch, timings, PUBLISHED, "engine, exact")
+            hugging_face = partial(generate, token_ids=setting.token_ids, beams=setting.beams, score_end=True)
+            slow: Calls = {
+                "generate, cache fp32": partial(hugging_face, bench.lm, bench.trie),
+                "generate, cache bf16": partial(hugging_face, half, bench.trie),
+                PUBLISHED: partial(hugging_face, bench.lm, bench.trie, use_cache=False, pad_to=sizes.published_length),
+            }
+            measure_slow(report, batch, slow, timings)
 
 
 def search_llama(sizes: Sizes, report: Report, *, graphs: bool) -> None:
@@ -131,10 +129,7 @@ def search_llama(sizes: Sizes, report: Report, *, graphs: bool) -> None:
             slow[PUBLISHED_CAUSAL] = partial(hugging_face, use_cache=False)
         if batch <= GRAPHED_CAUSAL:
             slow["generate, cache bf16"] = hugging_face
-        for name, call in slow.items():
-            with report.attempt(f"batch {batch}: {name}"):
-                timings |= measure(report, batch, {name: call}, repeats=SLOW_ROUNDS)
-                compare(report, batch, timings, name, "engine, voken")
+        measure_slow(report, batch, slow, timings)
 
 
 def make_bench(lm: VokenLM, sizes: Sizes, report: Report, *, graphs: bool) -> Bench:
@@ -153,24 +148,42 @@ def single_query(bench: Bench, writer: Writer) -> None:
     def eager() -> object:
         with torch.inference_mode():
             memory = writer.encode(bench.lm.tokenize(text))
-        return expand(beam_search(writer, memory, bench.levels, **options), bench.index, keep=10)
+        return expand(beam_search(writer, memory, bench.levels, **options), bench.tree, keep=10)
 
     calls: Calls = {"eager": eager}
     if bench.graphs:
-        calls["graphs"] = lambda: expand(graphed(graphed.encode(bench.lm.tokenize(text))), bench.index, keep=10)
+        calls["graphs"] = lambda: expand(graphed(graphed.encode(bench.lm.tokenize(text))), bench.tree, keep=10)
     timings = interleave(calls, repeats=3 * bench.sizes.repeats, memory=False)
     for name, timing in timings.items():
         goal = QUERY_GOAL if name == list(calls)[-1] else None
         note = spread(timing) + "".join(f"; no graph: {failure}" for failure in graphed.failures)
-        bench.report.add(f"a single query from text to pictures, bf16, {name}", timing.median * 1e3, "ms", goal=goal, note=note)
+        bench.report.add(
+            f"a single query from text to pictures, bf16, {name}", timing.median * 1e3, "ms", goal=goal, note=note
+        )
 
 
 def measure(report: Report, batch: int, calls: Calls, *, repeats: int, warm_up: bool = True) -> dict[str, Timing]:
-    """Time calls on a batch against each other."""
-    timings = interleave(calls, repeats=repeats, warm_up=warm_up, memory=warm_up)
+    """Time calls on a batch against each other; on a GPU, find their peak memory too."""
+    report.need_time()
+    memory = warm_up and report.device.type == "cuda"
+    timings = interleave(calls, repeats=repeats, warm_up=warm_up, memory=memory)
     for name, timing in timings.items():
         report.add(f"batch {batch}: {name}", timing.median / batch * 1e3, "ms/query", note=spread(timing, batch))
     return timings
+
+
+def measure_slow(report: Report, batch: int, calls: Calls, timings: dict[str, Timing]) -> None:
+    """Time other systems one after the other, each on its own, and compare the engine with them.
+
+    Args:
+        timings: of the engine on the same batch.
+    """
+    for name, call in calls.items():
+        with report.attempt(f"batch {batch}: {name}"):
+            own = measure(report, batch, {name: call}, repeats=SLOW_ROUNDS, warm_up=batch < GOAL_BATCH)
+            goal = PUBLISHED_GOAL if name == PUBLISHED and batch >= GOAL_BATCH else None
+            compare(report, batch, timings | own, name, "engine, voken", goal=goal)
+            compare(report, batch, timings | own, name, "engine, exact")
 
 
 def spread(timing: Timing, batch: int = 1) -> str:
@@ -194,12 +207,15 @@ def compare(
     report: Report, batch: int, timings: dict[str, Timing], slow: str, fast: str, *, goal: Goal | None = None
 ) -> None:
     """How many times as fast the engine's quickest bf16 form is as another system, whose quickest round counts."""
-    forms = [name for name in timings if name.startswith(fast) and name.endswith("bf16")]
-    if not forms:
-        return
-    best = min(forms, key=lambda name: timings[name].median)
-    ratio = timings[slow].least / timings[best].median
-    report.add(f"batch {batch}: {slow} / {best}", ratio, "×", goal=goal)
+    best = best_of(timings, fast)
+    if best is not None:
+        report.add(f"batch {batch}: {slow} / {best}", timings[slow].least / timings[best].median, "×", goal=goal)
+
+
+def best_of(timings: dict[str, Timing], system: str) -> str | None:
+    """The quickest bf16 form of a system."""
+    forms = [name for name in timings if name.startswith(system) and name.endswith("bf16")]
+    return min(forms, key=lambda name: timings[name].median, default=None)
 
 
 def two_tower(sizes: Sizes, report: Report, *, graphs: bool) -> None:
@@ -213,6 +229,7 @@ def two_tower(sizes: Sizes, report: Report, *, graphs: bool) -> None:
         pools = {precision: features.to(dtype) for precision, dtype in towers.items()}
         for batch in sizes.batches:
             with report.attempt(f"{pool:,} pictures, batch {batch}"):
+                report.need_time()
                 ids = clip_ids(batch, sizes)
                 calls: Calls = {}
                 for precision in towers:
@@ -269,8 +286,6 @@ def compare_towers(report: Report, pool: int, batch: int, timings: dict[str, Tim
     title = f"{pool:,} pictures, batch {batch}"
     for name, timing in timings.items():
         report.add(f"{title}: {name}", timing.median / batch * 1e3, "ms/query", note=spread(timing, batch))
-    best = {
-        system: min(timing.median for name, timing in timings.items() if name.startswith(system) and "bf16" in name)
-        for system in ("two-tower", "engine")
-    }
-    report.add(f"{title}: engine / two-tower, the quickest of each, bf16", best["engine"] / best["two-tower"], "×")
+    tower, own = best_of(timings, "two-tower"), best_of(timings, "engine")
+    if tower is not None and own is not None:
+        report.add(f"{title}: {own} / {tower}", timings[own].median / timings[tower].median, "×")

@@ -5,6 +5,7 @@ import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -182,16 +183,22 @@ def need_peft() -> None:
         raise Skipped("peft is not installed")
 
 
-def measure(work: Work, report: Report, *, graphs: bool) -> None:
-    """A training's step beside its parts, each in turn."""
+def measure(work: Work, report: Report, *, graphs: bool, loop: bool = True) -> None:
+    """A training's step beside its parts, each in turn.
+
+    Args:
+        loop: it is one of those that `models.training` runs.
+    """
+    report.need_time()
     seed_everything(0)
     flops = count_flops(work)
     step = Step(work)
     calls: dict[str, Callable[[], object]] = {"step": step, "forward and backward": step.backward}
-    repeats = rounds(step)
+    repeats = rounds(step, device=report.device)
     memory = memory_of(step, report.device)  # before anything else has an optimiser of its own
-    with report.attempt("the training's own loop"):
-        calls["step of the training's own loop"] = loop_steps(work, report.device)
+    if loop:
+        with report.attempt("the training's own loop"):
+            calls["step of the training's own loop"] = loop_steps(work, report.device)
     failure = ""
     if graphs:
         try:
@@ -209,8 +216,10 @@ def measure(work: Work, report: Report, *, graphs: bool) -> None:
             report.add("kernels of a step", count_kernels(step), "")
 
 
-def rounds(step: "Step") -> int:
-    """How often a step is timed: long ones less often."""
+def rounds(step: "Step", device: torch.device) -> int:
+    """How often a step is timed: long ones less often; on a CPU, which is there to try the code, twice."""
+    if device.type == "cpu":
+        return 2
     step()
     began = time.perf_counter()
     step()
@@ -229,7 +238,12 @@ def tell(work: Work, report: Report, seconds: dict[str, float], flops: int, fail
     report.add("tokens a second", work.tokens / whole, "tokens/s", note="without padding")
     report.add("examples a second", work.examples / whole, "examples/s")
     peak, source = peak_of(report.device)
-    report.add("share of the card's bf16 peak", flops / whole / peak, "share", note=f"{flops / 1e12:.3f} TFLOP a step; {source}")
+    report.add(
+        "share of the card's bf16 peak",
+        flops / whole / peak,
+        "share",
+        note=f"{flops / 1e12:.3f} TFLOP a step; {source}",
+    )
 
 
 class Step:
@@ -244,7 +258,7 @@ class Step:
         """Loss and gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.work.loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     def __call__(self) -> None:
@@ -253,10 +267,10 @@ class Step:
         self.optimizer.step()
 
 
-def graphed_backward(step: Step) -> Callable[[], None]:
+def graphed_backward(step: Step) -> Callable[[], object]:
     """Loss and gradients as one graph; on a CPU, the same without."""
     if not torch.cuda.is_available():
-        return lambda: None if step.backward() is None else None
+        return step.backward
     torch.use_deterministic_algorithms(False)  # the best case
     try:
         graph, _ = record(step.backward)
@@ -305,6 +319,7 @@ def measure_checkpointed(work: Work, report: Report) -> None:
     if work.checkpointed is None:
         return
     with report.attempt("step, activations computed twice"):
+        report.need_time()
         work.checkpointed()
         step = Step(work)
         timing = interleave({"": step}, repeats=3, memory=False)[""]
@@ -328,28 +343,38 @@ def train_rqvae(sizes: Sizes, report: Report, *, graphs: bool) -> None:
     texts = torch.randn(sizes.pictures * CAPTIONS_EACH, sizes.features, device=device)
     for name, balance in (("k-means, plain", 0.0), ("k-means, balanced", 0.05)):
         with report.attempt(name):
-            seconds = timed(lambda b=balance: model.start_from(images, iterations=sizes.kmeans_iterations, seed=0, balance=b))  # type: ignore[misc]
-            report.add(f"{name}, {sizes.kmeans_iterations} iterations", seconds, "s")
+            report.need_time()
+            iterations = sizes.kmeans_iterations
+            start = partial(model.start_from, images, iterations=iterations, seed=0, balance=balance)
+            seconds = timed(start)
+            report.add(f"{name}, {iterations} iterations", seconds, "s")
     batch = min(sizes.rqvae_batch, sizes.pictures)
     with report.attempt("step"):
-        work = Work(
-            model.train(), lambda: model.losses(images[:batch], texts[:batch]).total(1.0), batch, batch
-        )
-        measure(work, report, graphs=graphs)
+        work = Work(model.train(), lambda: model.losses(images[:batch], texts[:batch]).total(1.0), batch, batch)
+        measure(work, report, graphs=graphs, loop=False)
     with report.attempt("epoch"):
-        step = Step(work)
-        rows = np.random.default_rng(0).permutation(len(texts))
-        parts = np.array_split(rows, max(1, len(rows) // batch))
+        report.need_time()
+        time_epoch(model, images, texts, batch, report)
 
-        def epoch() -> None:
-            for part in parts:
-                places = torch.from_numpy(part)
-                step.work.loss = lambda p=places: model.losses(images[p // CAPTIONS_EACH], texts[p]).total(1.0)  # type: ignore[misc]
-                step()
 
-        timing = interleave({"": epoch}, repeats=3, memory=False)[""]
-        note = f"{len(parts)} steps; {deviation(timing)}"
-        report.add(f"an epoch of {len(texts):,} rows, one a caption", timing.median, "s", note=note)
+def time_epoch(model: RqVae, images: Tensor, texts: Tensor, batch: int, report: Report) -> None:
+    """All captions once, each with its picture, in batches drawn on the CPU."""
+    rows = np.random.default_rng(0).permutation(len(texts))
+    parts = [torch.from_numpy(part) for part in np.array_split(rows, max(1, len(rows) // batch))]
+    work = Work(model, lambda: images.sum(), batch, batch)
+    step = Step(work)
+
+    def loss(part: Tensor) -> Tensor:
+        return model.losses(images[part // CAPTIONS_EACH], texts[part]).total(1.0)
+
+    def epoch() -> None:
+        for part in parts:
+            work.loss = partial(loss, part)
+            step()
+
+    timing = interleave({"": epoch}, repeats=3, memory=False)[""]
+    note = f"{len(parts)} steps; {deviation(timing)}"
+    report.add(f"an epoch of {len(texts):,} rows, one a caption", timing.median, "s", note=note)
 
 
 def draw_targets(sizes: Sizes, report: Report) -> None:
@@ -360,7 +385,7 @@ def draw_targets(sizes: Sizes, report: Report) -> None:
     for place in dict.fromkeys((torch.device("cpu"), report.device)):
         own = (latents.to(place), books.to(place))
         generator = torch.Generator(place).manual_seed(0)
-        calls[place.type] = lambda o=own, g=generator: soft_targets(*o, space.levels, float(width), g)  # type: ignore[misc]
+        calls[place.type] = partial(soft_targets, *own, space.levels, float(width), generator)
     for name, timing in interleave(calls, repeats=5, memory=False).items():
         report.add(f"soft targets of a batch, drawn on {name}", timing.median * 1e3, "ms", note=deviation(timing))
 
@@ -368,19 +393,20 @@ def draw_targets(sizes: Sizes, report: Report) -> None:
 def count_flops(work: Work) -> int:
     """Floating-point operations of the matrix products of a forward and a backward pass."""
     with FlopCounterMode(display=False) as counter:
-        work.loss().backward()  # type: ignore[no-untyped-call]
+        work.loss().backward()
     work.module.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())
 
 
 def count_kernels(step: Step) -> int:
     """Kernels and copies that a step starts on the GPU."""
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         synchronize()
-    return sum(event.count for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(event.count for event in profiler.key_averages() if event.device_type == DeviceType.CUDA)
 
 
 def memory_of(step: Step, device: torch.device) -> float:

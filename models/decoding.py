@@ -47,8 +47,8 @@ class Head:
         self.vokens = weight[first:last].clone()  # not a part of it, which would keep the whole
         self.voken_bias = None if bias is None else bias[first:last]
         self.end, self.end_bias = weight[lm.end].clone(), None if bias is None else bias[lm.end]
-        others = [None if part is None else torch.cat([part[:first], part[last:]]) for part in (weight, bias)]
-        self.others = make(linear_of(*others))
+        others = torch.cat([weight[:first], weight[last:]])
+        self.others = make(linear_of(others, None if bias is None else torch.cat([bias[:first], bias[last:]])))
         self.rows = [lm.space.level_rows(level) for level in range(lm.space.levels)]
 
     def log_probabilities(self, states: Tensor, level: int, scoring: Scoring) -> Tensor:

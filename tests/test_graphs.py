@@ -109,7 +109,7 @@ def test_shapes_by_hand() -> None:
 class OnGpu(Tensor):
     """A tensor that says it lies on a GPU."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
 
 class RecordedOnGpu:
@@ -172,7 +172,9 @@ def on_gpu(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available.*", "ignore:.*data pointer of FakeTensor.*")
-@pytest.mark.parametrize(("kind", "arithmetic"), [("t5", "fp32"), ("t5", "bf16"), ("llama", "fp32"), ("encoder-decoder", "fp32")])
+@pytest.mark.parametrize(
+    ("kind", "arithmetic"), [("t5", "fp32"), ("t5", "bf16"), ("llama", "fp32"), ("encoder-decoder", "fp32")]
+)
 def test_nothing_that_is_recorded_waits_for_a_gpu_or_copies_to_it(
     tmp_path: Path, kind: str, arithmetic: Arithmetic
 ) -> None:
@@ -190,9 +192,7 @@ def test_nothing_that_is_recorded_waits_for_a_gpu_or_copies_to_it(
         for scoring, score_end in scorings:
             with NoCopies(), torch.no_grad():
                 memory = writer.read(Tokens(ids, torch.ones_like(ids)))
-                found, broken = search_steps(
-                    writer, memory, placed, beams=4, scoring=scoring, score_end=score_end
-                )
+                found, broken = search_steps(writer, memory, placed, beams=4, scoring=scoring, score_end=score_end)
             assert found.leaves.shape == (4, 4)
             assert {part.device.type for part in (*found, broken)} == {"cuda"}
             with pytest.raises(DataDependentOutputException):
