@@ -119,7 +119,7 @@ FULL = Sizes(
     rqvae_batch=16_384,
     kmeans_iterations=100,
     matrix=8192,
-    repeats=7,
+    repeats=5,
 )
 TINY = FULL._replace(
     name="tiny",

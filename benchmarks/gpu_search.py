@@ -21,7 +21,7 @@ from tests.oracle import DictionaryTrie, dictionary_trie, generate
 
 from .calls import engine, forward, passes, same_as_generate
 from .codes import synthetic_codes
-from .gpu_figures import Goal, Report
+from .gpu_figures import Goal, Report, free
 from .gpu_models import Sizes, captions, llama, t5, text_tower
 from .rows import Setting
 from .timing import Timing, interleave
@@ -51,6 +51,8 @@ class Bench(NamedTuple):
     levels: list[DeviceLevel]
     trie: DictionaryTrie
     graphs: bool
+    recorded: list[GraphedSearch | Replay]
+    """What has run by graphs, or has failed to"""
 
     def setting(self, batch: int) -> Setting:
         texts = captions(batch, self.sizes)
@@ -67,19 +69,27 @@ class Bench(NamedTuple):
             return calls
         search = GraphedSearch(writer, self.levels, beams=setting.beams, scoring="voken")
         calls[f"engine, voken, graphs {precision}"] = lambda: search(search.encode(setting.token_ids))
-        calls[f"forward passes, graphs {precision}"] = graphed_passes(writer, setting)
+        replay = graphed_passes(writer, setting)
+        calls[f"forward passes, graphs {precision}"] = lambda: replay(*filled(setting.token_ids, self.lm.padding))
+        self.recorded.extend((search, replay))
         return calls
 
+    def tell_failures(self, batch: int) -> None:
+        """Report what ran without a graph, and let go of all graphs."""
+        for failure in dict.fromkeys(failure for each in self.recorded for failure in each.failures):
+            note = f"failed: nothing was recorded: {failure}"
+            self.report.say(f"batch {batch}: graphs", note, trace=failure)
+        self.recorded.clear()
 
-def graphed_passes(writer: Writer, setting: Setting) -> Callable[[], object]:
+
+def graphed_passes(writer: Writer, setting: Setting) -> Replay:
     """The bare forward passes as one graph, from token ids on the CPU."""
 
     def run(ids: Tensor, mask: Tensor) -> tuple[Tensor]:
         return (passes(writer, writer.read(Tokens(ids, mask)), setting.beams),)
 
     tokens = filled(setting.token_ids, writer.lm.padding)
-    replay = Replay(run, [part.to(writer.lm.device) for part in tokens])
-    return lambda: replay(*filled(setting.token_ids, writer.lm.padding))
+    return Replay(run, [part.to(writer.lm.device) for part in tokens])
 
 
 def search_t5(sizes: Sizes, report: Report, *, graphs: bool) -> None:
@@ -101,6 +111,9 @@ def search_t5(sizes: Sizes, report: Report, *, graphs: bool) -> None:
             for precision, writer in writers.items():
                 calls |= bench.engine_calls(writer, precision, setting, graphs=graphs)
             timings = measure(report, batch, calls, repeats=sizes.repeats)
+            bench.tell_failures(batch)
+            calls.clear()  # and with them the graphs' memory
+            free()
             compare_with_passes(report, batch, timings)
             hugging_face = partial(generate, token_ids=setting.token_ids, beams=setting.beams, score_end=True)
             slow: Calls = {
@@ -122,6 +135,8 @@ def search_llama(sizes: Sizes, report: Report, *, graphs: bool) -> None:
         with report.attempt(f"batch {batch}"):
             calls = bench.engine_calls(writer, "bf16", setting, graphs=graphs and batch <= GRAPHED_CAUSAL)
             timings = measure(report, batch, calls, repeats=max(2, sizes.repeats // 2))
+            bench.tell_failures(batch)
+            calls.clear()
             compare_with_passes(report, batch, timings)
         hugging_face = partial(generate, lm, bench.trie, setting.token_ids, beams=setting.beams, score_end=True)
         slow: Calls = {}
@@ -136,7 +151,7 @@ def make_bench(lm: VokenLM, sizes: Sizes, report: Report, *, graphs: bool) -> Be
     codes = synthetic_codes(sizes.pool, codebook_size=sizes.space.codebook_size)
     index = build_index(codes)
     trie = dictionary_trie(lm, codes.astype(np.int64), score_end=True)
-    return Bench(report, sizes, lm, index, to_device(index, report.device), trie, graphs)
+    return Bench(report, sizes, lm, index, to_device(index, report.device), trie, graphs, [])
 
 
 def single_query(bench: Bench, writer: Writer) -> None:
@@ -180,7 +195,8 @@ def measure_slow(report: Report, batch: int, calls: Calls, timings: dict[str, Ti
     """
     for name, call in calls.items():
         with report.attempt(f"batch {batch}: {name}"):
-            own = measure(report, batch, {name: call}, repeats=SLOW_ROUNDS, warm_up=batch < GOAL_BATCH)
+            few = batch <= GOAL_BATCH  # more take seconds a round
+            own = measure(report, batch, {name: call}, repeats=SLOW_ROUNDS if few else 1, warm_up=few)
             goal = PUBLISHED_GOAL if name == PUBLISHED and batch >= GOAL_BATCH else None
             compare(report, batch, timings | own, name, "engine, voken", goal=goal)
             compare(report, batch, timings | own, name, "engine, exact")
@@ -233,14 +249,17 @@ def two_tower(sizes: Sizes, report: Report, *, graphs: bool) -> None:
                 ids = clip_ids(batch, sizes)
                 calls: Calls = {}
                 for precision in towers:
-                    own = tower_calls(models[precision], pools[precision], ids, report.device, graphs=graphs)
+                    own = tower_calls(models[precision], pools[precision], ids, bench)
                     calls |= {f"{name} {precision}": call for name, call in own.items()}
                 setting = bench.setting(batch)
                 search = GraphedSearch(writer, bench.levels, beams=sizes.beams, scoring="voken")
                 calls["engine, voken bf16"] = partial(engine, writer, bench.levels, setting, scoring="voken")
                 if graphs:
                     calls["engine, voken, graphs bf16"] = partial(graphed, search, setting.token_ids)
-                compare_towers(report, pool, batch, interleave(calls, repeats=sizes.repeats, memory=False))
+                    bench.recorded.append(search)
+                timings = interleave(calls, repeats=sizes.repeats, memory=False)
+                bench.tell_failures(batch)
+                compare_towers(report, pool, batch, timings)
 
 
 def graphed(search: GraphedSearch, token_ids: list[list[int]]) -> Beams:
@@ -259,8 +278,9 @@ def clip_ids(batch: int, sizes: Sizes) -> Tensor:
     return ids
 
 
-def tower_calls(model: Any, pool: Tensor, ids: Tensor, device: torch.device, *, graphs: bool) -> Calls:
+def tower_calls(model: Any, pool: Tensor, ids: Tensor, bench: Bench) -> Calls:
     """Two-tower search: texts of 77 tokens as shipped, texts cut behind the longest, and the latter as a graph."""
+    device = bench.report.device
 
     def run(tokens: Tensor) -> tuple[Tensor]:
         features = F.normalize(model(input_ids=tokens).text_embeds)
@@ -275,8 +295,9 @@ def tower_calls(model: Any, pool: Tensor, ids: Tensor, device: torch.device, *, 
         "two-tower, 77 tokens": lambda: eager(ids),
         "two-tower, trimmed": lambda: eager(trimmed),
     }
-    if graphs:
+    if bench.graphs:
         replay = Replay(run, [trimmed.to(device)])
+        bench.recorded.append(replay)
         calls["two-tower, trimmed, graphs"] = lambda: replay(trimmed)
     return calls
 

@@ -48,7 +48,7 @@ class Replay:
     """A function of tensors for inputs of one shape, without gradients.
 
     Attributes:
-        failure: why nothing was recorded on a GPU; empty where it was.
+        failures: why nothing was recorded on a GPU; empty where it was.
     """
 
     @torch.inference_mode()
@@ -63,12 +63,12 @@ class Replay:
         self.function = function
         self.inputs = [each.clone() for each in inputs]
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.failure = ""
+        self.failures: list[str] = []
         if self.inputs[0].is_cuda:
             try:
                 self.graph, self.outputs = record(lambda: function(*self.inputs), pool=pool)
             except RuntimeError as error:
-                self.failure = first_line(error)
+                self.failures.append(first_line(error))
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -58,7 +58,7 @@ class GraphedSearch:
     def failures(self) -> list[str]:
         """Why shapes run without a graph."""
         every = [*self.encoders.values(), *self.searches.values()]
-        return list(dict.fromkeys(replay.failure for replay in every if replay.failure))
+        return list(dict.fromkeys(failure for replay in every for failure in replay.failures))
 
     @torch.inference_mode()
     def encode(self, token_ids: Sequence[Sequence[int]]) -> Memory:

@@ -41,7 +41,7 @@ def failures(figures: list[Figure]) -> list[str]:
 @pytest.mark.parametrize("name", [name for name in gpu.SECTIONS if name != "training-t5-large"])
 def test_every_section_measures_what_it_names(name: str) -> None:
     told, figures = report(name)
-    gpu.SECTIONS[name](TINY._replace(repeats=1, batches=(2,), large_pool=TINY.pool), told, graphs=True)
+    gpu.SECTIONS[name](TINY._replace(repeats=1, batches=(1,), large_pool=TINY.pool), told, graphs=True)
     assert failures(figures) == []
     assert {figure.met for figure in figures} == {None}  # a CPU meets no goal and misses none
     assert all(figure.value is None or figure.value >= 0 for figure in figures)
@@ -205,6 +205,18 @@ def test_the_command_needs_few_packages_and_writes_what_it_found(tmp_path: Path)
     assert notes["LLaMA with LoRA"] == "skipped: peft is not installed"
     assert any(figure["what"] == "pairs a second" and figure["value"] > 0 for figure in written["figures"])
     assert "pairs a second" in ended.stdout
+
+
+def test_the_parent_leaves_cuda_to_the_processes_that_it_starts() -> None:
+    """A process that has asked CUDA for anything, its devices even, can start none that uses it."""
+    code = (
+        "import os, benchmarks.gpu, torch\n"
+        "broken = getattr(torch._C, '_cuda_isInBadFork', lambda: False)\n"
+        "child = os.fork()\n"
+        "if not child: os._exit(broken())\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_models_have_the_published_sizes() -> None:

@@ -21,6 +21,8 @@ from retriever import graphed_search
 from retriever.beam import Beams, beam_search, search_steps
 from retriever.graphed_search import GraphedSearch, fill, filled, shape_of
 from retriever.index import DeviceLevel, build_index, to_device
+from retriever.queries import LiveQueries
+from retriever.retrieve import search_queries
 from tests.tiny import tiny_encoder_decoder, tiny_llama, tiny_t5
 from tools.vokens import VokenSpace
 
@@ -58,6 +60,18 @@ def test_filled_shapes_find_the_same(tmp_path: Path, kind: str, scoring: Scoring
         assert torch.allclose(found.scores, plain.scores, atol=1e-5)
         assert list(search.searches) == [(1 << (queries - 1).bit_length(), next(iter(search.encoders))[1])]
         assert search.failures == []
+
+
+def test_a_whole_split_is_ranked_the_same(tmp_path: Path) -> None:
+    lm = tiny_t5(tmp_path, SPACE)
+    codes = np.random.default_rng(0).integers(0, 32, size=(120, 4))
+    options: dict[str, Any] = {"beams": 5, "keep": 5, "batch_size": 2, "quiet": True}
+    queries, rows = LiveQueries(lm, TEXTS), np.arange(20, 120)
+    plain, found = (
+        search_queries(make_writer(lm), queries, codes, rows, graphs=graphs, **options) for graphs in (False, True)
+    )
+    assert [each.rows for each in found] == [each.rows for each in plain]
+    assert [each.scores for each in found] == [pytest.approx(each.scores, abs=1e-5) for each in plain]
 
 
 def test_an_index_smaller_than_the_beams_has_empty_places(tmp_path: Path) -> None:
@@ -141,7 +155,7 @@ def test_what_cannot_be_recorded_runs_without_a_graph(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(graphs, "record", record)
     replay = Replay(lambda x: (x * 2,), [torch.ones(2).as_subclass(OnGpu)])
-    assert replay.failure == "operation not permitted when stream is capturing"
+    assert replay.failures == ["operation not permitted when stream is capturing"]
     assert replay(torch.tensor([1.0, 2.0]))[0].tolist() == [2.0, 4.0]
 
 
