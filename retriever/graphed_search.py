@@ -104,8 +104,10 @@ class GraphedSearch:
         if shape not in recorded:
             if len(recorded) >= MOST_SHAPES:
                 recorded.popitem(last=False)
-            device = self.writer.lm.device
-            recorded[shape] = Replay(function, [part.to(device) for part in inputs], pool=self.pool)
+            *rest, mask = (part.to(self.writer.lm.device) for part in inputs)
+            mask = mask.clone()
+            mask[:, -1] = 0  # libraries that skip a mask without padding see some: while recording they never skip it
+            recorded[shape] = Replay(function, [*rest, mask], pool=self.pool)
         recorded.move_to_end(shape)
         return recorded[shape]
 
