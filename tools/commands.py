@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-import tyro
-
 from . import environment, processes
 from .arguments import check_arguments, check_numbers
 from .errors import EXIT_BAD_INPUT, BadInput
@@ -42,6 +40,8 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if not shares_work:
         processes.go_alone()
+    import tyro  # here and not above: the commands' functions are of use without it
+
     config: ConfigT | None = None
     environment.tell_choices()
     try:
