@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from models import scorer as scorers
 from models import voken_lm
 from models.compute import autocast, make_optimizer, seed_everything
 from models.graphs import record
+from models.norms import fuse_norms
 from models.rqvae import RqVae, RqVaeConfig
 from models.voken_lm import VokenLM
 from retriever.losses import Targets, generative_loss, soft_targets
@@ -36,6 +37,7 @@ LOOP_STEP = "step of the training's own loop"
 LOOP_BATCHES = 4  # batches of a round through the training's own loop
 CAPTIONS_EACH = 5  # of a picture
 LLAMA_LORA = voken_lm.Lora(8, 16.0, 0.1, ("q_proj", "v_proj"))
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 RERANKER_LORA = scorers.Lora(16, 32.0, 0.05, scorers.LORA_TARGETS, scorers.TRAINED_WHOLE)
 
 
@@ -53,31 +55,6 @@ class Work:
     examples: int
     tokens: int
     checkpointed: Callable[[], None] | None = None
-
-
-class Placed:
-    """A language model's `level_offsets` on its device, and as numbers: a graph can copy nothing from the CPU."""
-
-    def __init__(self, offsets: Tensor, device: torch.device) -> None:
-        self.there, self.numbers = offsets.to(device), offsets.tolist()
-
-    def to(self, device: torch.device) -> Tensor:
-        return self.there
-
-    def tolist(self) -> list[int]:
-        return self.numbers
-
-
-class PlacedLM(VokenLM):
-    """A `VokenLM` whose `level_offsets` need no copy."""
-
-    placed: Any = None
-
-    @property
-    def level_offsets(self) -> Any:
-        if self.placed is None:
-            self.placed = Placed(VokenLM.level_offsets.fget(self), self.device)  # type: ignore[attr-defined]
-        return self.placed
 
 
 def train_t5_base(sizes: Sizes, report: Report, *, graphs: bool) -> None:
@@ -115,14 +92,14 @@ def train_reranker(sizes: Sizes, report: Report, *, graphs: bool) -> None:
 
 def t5_work(shape: dict[str, int], sizes: Sizes, device: torch.device) -> Work:
     """Stage 1 of a T5 with soft labels."""
-    lm = placed(t5(shape, sizes, device, dropout=0.2)).train()
+    lm = as_trained(t5(shape, sizes, device, dropout=0.2)).train()
     return written_work(lm, sizes, sizes.t5_batch, soft=True)
 
 
 def llama_work(sizes: Sizes, device: torch.device) -> Work:
     """A LLaMA in bf16 whose adapters, embeddings and head are trained in float32."""
     need_peft()
-    lm = placed(llama(sizes.llama, sizes, device, dtype=torch.bfloat16))
+    lm = as_trained(llama(sizes.llama, sizes, device, dtype=torch.bfloat16))
     adapted = voken_lm._adapt("LLaMA", lm.model, LLAMA_LORA)
     lm._adapted = (adapted,)
     in_float32(lm)
@@ -134,7 +111,7 @@ def llama_work(sizes: Sizes, device: torch.device) -> Work:
 def reranker_work(sizes: Sizes, device: torch.device, queries: int) -> Work:
     """Queries with one right picture and several wrong ones."""
     need_peft()
-    model = scorer(sizes.llama, sizes, device, dtype=torch.bfloat16)
+    model = as_trained(scorer(sizes.llama, sizes, device, dtype=torch.bfloat16))
     model._adapted = (scorers._adapt("LLaMA", model.model, RERANKER_LORA),)
     model.head.float()
     in_float32(model.train())
@@ -170,10 +147,11 @@ def written_work(lm: VokenLM, sizes: Sizes, batch: int, *, soft: bool) -> Work:
     return Work(lm, loss, batch, sum(map(len, token_ids)) + batch * (space.levels + 1))
 
 
-def placed(lm: VokenLM) -> VokenLM:
-    """The same model with its offsets on the device."""
-    lm.__class__ = PlacedLM
-    return lm
+def as_trained(module: ModuleT) -> ModuleT:
+    """A model as the training loop has it on its device."""
+    if next(module.parameters()).is_cuda:
+        fuse_norms(module)
+    return module
 
 
 def in_float32(module: nn.Module) -> None:

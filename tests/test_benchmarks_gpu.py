@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_equality, gpu_training
+from benchmarks import gpu, gpu_equality
 from benchmarks.gpu_figures import Figure, Goal, Report, Skipped, cells
 from benchmarks.gpu_models import FULL, TINY, captions, llama, prompt, t5
 from benchmarks.gpu_search import best_of
@@ -233,10 +233,3 @@ def test_prompts_have_the_tokens_that_are_said() -> None:
     text = captions(1, TINY)[0]
     assert len(lm.tokenize([text])[0]) == TINY.prompt + len(text.split())
     assert "{query}" in prompt(TINY)
-
-
-def test_a_trained_model_has_its_offsets_in_place() -> None:
-    lm = gpu_training.placed(t5(TINY.t5_base, TINY, CPU))
-    codes = torch.tensor([[0, 1, 2, 3]])
-    assert lm.token_ids(codes).tolist() == [[TINY.words, TINY.words + 1, TINY.words + 2, TINY.words + 3]]
-    assert lm.level_offsets.to(CPU) is lm.level_offsets.to(CPU)
