@@ -167,8 +167,10 @@ def results_of(name: str, options: Options, deadline: float, method: str) -> Ite
             yield receiver.recv()
         except EOFError:
             break
-    process.join()
-    if process.exitcode and not reason:
+    process.join(GRACE_SECONDS)
+    if process.is_alive():  # it has sent everything, and does not end
+        process.kill()
+    elif process.exitcode and not reason:
         reason = f"failed: the process ended with {process.exitcode}"
     if reason:
         yield Figure(name, "section", None, "", note=reason, trace=reason)

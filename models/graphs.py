@@ -1,4 +1,4 @@
-"""Work of fixed shapes as a CUDA graph: recorded once, then started by one call in place of thousands.
+"""Work of fixed shapes as a CUDA graph: recorded once, then started by one call in place of many.
 
 In small batches a GPU waits for the CPU, which starts every kernel by itself. A graph starts all of them at once. It
 repeats what was recorded, on the same memory. So shapes are fixed, and what is recorded must not wait for the device,

@@ -193,6 +193,7 @@ def test_the_command_needs_few_packages_and_writes_what_it_found(tmp_path: Path)
     code = (
         "import sys, runpy\n"
         f"for name in {ABSENT}: sys.modules[name] = None\n"
+        "import retriever.retrieve\n"
         f"sys.argv = ['gpu', '--tiny', '--only', 'rerank', 'training-llama', '--output', {str(tmp_path)!r}]\n"
         "runpy.run_module('benchmarks.gpu', run_name='__main__')"
     )
