@@ -60,7 +60,9 @@ class Work:
 def train_t5_base(sizes: Sizes, report: Report, *, graphs: bool) -> None:
     """T5-base, 128 captions a step; and what drawing a batch's soft targets takes."""
     with report.attempt("T5-base"):
-        measure(t5_work(sizes.t5_base, sizes, report.device), report, graphs=graphs)
+        work = t5_work(sizes.t5_base, sizes, report.device)
+        measure(work, report, graphs=graphs)
+        measure_compiled(work, report)
     with report.attempt("soft targets"):
         draw_targets(sizes, report)
 
@@ -205,6 +207,17 @@ def measure_graph(step: "Step", report: Report, whole: float, repeats: int) -> N
     report.add("step / forward and backward in a graph", whole / timing.median, "×", goal=STEP_GOAL)
 
 
+def measure_compiled(work: Work, report: Report) -> None:
+    """The same step compiled, as `--compile` has it; a CPU compiles with a backend that only traces."""
+    with report.attempt("step, compiled"):
+        report.need_time()
+        backend = "inductor" if report.device.type == "cuda" else "aot_eager"
+        work.module.compile(backend=backend, dynamic=True)
+        step = Step(work)
+        timing = interleave({"": step}, repeats=3, memory=False)[""]
+        report.add("step, compiled", timing.median * 1e3, "ms", note=f"{deviation(timing)}; by {backend}")
+
+
 def best_step(seconds: dict[str, float]) -> float:
     """Seconds of a step as the trainings run it, or, where that is not to be had, as it is written out here."""
     return seconds.get(LOOP_STEP, seconds["step"])
@@ -286,7 +299,7 @@ def loop_steps(work: Work, device: torch.device) -> Callable[[], None]:
 
     options = {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "warmup": 0.1, "max_grad_norm": 1.0}
     counts = {"epochs": 1000, "batch_size": work.examples, "accumulate": 1, "validate_every": 1, "seed": 0}
-    config: Any = SimpleNamespace(**options, **counts, precision="bf16", device=device.type)
+    config: Any = SimpleNamespace(**options, **counts, precision="bf16", device=device.type, compile=False)
     run: Any = SimpleNamespace(folder=None, resume_folder=None)
     loop = Loop(config, run, work.module)
     loop.prepare(decay="linear")
