@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tools.errors import BadInput
 from tools.files import read_json_lines
 from tools.interpolation import STEPS, Choice, choose_weights, interpolated
-from tools.ranked import NO_PICTURE, RankedLists, padded, read_lists, reordered_ranks, write_lists
+from tools.ranked import NO_PICTURE, Packed, RankedLists, read_lists, reordered_ranks, write_lists
 from tools.recall import CUTOFFS, NOT_FOUND, report
 
 LINE: dict[str, Any] = {"query": "a red car", "caption": 17, "picture": 3, "ranked": [12, 3], "scores": [-1.2, -1.5]}
@@ -25,6 +25,14 @@ def lists_of(rows: list[list[int]], scores: list[list[float]], pictures: list[in
     captions = np.arange(len(rows), dtype=np.int64) + 100
     padded_rows, padded_scores = padded(rows, NO_PICTURE, np.int64), padded(scores, -np.inf, np.float32)
     return RankedLists(texts, captions, np.array(pictures, dtype=np.int64), padded_rows, padded_scores)
+
+
+def padded(lists: Sequence[Sequence[float]], fill: float, dtype: type) -> NDArray[Any]:
+    """Lists as an array, one by one."""
+    array: NDArray[Any] = np.full((len(lists), max((len(one) for one in lists), default=0)), fill, dtype=dtype)
+    for line, one in zip(array, lists, strict=True):
+        line[: len(one)] = one
+    return array
 
 
 SOME = lists_of(
@@ -38,6 +46,18 @@ def assert_equal(one: RankedLists, other: RankedLists) -> None:
         first, second = getattr(one, name), getattr(other, name)
         assert first.dtype == second.dtype
         assert np.array_equal(first, second), name
+
+
+@given(st.lists(st.lists(st.floats(-9, 9, width=32), max_size=5), max_size=6))
+def test_packed_lists_come_out_padded(lists: list[list[float]]) -> None:
+    packed = Packed("f")
+    for one in lists:
+        packed.append(one)
+    expected = padded(lists, -np.inf, np.float32)
+    found = packed.padded(-np.inf, np.float32)
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    assert np.array_equal(found, expected)
 
 
 # Files
