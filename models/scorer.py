@@ -258,8 +258,12 @@ class Scorer(nn.Module):
         write_json(folder / SCORER_NAME, {**facts, "compat": self.compat, "layers": layers})
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "Scorer":
+    def from_pretrained(cls, folder: Path, dtype: torch.dtype | None = None) -> "Scorer":
         """Read what `save_pretrained` wrote; the model is in eval mode, adapters are merged into its weights.
+
+        Args:
+            dtype: arithmetic of the forward passes to come, to which weights are cast (see `in_precision`); by default
+                they stay as they were saved or published.
 
         Raises:
             BadInput: the model that adapters belong to cannot be loaded.
@@ -269,14 +273,15 @@ class Scorer(nn.Module):
         with reading(folder):
             tokenizer = load_tokenizer(folder)
         if (folder / ADAPTER_NAME).is_file():
-            model = merged(AutoModel, folder, len(tokenizer), options=lambda name: _causal(name, layers))
+            model = merged(AutoModel, folder, len(tokenizer), options=lambda name: _causal(name, layers), dtype=dtype)
         else:
             with reading(folder):
                 model = load_saved(AutoModel, folder, **_without_pooler(load_config(folder)))
         head = scoring_head(model.config.hidden_size)
         load_weights(head, folder / HEAD_NAME)
         images = ImageTokens(**facts.pop("images"))
-        return cls(model, head.to(next(model.parameters()).dtype), tokenizer, images=images, **facts).eval()
+        scorer = cls(model, head.to(next(model.parameters()).dtype), tokenizer, images=images, **facts).eval()
+        return scorer if dtype is None else scorer.in_precision(dtype)
 
 
 def scoring_head(width: int) -> nn.Sequential:

@@ -248,7 +248,7 @@ def test_a_manifest_says_how_the_model_was_used(published: Published) -> None:
     facts = {"model": "ViT-both", "pretrained": published.plain}
     assert_gives(load_recorded({**facts, "activation": "quick_gelu"}), published, "quick_gelu")
     assert_gives(load_recorded(facts), published, "gelu")  # an earlier version's
-    with pytest.raises(BadInput, match="an earlier version encoded with ViT-both .* without its QuickGELU"):
+    with pytest.raises(BadInput, match=r"an earlier version encoded with ViT-both .* without its QuickGELU"):
         load_recorded({**facts, "pretrained": published.archive})
 
 

@@ -628,6 +628,45 @@ def test_adapters_learn_and_are_merged_when_read_back(folders: dict[str, str], t
     assert_same_scores(scorer, again)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2])
+def test_merging_rounds_once(size: float, folders: dict[str, str], tmp_path: Path) -> None:
+    """The weights are the sums in float32, cast at the end; with small updates too, of which 16 bits hold few."""
+    scorer = built(folders, lora=LORA, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for key, value in scorer.named_parameters():
+            if "lora_B" in key:
+                value.normal_(0, size, generator=torch.Generator().manual_seed(0))
+    scorer.save_pretrained(tmp_path / "saved")
+    exact = dict(Scorer.from_pretrained(tmp_path / "saved", torch.float32).model.named_parameters())
+    base = LlamaModel.from_pretrained(folders["llama"], dtype=torch.float32).state_dict()
+    found = dict(Scorer.from_pretrained(tmp_path / "saved", torch.bfloat16).model.named_parameters())
+    for key in [key for key in found if key.endswith("proj.weight")]:
+        assert found[key].dtype == torch.bfloat16
+        update = exact[key] - base[key]
+        assert 0.01 * size < update.std() < 10 * size
+        assert torch.equal(found[key], (base[key].bfloat16().float() + update).bfloat16()) or torch.allclose(
+            found[key].float(), base[key].bfloat16().float() + update, rtol=2**-8, atol=0
+        )
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_weights_are_read_in_the_arithmetic_of_the_scores(
+    lora: Lora | None, folders: dict[str, str], tmp_path: Path
+) -> None:
+    """No matrix stays wider than its products need it; a model that was trained whole gives the same scores so."""
+    built(folders, lora=lora).save_pretrained(tmp_path / "saved")
+    plain, cast = (Scorer.from_pretrained(tmp_path / "saved", dtype) for dtype in (None, torch.bfloat16))
+    matrices = [value for key, value in cast.named_parameters() if value.ndim == 2 and "embed" not in key]
+    assert {value.dtype for value in matrices} == {torch.bfloat16}
+    lists = random_lists(9, 4, len(PICTURES))
+    scores = [score_lists(each, PICTURES, lists, dtype=torch.bfloat16, quiet=True) for each in (plain, cast)]
+    if lora is None:
+        assert np.array_equal(*scores)
+    assert np.allclose(*scores, rtol=0.05, atol=0.05)
+    exact = Scorer.from_pretrained(tmp_path / "saved", torch.float32)
+    assert {value.dtype for value in exact.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("name", "targets", "whole", "layers"),
     [
