@@ -116,6 +116,8 @@ def load_clip(name: str, pretrained: str | None = None, *, activation: Activatio
         if not pretrained:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
             raise BadInput(f"--model {name} needs --pretrained: a checkpoint file or one of {tags}")
+        if not (open_clip.get_pretrained_cfg(name, pretrained) or Path(pretrained).is_file()):
+            raise BadInput(f"open_clip cannot load {name} ({pretrained}): that is neither a file nor one of its tags")
         config = open_clip.get_model_config(name)
         activation = trained_with(name, pretrained, activation)
         if activation == "quick_gelu":
@@ -129,7 +131,7 @@ def load_clip(name: str, pretrained: str | None = None, *, activation: Activatio
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=None if weights else pretrained, force_custom_text=True, **options
         )
-        if weights:  # open_clip would run none of an archive's code, nor read it
+        if weights:  # open_clip refuses archives
             model.load_state_dict(open_clip.model.convert_to_custom_text_state_dict(weights))
         tokenizer = open_clip.get_tokenizer(name)
     except (*LOADING_ERRORS, AttributeError, EOFError, KeyError) as error:
@@ -201,7 +203,7 @@ def trained_with(name: str, pretrained: str, wanted: Activation = "auto") -> Act
 
 def _told_activation(name: str, pretrained: str) -> Activation | None:
     """What tag, name or file tell beyond doubt."""
-    if (tag := open_clip.get_pretrained_cfg(name, pretrained)) is not None:
+    if tag := open_clip.get_pretrained_cfg(name, pretrained):
         return _activation_of(tag)
     return "quick_gelu" if name.endswith(QUICK_NAMES) or openai_state(Path(pretrained)) else None
 
