@@ -132,6 +132,7 @@ def search_each(
             raise BadInput(str(error)) from None
         return [RankedPictures(rows[own].tolist(), scores) for own, scores in expand(found, index, keep=keep)]
 
+    ranked: Iterator[RankedPictures]
     if blocks_folder is None:
         ranked = (one for batch in (batches if quiet else progress(batches, "searching")) for one in search(batch))
     else:

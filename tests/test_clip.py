@@ -201,8 +201,8 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
         with torch.inference_mode():
             images[activation] = same.encode_image(pixels)
     assert not torch.allclose(images["gelu"], images["quick_gelu"], rtol=1e-2)
-    files = (str(tmp_path / name) for name in ("ViT-both.pt", "state.pt", "plain.safetensors"))
-    return Published(*files, pixels, images)
+    archive, state_file, plain = (str(tmp_path / name) for name in ("ViT-both.pt", "state.pt", "plain.safetensors"))
+    return Published(archive, state_file, plain, pixels, images)
 
 
 class Holder(nn.Module):

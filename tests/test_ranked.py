@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from retriever.beam import RankedPictures
+from retriever.rank_splits import gathered
 from tools.errors import BadInput
 from tools.files import read_json_lines
 from tools.interpolation import STEPS, Choice, choose_weights, interpolated
@@ -59,6 +61,20 @@ def test_packed_lists_come_out_padded(lists: list[list[float]]) -> None:
     assert found.dtype == np.float32
     assert found.shape == expected.shape
     assert np.array_equal(found, expected)
+
+
+def test_what_is_found_is_gathered_by_query() -> None:
+    """Lists that are short, empty, or, where codes collide, longer than asked for, in the order of the search."""
+    found = [([4, 2, 9, 7], [-0.5, -1.0, -1.0, -2.0]), ([], []), ([3], [-0.25])]
+    ranking = [(place, RankedPictures(*found[place])) for place in (2, 0, 1)]
+    for most, longest in ((3, 3), (10, 4)):
+        rows, scores = gathered(ranking, 3, most)
+        assert np.array_equal(rows, padded([each[:most] for each, _ in found], NO_PICTURE, np.int64))
+        assert np.array_equal(scores, padded([each[:most] for _, each in found], -np.inf, np.float32))
+        assert rows.shape == scores.shape == (3, longest)
+        assert (rows.dtype, scores.dtype) == (np.int64, np.float32)
+    rows, scores = gathered([], 0, 5)
+    assert rows.shape == scores.shape == (0, 0)
 
 
 # Files

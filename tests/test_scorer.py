@@ -395,7 +395,7 @@ def random_scorer(folder: Path, kind: str, **options: Any) -> Scorer:
     more = {**more, "intermediate_size": 160} if "intermediate_size" in more else more
     sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "max_position_embeddings": 192}
     model(config(vocab_size=len(words), initializer_range=0.2, **sizes, **more)).save_pretrained(folder / kind)
-    names = {"tokenizer_name": str(folder / "words"), "images": ImageTokens(32, 64), "max_query": 64}
+    names: dict[str, Any] = {"tokenizer_name": str(folder / "words"), "images": ImageTokens(32, 64), "max_query": 64}
     return build_scorer(str(folder / kind), **names, **options).eval()
 
 
@@ -659,10 +659,10 @@ def test_weights_are_read_in_the_arithmetic_of_the_scores(
     matrices = [value for key, value in cast.named_parameters() if value.ndim == 2 and "embed" not in key]
     assert {value.dtype for value in matrices} == {torch.bfloat16}
     lists = random_lists(9, 4, len(PICTURES))
-    scores = [score_lists(each, PICTURES, lists, dtype=torch.bfloat16, quiet=True) for each in (plain, cast)]
+    before, after = (score_lists(each, PICTURES, lists, dtype=torch.bfloat16, quiet=True) for each in (plain, cast))
     if lora is None:
-        assert np.array_equal(*scores)
-    assert np.allclose(*scores, rtol=0.05, atol=0.3)
+        assert np.array_equal(before, after)
+    assert np.allclose(before, after, rtol=0.05, atol=0.3)
     exact = Scorer.from_pretrained(tmp_path / "saved", torch.float32)
     assert {value.dtype for value in exact.parameters()} == {torch.float32}
 
