@@ -59,7 +59,7 @@ class Config:
     batch_size: int = 64
     """Pictures a batch; captions go in batches of four times as many."""
     precision: Precision = "auto"
-    """Arithmetic of the towers, weights included; auto: fp32 on a GPU, where it costs minutes, bf16 on CPUs with bf16
+    """Arithmetic of the towers, weights included; auto: fp32 on a GPU, bf16 on CPUs with bf16
     units, else fp32. The features are stored in fp32."""
     device: str | None = None
     """cpu, cuda or cuda:N; by default the GPU where there is one."""

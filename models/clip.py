@@ -169,7 +169,7 @@ def recorded_activation(facts: Mapping[str, Any]) -> Activation:
 
 def feature_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The arithmetic of features that are stored: where nothing is asked for, float32 on a GPU, as all that follows is
-    computed from them and it costs minutes."""
+    computed from them."""
     return pick_dtype("fp32" if precision == "auto" and device.type == "cuda" else precision, device)
 
 

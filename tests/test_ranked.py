@@ -72,7 +72,8 @@ def test_what_is_found_is_gathered_by_query() -> None:
         assert np.array_equal(rows, padded([each[:most] for each, _ in found], NO_PICTURE, np.int64))
         assert np.array_equal(scores, padded([each[:most] for _, each in found], -np.inf, np.float32))
         assert rows.shape == scores.shape == (3, longest)
-        assert (rows.dtype, scores.dtype) == (np.int64, np.float32)
+        assert rows.dtype == np.int64
+        assert scores.dtype == np.float32
     rows, scores = gathered([], 0, 5)
     assert rows.shape == scores.shape == (0, 0)
 
