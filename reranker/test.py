@@ -62,9 +62,10 @@ class Config:
     top_k: int = 50
     """Pictures of each list that are reordered; the others go."""
     pairs: int | None = None
-    """Of a query and a picture that are scored at once, at most; by default 100 on a CPU, 2048 on a GPU."""
+    """Of a query and a picture that are scored in a batch, at most; by default 100 on a CPU, 2048 on a GPU."""
     memory: float = 4.0
-    """GiB for what the reranker keeps of pictures that it has read."""
+    """GiB for all that scoring needs beside the weights: what the reranker keeps of pictures that it has read, and its
+    forward passes, which are divided until they fit."""
     precision: Precision = "auto"
     """Arithmetic of the reranker's forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else
     fp32."""
@@ -135,7 +136,8 @@ class Reranking:
         if self.manifest.facts["tokens"] != self.pictures.manifest.fingerprint:
             raise BadInput(f"{config.reranker} was trained with other image tokens than those of {config.tokens}")
         self.device = pick_device(config.device)
-        self.scorer = Scorer.from_pretrained(config.reranker / "model").to(self.device)
+        self.dtype = pick_dtype(config.precision, self.device)
+        self.scorer = Scorer.from_pretrained(config.reranker / "model", self.dtype).to(self.device)
 
     def score(self, lists: RankedLists, blocks_folder: Path) -> tuple[Scores, float | None]:
         """Scores (queries, longest), and queries a second; None where a killed run has left scores."""
@@ -145,7 +147,7 @@ class Reranking:
             self.scorer,
             self.pictures.tokens,
             lists,
-            dtype=pick_dtype(self.config.precision, self.device),
+            dtype=self.dtype,
             pairs=self.config.pairs,
             memory=self.config.memory,
             blocks_folder=blocks_folder,

@@ -8,11 +8,13 @@ Command: python -m retriever.rank_splits --dataset DIR --retriever DIR --output 
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
@@ -22,11 +24,12 @@ from tools import processes, runs
 from tools.captions import Split, first_captions
 from tools.commands import run_command
 from tools.errors import BadInput
-from tools.ranked import NO_PICTURE, RankedLists, padded, write_lists
+from tools.ranked import NO_PICTURE, RankedLists, write_lists
 
+from .beam import RankedPictures
 from .data import UNKNOWN, Queries, RetrieverData, read_data, read_retriever
 from .queries import LiveQueries
-from .retrieve import Pool, check_scoring, queries_per_second, search_queries
+from .retrieve import Pool, check_scoring, queries_per_second, search_each
 from .setting import setting_on
 
 
@@ -101,7 +104,7 @@ def rank(
     began = time.monotonic()
     live = LiveQueries(writer.lm, queries.texts)
     tokenising = time.monotonic() - began
-    ranking = search_queries(
+    ranking = search_each(
         writer,
         live,
         data.codes,
@@ -113,10 +116,23 @@ def rank(
         score_end=config.score_end,
         blocks_folder=blocks_folder,
     )
+    rows, scores = gathered(ranking, len(queries.texts), beams)
     speed = queries_per_second(blocks_folder, len(queries.texts), tokenising=tokenising)
-    rows = padded([one.rows[:beams] for one in ranking], NO_PICTURE, np.int64)
-    scores = padded([one.scores[:beams] for one in ranking], -np.inf, np.float32)
     return RankedLists(queries.texts, queries.captions, queries.pictures, rows, scores), speed
+
+
+def gathered(
+    ranking: Iterable[tuple[int, RankedPictures]], queries: int, most: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Pictures and scores, (queries, longest) each, of what was found for each query, by its place; at most `most` of
+    each list are kept. Millions of lists never are Python's at once, which would be ten times as large."""
+    rows = np.full((queries, most), NO_PICTURE, dtype=np.int64)
+    scores = np.full((queries, most), -np.inf, dtype=np.float32)
+    for query, found in ranking:
+        count = min(len(found.rows), most)
+        rows[query, :count], scores[query, :count] = found.rows[:count], found.scores[:count]
+    longest = int((rows != NO_PICTURE).sum(axis=1).max(initial=0))
+    return rows[:, :longest], scores[:, :longest]
 
 
 def main(config: Config) -> None:

@@ -88,6 +88,16 @@ def check_scoring(scoring: Scoring, score_end: bool) -> None:
 
 
 def search_queries(
+    writer: Writer, queries: Searchable, *pictures: NDArray[np.int64], **options: Any
+) -> list[RankedPictures]:
+    """What `search_each` finds, as a list in the order of the queries."""
+    results: list[RankedPictures] = [RankedPictures([], [])] * len(queries.lengths)
+    for query, result in search_each(writer, queries, *pictures, **options):
+        results[query] = result
+    return results
+
+
+def search_each(
     writer: Writer,
     queries: Searchable,
     codes: NDArray[np.int64],
@@ -101,10 +111,11 @@ def search_queries(
     graphs: bool = False,
     blocks_folder: Path | None = None,
     quiet: bool = False,
-) -> list[RankedPictures]:
+) -> Iterator[tuple[int, RankedPictures]]:
     """Search the pictures `rows` of `codes` (all pictures, levels) for every query, in batches of similar length.
 
-    The rows in the results are rows of all pictures.
+    Yields:
+        the place of a query, and what was found for it; the rows in it are rows of all pictures.
 
     Args:
         graphs: search as `GraphedSearch` does.
@@ -129,14 +140,12 @@ def search_queries(
             raise BadInput(str(error)) from None
         return [RankedPictures(rows[own].tolist(), scores) for own, scores in expand(found, index, keep=keep)]
 
+    ranked: Iterator[RankedPictures]
     if blocks_folder is None:
-        ranked = [one for batch in (batches if quiet else progress(batches, "searching")) for one in search(batch)]
+        ranked = (one for batch in (batches if quiet else progress(batches, "searching")) for one in search(batch))
     else:
         ranked = _search_blocks(search, batches, blocks_folder, quiet=quiet)
-    results: list[RankedPictures] = [RankedPictures([], [])] * len(order)
-    for query, result in zip(order, ranked, strict=True):
-        results[query] = result
-    return results
+    yield from zip(order.tolist(), ranked, strict=True)
 
 
 def _search_blocks(
@@ -145,7 +154,7 @@ def _search_blocks(
     folder: Path,
     *,
     quiet: bool,
-) -> list[RankedPictures]:
+) -> Iterator[RankedPictures]:
     """What `search` finds for all batches, this process searching its share of the blocks that are missing.
 
     A block is a line {"seconds"} that it took, and a line {"rows", "scores"} a query.
@@ -160,12 +169,10 @@ def _search_blocks(
         seconds = time.monotonic() - began
         write_json_lines(work.path(number), [{"seconds": seconds}, *(one._asdict() for one in ranked)])
     next(found, None)  # the bar ends
-    return [
-        RankedPictures(line["rows"], line["scores"])
-        for path in work.gather()
-        for number, line in read_json_lines(path)
-        if number > 1
-    ]
+    for path in work.gather():
+        for number, line in read_json_lines(path):
+            if number > 1:
+                yield RankedPictures(line["rows"], line["scores"])
 
 
 def queries_per_second(blocks_folder: Path, queries: int, *, tokenising: float) -> float:

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from models.clip import encode_tokens, load_clip, trim_padding
+from models.clip import encode_tokens, load_recorded, trim_padding
 from models.compute import autocast, pick_device, pick_dtype
 from tools.features import Features, Floats
 
@@ -22,8 +22,7 @@ class QueryTower:
     """
 
     def __init__(self, features: Features, device: str | None = None) -> None:
-        facts = features.manifest.facts
-        self.clip = load_clip(facts["model"], facts["pretrained"])
+        self.clip = load_recorded(features.manifest.facts)
         self.device = pick_device(device)
         self.dtype = pick_dtype("auto", self.device)
         self.clip.model.text.to(self.device)
