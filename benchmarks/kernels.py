@@ -6,7 +6,7 @@ Command: python -m benchmarks.kernels [--datasets flickr30k mscoco] [--operation
 
 The real training of each stage runs on the CPU under bf16 autocast, and every ATen call counts that computes on a GPU:
 no views, no allocations. Widths and batches do not change the number. Where CUDA takes another way than the CPU, its
-way is taken: dropout is one kernel, and optimiser and clipping work on many tensors in one launch.
+way is taken: dropout and norms are one kernel, and optimiser and clipping work on many tensors in one launch.
 Three things differ from a GPU. A call is one kernel, although a few (sort, scatter, the backward pass of attention)
 start several; what a training computes on the host is counted too; and at true widths the optimiser's launches on many
 tensors, few here, are a few more.
@@ -31,7 +31,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
 
-from models.compute import seed_everything
+from models.compute import make_optimizer, seed_everything
+from models.norms import fuse_norms
 from models.training import TrainingLoop
 from models.voken_lm import VokenLM
 from reranker import train as reranker_train
@@ -110,14 +111,29 @@ def kernels_of(step: Callable[[], object]) -> "Counter[str]":
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Inside it, the CPU goes the ways that CUDA would in dropout, clipping and optimisers."""
+    """Inside it, the CPU goes the ways that CUDA would in dropout, norms, clipping and optimisers."""
 
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
+    def rms_norm(input: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        return torch.native_layer_norm(input, shape, weight, None, eps or 1e-6)[0]  # another norm, as many kernels
+
     many = mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True)
     each = mock.patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", return_value=["cpu"])
-    with mock.patch("torch.nn.functional.dropout", dropout), many, each:
+    norm = mock.patch("torch.nn.functional.rms_norm", rms_norm)
+    with mock.patch("torch.nn.functional.dropout", dropout), norm, many, each:
+        yield
+
+
+@contextlib.contextmanager
+def building_as_on_a_gpu() -> Iterator[None]:
+    """Inside it, trainings are built as they are for CUDA: with fused optimisers. See `fuse_norms` for the rest."""
+
+    def fused(*words: Any, **options: Any) -> torch.optim.Optimizer:
+        return make_optimizer(*words, **{**options, "fused": True})
+
+    with mock.patch("models.training.make_optimizer", fused):
         yield
 
 
@@ -140,6 +156,7 @@ def count_training(training: TrainingLoop, tracker: Tracker) -> Counted:
     Args:
         training: one that makes a step of each micro-batch (`accumulate` is 1).
     """
+    fuse_norms(training.module)
     training.run_epoch(tracker)
     counter, inside = KernelCounter(), Counter[str]()
     before = register_optimizer_step_pre_hook(lambda *_: inside.subtract(counter.kernels))
@@ -295,7 +312,7 @@ TRAININGS: dict[str, Callable[[Small, Recipe], tuple[TrainingLoop, Tracker]]] = 
 
 def count_recipe(small: Small, recipe: Recipe) -> dict[str, Counted]:
     """Kernels of every training of a recipe, by the name of its array of options."""
-    with mock.patch.dict(os.environ, {"WANDB_MODE": "disabled"}), quiet():
+    with mock.patch.dict(os.environ, {"WANDB_MODE": "disabled"}), quiet(), building_as_on_a_gpu():
         return {name: count_training(*make(small, recipe)) for name, make in TRAININGS.items()}
 
 

@@ -34,6 +34,12 @@ def test_dropout_is_one_kernel_as_on_a_gpu() -> None:
     assert not kernels_of(lambda: dropout.eval()(rows))
 
 
+def test_a_fused_norm_is_one_kernel_as_on_a_gpu() -> None:
+    rows, weight = torch.ones(5, 3, requires_grad=True), nn.Parameter(torch.ones(3))
+    found = kernels_of(lambda: torch.nn.functional.rms_norm(rows, (3,), weight, 1e-6).sum().backward())
+    assert found == {"native_layer_norm": 1, "native_layer_norm_backward": 1, "sum": 1, "ones_like": 1}
+
+
 def test_an_optimiser_works_on_many_tensors_in_one_launch() -> None:
     weights = [nn.Parameter(torch.ones(2)) for _ in range(70)]
     for weight in weights:
