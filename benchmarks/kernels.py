@@ -174,7 +174,7 @@ class Small:
     """A dataset of eight captions, and models of any number of layers, in one folder."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self.made = root, 0
         self.captions = self._captions()
         self.features = folders.features(root / "03", self.captions)
         rqvae = folders.rqvae(root / "05", self.features)
@@ -274,7 +274,9 @@ class Small:
         return lists, tokens
 
     def _output(self, recipe: Recipe, variable: str) -> Path:
-        return self.root / f"{recipe.name}-{recipe.recipe}-{variable}"
+        """A folder of its own for every training."""
+        self.made += 1
+        return self.root / f"{self.made}-{recipe.name}-{recipe.recipe}-{variable}"
 
     def _cut(self, config: Any, **changes: Any) -> Any:
         """A configuration for few short epochs on the CPU."""
