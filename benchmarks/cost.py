@@ -28,13 +28,17 @@ from tools.errors import BadInput
 from tools.training_memory import GIB
 
 from .devices import ASSUMED, Device, measure, rates
-from .kernels import LAYERS, Small, building_as_on_a_gpu, count_recipe, kernels_of, model_of, quiet
+from .kernels import LAYERS, TRAININGS, Small, building_as_on_a_gpu, count_recipe, kernels_of, model_of, quiet
 from .recipes import Recipe, read_recipe
 from .work import SOME, Counts, Kernels, Part, Stage, stages_of
 
 HOUR = 3600
 FEW_LAYERS = (2, 3)
-SAME_KERNELS = {"large-batch": "better"}  # batches and rates alone differ
+SIZES = {  # options of a training that change no kernel, with their values
+    "--accumulate", "--batch-size", "--beams", "--discriminative-weight", "--epochs", "--language-model",
+    "--lora-alpha", "--lora-rank", "--lr", "--max-source", "--negatives", "--temperature", "--top-k", "--validate-every",
+    "--validate-queries", "--warmup", "--weight-decay", "--width", "--hidden", "--codebook-size",
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -77,27 +81,38 @@ def time_of(part: Part, device: Device, devices: int) -> Time:
     return Time(work[bound], bound)
 
 
-def count(recipe: Recipe, folder: Path) -> Counts:
-    """Kernels of everything that a recipe repeats.
-
-    Kernels grow with layers by the same number each, so models of a few layers are counted.
-    """
+def count_few(recipe: Recipe, folder: Path) -> tuple[Counts, Counts]:
+    """Kernels of everything that a recipe repeats, of models of `FEW_LAYERS` layers."""
     few, more = (_count_at(layers, recipe, folder / f"{recipe.name}-{recipe.recipe}-{layers}") for layers in FEW_LAYERS)
-    tokenizer = count_tokenizer(recipe)
+    return few, more
 
-    def grown(variable: str, low: float, high: float) -> float:
+
+def grown(recipe: Recipe, counted: tuple[Counts, Counts]) -> Counts:
+    """Kernels of a recipe's own models: each layer starts as many."""
+    few, more = counted
+
+    def grow(variable: str, low: float, high: float) -> float:
         layers, (first, second) = LAYERS[model_of(recipe, variable)], FEW_LAYERS
         return low + (layers - first) * (high - low) / (second - first)
 
-    return Counts(
-        trainings={
-            name: Kernels(*(grown(name, *pair) for pair in zip(few.trainings[name], more.trainings[name], strict=True)))
-            for name in few.trainings
-        },
-        searches={name: grown(name, few.searches[name], more.searches[name]) for name in few.searches},
-        tokenizer=tokenizer,
-        scoring=grown("TRAIN_RERANKER", few.scoring, more.scoring),
-    )
+    trainings = {
+        name: Kernels(*(grow(name, *pair) for pair in zip(few.trainings[name], more.trainings[name], strict=True)))
+        for name in few.trainings
+    }
+    searches = {name: grow(name, few.searches[name], more.searches[name]) for name in few.searches}
+    return Counts(trainings, searches, few.tokenizer, grow("TRAIN_RERANKER", few.scoring, more.scoring))
+
+
+def structure(recipe: Recipe) -> str:
+    """The options of a recipe's trainings that say which kernels they start: what is counted once for all of them."""
+    kept = []
+    for variable in (*TRAININGS, "TRAIN_RQVAE"):
+        inside = False
+        for word in recipe.values[variable]:
+            inside = word in SIZES or (inside and not word.startswith("--"))
+            kept += [] if inside else [word]
+        kept.append("")
+    return " ".join(kept)
 
 
 def _count_at(layers: int, recipe: Recipe, folder: Path) -> Counts:
@@ -109,7 +124,7 @@ def _count_at(layers: int, recipe: Recipe, folder: Path) -> Counts:
         trainings = {
             name: Kernels(sum(each.micro_step.values()), each.optimizer_step) for name, each in counted.items()
         }
-        return Counts(trainings, count_searches(small, recipe), 0, count_scoring(small, recipe))
+        return Counts(trainings, count_searches(small, recipe), count_tokenizer(recipe), count_scoring(small, recipe))
 
 
 def count_searches(small: Small, recipe: Recipe) -> dict[str, float]:
@@ -180,14 +195,15 @@ def main(config: Config) -> None:
     summary = ["| dataset | recipe | devices | hours | times as fast as `better` on one |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for dataset in config.datasets:
-            first, counted = 0.0, dict[str, Counts]()
+            first, counted = 0.0, dict[str, tuple[Counts, Counts]]()
             for run in RUNS:
                 recipe = read_recipe(dataset, run.recipe)
-                same = SAME_KERNELS.get(run.recipe, run.recipe)
+                same = structure(recipe)
                 if same not in counted:
-                    counted[same] = count(recipe, Path(folder))
+                    counted[same] = count_few(recipe, Path(folder))
+                counts = grown(recipe, counted[same])
                 try:
-                    stages = stages_of(recipe, counted[same], devices=run.devices)
+                    stages = stages_of(recipe, counts, devices=run.devices)
                 except KeyError as error:
                     raise BadInput(
                         f"{dataset} names {error}, whose sizes nobody knows: see tools/training_memory.py"

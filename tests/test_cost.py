@@ -103,7 +103,7 @@ def test_kernels_of_few_layers_stand_for_all(tmp_path: Path, monkeypatch: pytest
     recipe = read_recipe("flickr30k", "better")
     for name in kernels.LAYERS:
         monkeypatch.setitem(kernels.LAYERS, name, 4)
-    found = cost.count(recipe, tmp_path)
+    found = cost.grown(recipe, cost.count_few(recipe, tmp_path))
     whole = cost._count_at(4, recipe, tmp_path / "whole")
     for name, each in whole.trainings.items():
         assert found.trainings[name].micro_step == pytest.approx(each.micro_step, rel=0.01)
@@ -113,8 +113,15 @@ def test_kernels_of_few_layers_stand_for_all(tmp_path: Path, monkeypatch: pytest
     assert found.tokenizer > 50
 
 
+def test_what_changes_no_kernel_is_counted_once() -> None:
+    better = cost.structure(read_recipe("flickr30k", "better"))
+    assert better == cost.structure(read_recipe("mscoco", "better"))
+    assert better == cost.structure(read_recipe("flickr30k", "large-batch"))
+    assert better != cost.structure(read_recipe("flickr30k", "faithful"))
+
+
 def test_the_command_prints_every_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cost, "count", lambda recipe, folder: COUNTS)
+    monkeypatch.setattr(cost, "count_few", lambda recipe, folder: (COUNTS, COUNTS))
     cost.main(cost.Config(device="h100", datasets=("flickr30k",)))
     text = capsys.readouterr().out
     for run in cost.RUNS:
