@@ -419,7 +419,7 @@ def rank(name: str, recipe: Recipe, data: Data, counts: Counts) -> Stage:
     return Stage(name, parts, None)
 
 
-def _retriever_of(recipe: Recipe, name: str, counts: Counts) -> tuple[Shape, int]:
+def _retriever_of(recipe: Recipe, name: str, counts: Counts) -> tuple[Shape, float]:
     variable = "FINETUNE_LLAMA" if "@llama" in name else "TRAIN_RETRIEVER"
     config = recipe.config(variable, train.Config, dataset=SOME, output=SOME)
     return model_named(config.language_model), counts.searches[variable]
