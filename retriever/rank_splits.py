@@ -19,7 +19,7 @@ from models.compute import pick_device
 from models.decoding import Scoring, Writer, make_writer
 from models.voken_lm import VokenLM
 from tools import processes, runs
-from tools.captions import Split
+from tools.captions import Split, first_captions
 from tools.commands import run_command
 from tools.errors import BadInput
 from tools.ranked import NO_PICTURE, RankedLists, padded, write_lists
@@ -27,6 +27,7 @@ from tools.ranked import NO_PICTURE, RankedLists, padded, write_lists
 from .data import UNKNOWN, Queries, RetrieverData, read_data, read_retriever
 from .queries import LiveQueries
 from .retrieve import Pool, check_scoring, queries_per_second, search_queries
+from .setting import setting_on
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,7 @@ def queries_of(data: RetrieverData, split: Split, config: Config) -> Queries:
     if split != "train" or config.train_per_picture is None:
         return queries
     shuffled = np.random.default_rng(config.seed).permutation(len(queries.texts))
-    by_picture = shuffled[np.argsort(queries.pictures[shuffled], kind="stable")]
-    pictures = queries.pictures[by_picture]
-    number = np.arange(len(pictures)) - np.searchsorted(pictures, pictures)  # of a caption among its picture's
-    chosen = np.sort(by_picture[number < config.train_per_picture])
+    chosen = np.sort(shuffled[first_captions(queries.pictures[shuffled], config.train_per_picture)])
     return Queries([queries.texts[place] for place in chosen], queries.pictures[chosen], queries.captions[chosen])
 
 
@@ -141,7 +139,7 @@ def main(config: Config) -> None:
         print(f"{name}: {len(lists.texts):,} queries, {speed:.0f} a second; {found:.1%} of the pictures in their list")
     kept = ("features", "captions_fingerprint")
     facts = {key: data.manifest.facts[key] for key in kept}
-    run.finish(facts={**facts, "dataset": str(config.dataset), "setting": trained.facts["setting"]}, metrics=metrics)
+    run.finish(facts={**facts, "dataset": str(config.dataset), "setting": setting_on(trained, data)}, metrics=metrics)
 
 
 if __name__ == "__main__":

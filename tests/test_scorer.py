@@ -675,7 +675,7 @@ def information_by_hand(
     """For each word that is said, how much more often each token stands on its pictures than on all."""
     on = np.array([[token in row for token in range(size)] for row in tokens])
     share = on.mean(axis=0)
-    found = {}
+    found: dict[int, NDArray[np.float32]] = {}
     for word in sorted(set().union(*words)):
         pictures = [picture for picture, own in enumerate(words) if word in own]
         row = np.zeros(size)

@@ -84,5 +84,5 @@ def encoder_of(manifest: Manifest) -> list[str | None]:
 def normalized(vectors: Floats) -> Floats:
     """Rows divided by their L2 norm; zero rows stay zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    result: Floats = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+    result: Floats = np.divide(vectors, np.maximum(norms, np.finfo(np.float32).tiny))
     return result
