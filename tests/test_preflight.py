@@ -302,7 +302,7 @@ class Ran(NamedTuple):
 
 
 def run(dataset: Path | str, *flags: str, **environment: str) -> Ran:
-    settings = {**os.environ, "DATASET": str(dataset), "HF_HUB_OFFLINE": "1", **environment}
+    settings = {**os.environ, "DATASET": str(dataset), "HF_HUB_OFFLINE": "1", "PYTHON_SAID": "yes", **environment}
     command = ["bash", str(ROOT / "scripts" / "preflight.sh"), *flags]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     return Ran(done.returncode, done.stdout, done.stderr)
