@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .errors import EXIT_BAD_INPUT
-from .logs import table
 from .preflight_devices import check_memory, check_processes, trained_weights
 from .preflight_list import MISSING, OK, UNKNOWN, Finding, Need
 from .preflight_models import check_clip, check_model, check_tokenizer, size_of
@@ -172,7 +171,11 @@ def shown(found: list[Finding], *, brief: bool) -> str:
         for each in found
         if each.state != OK or not brief
     ]
-    return table(rows) if rows else ""
+    if not rows:
+        return ""
+    from .logs import table  # brings numpy: not above
+
+    return table(rows)
 
 
 def main(arguments: list[str]) -> int:
