@@ -22,7 +22,7 @@ from torch import Tensor
 
 from models.compute import Precision, autocast, check_optimization, pick_device, pick_dtype, seed_everything
 from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora, Scorer, build_new_scorer, build_scorer
-from models.training import Part, TrainingLoop, bucketed_batches, check_batch_size
+from models.training import Compile, Part, TrainingLoop, bucketed_batches, check_batch_size
 from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
@@ -114,9 +114,9 @@ class Config:
     """Pictures of each of their lists."""
     precision: Precision = "auto"
     """Arithmetic of the forward passes; weights that are trained are kept in fp32."""
-    compile: bool = False
-    """Compile the model (torch.compile), which takes minutes once, and a third of the kernels a step from then on; it
-    needs a C++ compiler, and Triton on a GPU."""
+    compile: Compile = "never"
+    """Compile the model (torch.compile), which takes minutes once, and starts a third of the kernels from then on; gpu:
+    where there is a GPU with Triton and a C compiler; always: on a CPU too, with a C++ compiler."""
     seed: int = 0
     """Seed of weights, batches and drawn pictures."""
     device: str | None = None

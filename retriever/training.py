@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.compute import Precision, autocast, check_optimization
 from models.decoding import make_writer
-from models.training import Part, TrainingLoop, bucketed_batches, check_batch_size
+from models.training import Compile, Part, TrainingLoop, bucketed_batches, check_batch_size
 from models.voken_lm import VokenLM
 from tools import captions, runs
 from tools.errors import BadInput
@@ -73,9 +73,9 @@ class TrainingConfig:
     """Captions of val that are searched, at most."""
     precision: Precision = "auto"
     """Arithmetic of the forward passes; weights are kept in fp32."""
-    compile: bool = False
-    """Compile the model (torch.compile), which takes minutes once, and a third of the kernels a step from then on; it
-    needs a C++ compiler, and Triton on a GPU."""
+    compile: Compile = "never"
+    """Compile the model (torch.compile), which takes minutes once, and starts a third of the kernels from then on; gpu:
+    where there is a GPU with Triton and a C compiler; always: on a CPU too, with a C++ compiler."""
     seed: int = 0
     """Seed of weights, batches and drawn codes."""
     device: str | None = None

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from models.compute import seed_everything
 from models.decoding import make_writer
 from models.pretrained import widened
-from models.training import check_launch, part_of
+from models.training import check_launch, gpu_compiles, part_of
 from models.voken_lm import Lora, VokenLM, build_causal
 from retriever import retrieve, train, train_stage2
 from retriever.data import RetrieverData, read_data
@@ -298,13 +298,28 @@ def test_a_compiled_training_is_the_same_training(
     plain = encoder_decoder_config(chain, tmp_path / "plain", epochs=2, dropout=0.0)
     train.main(plain)
     assert traced == []
-    other = dataclasses.replace(plain, output=tmp_path / "compiled", compile=True)
+    other = dataclasses.replace(plain, output=tmp_path / "compiled", compile="always")
     train.main(other)
     assert traced == [{"backend": "aot_eager", "dynamic": True}]
     first, second = (load_file(config.output / "model" / "model.safetensors") for config in (plain, other))
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.allclose(value, second[name], atol=1e-5), name
+
+
+def test_a_gpu_without_a_compiler_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from models import training
+
+    assert not gpu_compiles(torch.device("cpu"))
+    monkeypatch.setattr(training, "find_spec", lambda name: name)
+    monkeypatch.setattr(training.shutil, "which", lambda name: name)
+    assert gpu_compiles(torch.device("cuda"))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(training.shutil, "which", lambda name: None)
+    assert not gpu_compiles(torch.device("cuda"))
+    assert capsys.readouterr().out == "note: the model is not compiled, which takes a C compiler: a step takes longer\n"
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.MEGATRON_LM])

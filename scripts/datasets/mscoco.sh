@@ -66,8 +66,10 @@ TRAIN_RETRIEVER=(
     --warmup 0.1
     --dropout 0.2
     --max-source 128
+    --validate-every 2
     --temperature 0.5
     --precision bf16
+    --compile gpu
     --beams 10
 )
 TRAIN_STAGE2=(
@@ -78,6 +80,7 @@ TRAIN_STAGE2=(
     --discriminative-weight 0.5
     --temperature 0.5
     --precision bf16
+    --compile gpu
     --beams 10
 )
 FINETUNE_LLAMA=(
