@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,14 +311,12 @@ def test_a_compiled_training_is_the_same_training(
 def test_a_gpu_without_a_compiler_is_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from models import training
-
     assert not gpu_compiles(torch.device("cpu"))
-    monkeypatch.setattr(training, "find_spec", lambda name: name)
-    monkeypatch.setattr(training.shutil, "which", lambda name: name)
+    monkeypatch.setattr("models.training.find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     assert gpu_compiles(torch.device("cuda"))
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(training.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not gpu_compiles(torch.device("cuda"))
     assert capsys.readouterr().out == "note: the model is not compiled, which takes a C compiler: a step takes longer\n"
 
