@@ -35,7 +35,7 @@ from .work import SOME, Counts, Kernels, Part, Stage, stages_of
 HOUR = 3600
 FEW_LAYERS = (2, 3)
 SIZES = {  # options of a training that change no kernel, with their values
-    "--accumulate", "--batch-size", "--beams", "--discriminative-weight", "--epochs", "--language-model",
+    "--accumulate", "--at-once", "--batch-size", "--beams", "--discriminative-weight", "--epochs", "--language-model",
     "--lora-alpha", "--lora-rank", "--lr", "--max-source", "--negatives", "--temperature",
     "--top-k", "--validate-every",
     "--validate-queries", "--warmup", "--weight-decay", "--width", "--hidden", "--codebook-size",

@@ -298,7 +298,14 @@ def loop_steps(work: Work, device: torch.device) -> Callable[[], None]:
             raise NotImplementedError
 
     options = {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "warmup": 0.1, "max_grad_norm": 1.0}
-    counts = {"epochs": 1000, "batch_size": work.examples, "accumulate": 1, "validate_every": 1, "seed": 0}
+    counts = {
+        "epochs": 1000,
+        "batch_size": work.examples,
+        "accumulate": 1,
+        "at_once": None,
+        "validate_every": 1,
+        "seed": 0,
+    }
     config: Any = SimpleNamespace(**options, **counts, precision="bf16", device=device.type, compile="never")
     run: Any = SimpleNamespace(folder=None, resume_folder=None)
     loop = Loop(config, run, work.module)

@@ -250,9 +250,20 @@ def training_queries(recipe: Recipe, data: Data, name: str) -> int:
     return data.captions("train") + more
 
 
-def steps_of(config: TrainingConfig, queries: int) -> int:
-    """Micro-batches of a whole training."""
-    return config.epochs * -(-queries // config.batch_size)
+class Cut(NamedTuple):
+    """How a process takes its part of a batch."""
+
+    examples: int
+    """Captions or groups of a forward pass."""
+    pieces: int
+    """Forward passes a batch."""
+
+
+def cut_of(config: TrainingConfig | reranker_train.Config, devices: int) -> Cut:
+    """The forward passes of a batch on one of so many devices."""
+    part = -(-config.batch_size // devices)
+    pieces = 1 if config.at_once is None else -(-part // config.at_once)
+    return Cut(-(-part // pieces), pieces)
 
 
 def activation_bytes(training: Training) -> float:
@@ -268,7 +279,7 @@ def optimizer_bytes(training: Training) -> int:
 def stage1(name: str, recipe: Recipe, data: Data, counts: Counts, devices: int) -> Stage:
     """An encoder-decoder, all of whose weights are trained."""
     config = recipe.config("TRAIN_RETRIEVER", train.Config, dataset=SOME, output=SOME)
-    shape, texts = model_named(config.language_model), -(-config.batch_size // devices)
+    shape, texts = model_named(config.language_model), cut_of(config, devices).examples
     training = Training(
         shape, texts, CAPTION_TOKENS, new_tokens=NEW_VOKENS, checkpointing=config.gradient_checkpointing
     )
@@ -286,7 +297,7 @@ def stage2(name: str, recipe: Recipe, data: Data, counts: Counts, devices: int) 
     """Stage 1's model on its right and wrong sequences, which each epoch searches anew."""
     config = recipe.config("TRAIN_STAGE2", train_stage2.Config, dataset=SOME, output=SOME, stage1=SOME)
     start = recipe.config("TRAIN_RETRIEVER", train.Config, dataset=SOME, output=SOME)
-    shape, texts = model_named(start.language_model), -(-config.batch_size // devices)
+    shape, texts = model_named(start.language_model), cut_of(config, devices).examples
     written = config.negatives + 2
     training = Training(shape, texts, CAPTION_TOKENS, written, new_tokens=NEW_VOKENS, copies=1)
     tokens = texts * CAPTION_TOKENS
@@ -305,7 +316,7 @@ def stage2(name: str, recipe: Recipe, data: Data, counts: Counts, devices: int) 
 def llama(name: str, recipe: Recipe, data: Data, counts: Counts, devices: int) -> Stage:
     """A causal model with adapters."""
     config = recipe.config("FINETUNE_LLAMA", train.Config, dataset=SOME, output=SOME)
-    shape, texts = model_named(config.language_model), -(-config.batch_size // devices)
+    shape, texts = model_named(config.language_model), cut_of(config, devices).examples
     length = PROMPT_TOKENS + CAPTION_TOKENS
     training = Training(shape, texts, length, rank=config.lora_rank, new_tokens=NEW_VOKENS, searched=True,
                         checkpointing=config.gradient_checkpointing)  # fmt: skip
@@ -323,7 +334,7 @@ def reranker(name: str, recipe: Recipe, data: Data, counts: Counts, devices: int
     """Groups of pairs through a language model with adapters."""
     config = recipe.config("TRAIN_RERANKER", reranker_train.Config, lists=SOME, tokens=SOME, output=SOME)
     shape = model_named(config.language_model)
-    pairs = -(-config.batch_size // devices) * (1 + config.negatives)
+    pairs = cut_of(config, devices).examples * (1 + config.negatives)
     shares = not config.gradient_checkpointing and not config.compat
     length = config.max_length if config.compat else OPENING_TOKENS + CLOSING_TOKENS
     training = Training(
@@ -340,16 +351,7 @@ def reranker(name: str, recipe: Recipe, data: Data, counts: Counts, devices: int
     passes = 3 if config.gradient_checkpointing else 2
     flops = passes * 2 * shape.body_parameters * pairs * length
     counted, queries = counts.trainings["TRAIN_RERANKER"], config.queries_per_epoch or data.captions("train")
-    micro = config.epochs * -(-queries // config.batch_size)
-    steps = Part(
-        "steps",
-        micro,
-        kernels=counted.micro_step + counted.optimizer_step / config.accumulate,
-        flops=flops,
-        moved=activation_bytes(training) + optimizer_bytes(training) / config.accumulate + 4 * training.frozen,
-        sent=_sent(training, devices) / config.accumulate,
-        shared=False,
-    )
+    steps = _steps(config, queries, counted, training, flops, devices)
     validated = config.epochs // config.validate_every * min(config.validate_queries, data.captions("val"))
     parts = [steps, _scoring("validations", validated, config.top_k, data.val, shape, counts.scoring, memory=4.0)]
     return Stage(name, parts, need(training._replace(tokens=length + LONGEST_CAPTION - CAPTION_TOKENS)).peak)
@@ -359,15 +361,23 @@ TRAININGS = {"09": stage1, "10": stage2, "11": llama, "17": reranker}
 
 
 def _steps(
-    config: TrainingConfig, queries: int, counted: Kernels, training: Training, flops: float, devices: int
+    config: TrainingConfig | reranker_train.Config,
+    queries: int,
+    counted: Kernels,
+    training: Training,
+    flops: float,
+    devices: int,
 ) -> Part:
+    """All forward and backward passes of a training, with what a step of the optimiser adds to each."""
+    pieces = cut_of(config, devices).pieces
+    passes = pieces * config.accumulate  # a step
     return Part(
         "steps",
-        steps_of(config, queries),
-        kernels=counted.micro_step + counted.optimizer_step / config.accumulate,
+        config.epochs * -(-queries // config.batch_size) * pieces,
+        kernels=counted.micro_step + counted.optimizer_step / passes,
         flops=flops,
-        moved=activation_bytes(training) + optimizer_bytes(training) / config.accumulate + 4 * training.frozen,
-        sent=_sent(training, devices) / config.accumulate,
+        moved=activation_bytes(training) + optimizer_bytes(training) / passes + 4 * training.frozen,
+        sent=_sent(training, devices) / passes,
         shared=False,
     )
 

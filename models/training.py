@@ -65,6 +65,9 @@ class LoopConfig(Protocol):
     def accumulate(self) -> int: ...
 
     @property
+    def at_once(self) -> int | None: ...
+
+    @property
     def optimizer(self) -> str: ...
 
     @property
@@ -162,6 +165,13 @@ class Part(NamedTuple):
     def queries(self) -> NDArray[np.int64]:
         """(part,) train queries of this process."""
         return self.batch[self.own]
+
+    def pieces(self, most: int | None) -> "list[Part]":
+        """The part in pieces of nearly equal size, at most `most` queries each, whose losses add up to the part's."""
+        if most is None or len(self.own) <= most:
+            return [self]
+        cut = np.array_split(self.own, -(-len(self.own) // most))
+        return [Part(self.batch, own, self.weight * len(own) / len(self.own)) for own in cut]
 
 
 def part_of(batch: NDArray[np.int64]) -> Part:
@@ -462,11 +472,16 @@ class TrainingLoop(ABC):
 
     def _backward(self, part: Part, complete: bool) -> Tensor:
         """Add a part's gradients; when they are complete, processes share them. Returns its share of the loss."""
-        self.accelerator.sync_gradients = complete
-        with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.model):
-            loss = self.loss(part) * part.weight
-            self.accelerator.backward(self.scaler.scale(loss / self.config.accumulate))
-        return loss.detach()
+        pieces = part.pieces(self.config.at_once)
+        losses = []
+        for number, piece in enumerate(pieces):
+            last = complete and number + 1 == len(pieces)
+            self.accelerator.sync_gradients = last
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.loss(piece) * piece.weight
+                self.accelerator.backward(self.scaler.scale(loss / self.config.accumulate))
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _read_losses(self, tracker: Tracker) -> float:
         """Wait for the steps that nobody has looked at, and put them on the curves; in every process.

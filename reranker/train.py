@@ -93,9 +93,11 @@ class Config:
     queries_per_epoch: int | None = None
     """Train queries of an epoch, drawn anew each time; by default all."""
     batch_size: int = 16
-    """Groups a forward pass, of all processes together."""
+    """Groups a batch, of all processes together."""
     accumulate: int = 1
-    """Forward passes a step of the optimiser."""
+    """Batches a step of the optimiser."""
+    at_once: int | None = None
+    """Groups of a forward pass in each process, at most: less memory for the same step; by default its whole part."""
     optimizer: str = "adamw"
     """Name of an optimiser of torch.optim."""
     lr: float = 3e-5
@@ -132,11 +134,12 @@ class Config:
             self.validate_every,
             self.validate_queries,
         )
-        counts += (self.top_k, self.negatives, self.max_query, self.max_length, self.queries_per_epoch or 1)
-        if min(counts) < 1 or self.queries_per_epoch == 0:
+        counts += (self.top_k, self.negatives, self.max_query, self.max_length)
+        chosen = (1 if each is None else each for each in (self.queries_per_epoch, self.at_once))
+        if min(*counts, *chosen) < 1:
             raise BadInput(
-                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --validate-every, --validate-queries, "
-                "--top-k, --negatives, --max-query and --max-length must be at least 1"
+                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --at-once, --validate-every, "
+                "--validate-queries, --top-k, --negatives, --max-query and --max-length must be at least 1"
             )
         if not 0 <= self.random_negatives <= self.negatives:
             raise BadInput(f"--random-negatives must be between 0 and the {self.negatives} --negatives")

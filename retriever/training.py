@@ -43,9 +43,11 @@ class TrainingConfig:
     queries_per_epoch: int | None = None
     """Train captions of an epoch, drawn anew each time; by default all."""
     batch_size: int = 128
-    """Captions a forward pass, of all processes together."""
+    """Captions a batch, of all processes together."""
     accumulate: int = 1
-    """Forward passes a step of the optimiser."""
+    """Batches a step of the optimiser."""
+    at_once: int | None = None
+    """Captions of a forward pass in each process, at most: less memory for the same step; by default its whole part."""
     optimizer: str = "adamw"
     """Name of an optimiser of torch.optim."""
     lr: float = 1e-3
@@ -85,9 +87,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         counts = (self.epochs, self.batch_size, self.accumulate, self.beams, self.validate_every, self.validate_queries)
-        if min(counts) < 1 or (self.queries_per_epoch is not None and self.queries_per_epoch < 1):
+        chosen = (1 if each is None else each for each in (self.queries_per_epoch, self.at_once))
+        if min(*counts, *chosen) < 1:
             raise BadInput(
-                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --beams, --validate-every and "
+                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --at-once, --beams, --validate-every and "
                 "--validate-queries must be at least 1"
             )
         if self.temperature <= 0 or self.label_temperature < 0 or self.seed < 0:

@@ -57,6 +57,12 @@ values() { # all words behind an option up to the next one, a line each
     done
 }
 
+at_once() { # captions or groups of a forward pass on one device: at_once DEFAULT "${ARRAY[@]}"
+    local batch most
+    batch="$(value --batch-size "$@")" most="$(value --at-once "$@")"
+    echo $((most < batch ? most : batch))
+}
+
 has() { # whether an option stands among words
     local name="$1"
     shift
@@ -92,7 +98,7 @@ need_clip() { # the open_clip model of --model and --pretrained
 
 need_memory() { # what a training takes of a GPU, and of the disk: model, fields of tools.training_memory.Training
     need memory model="$1" launch="${LAUNCH:-}" output="$OUTPUT" "${@:2}" \
-        advice="a smaller --batch-size with a larger --accumulate, or --gradient-checkpointing"
+        advice="a smaller --at-once, or --gradient-checkpointing"
 }
 
 needs_of_captions() {
@@ -126,13 +132,13 @@ needs_of_retriever() { # of stage 1, or of a causal model: the options of its ar
     *) adapters=(tokens="$CAPTION_TOKENS") ;;
     esac
     if has --gradient-checkpointing "$@"; then adapters+=(checkpointing=1); fi
-    need_memory "$model" sequences="$(value --batch-size 128 "$@")" new_tokens="$NEW_VOKENS" "${adapters[@]}"
+    need_memory "$model" sequences="$(at_once 128 "$@")" new_tokens="$NEW_VOKENS" "${adapters[@]}"
 }
 
 needs_of_stage2() { # it goes on from stage 1's model, a copy of which it keeps
     if [ "$(value --kind seq2seq "${TRAIN_RETRIEVER[@]}")" != seq2seq ]; then return; fi
     need_memory "$(value --language-model "" "${TRAIN_RETRIEVER[@]}")" new_tokens="$NEW_VOKENS" copies=1 \
-        sequences="$(value --batch-size 128 "${TRAIN_STAGE2[@]}")" tokens="$CAPTION_TOKENS" \
+        sequences="$(at_once 128 "${TRAIN_STAGE2[@]}")" tokens="$CAPTION_TOKENS" \
         written=$((2 + $(value --negatives 9 "${TRAIN_STAGE2[@]}")))
 }
 
@@ -157,7 +163,7 @@ needs_of_reranker() {
     need_model "$model"
     if [ -n "$tokenizer" ] && ! made_here "$tokenizer"; then need tokenizer name="$tokenizer"; fi
     if [ "$(value --new-layers 0 "${TRAIN_RERANKER[@]}")" != 0 ]; then return; fi
-    pairs=$(($(value --batch-size 16 "${TRAIN_RERANKER[@]}") * (1 + $(value --negatives 7 "${TRAIN_RERANKER[@]}"))))
+    pairs=$(($(at_once 16 "${TRAIN_RERANKER[@]}") * (1 + $(value --negatives 7 "${TRAIN_RERANKER[@]}"))))
     if has --compat "${TRAIN_RERANKER[@]}"; then
         options=(tokens="$(value --max-length 64 "${TRAIN_RERANKER[@]}")")
     elif ! has --gradient-checkpointing "${TRAIN_RERANKER[@]}"; then
@@ -168,10 +174,10 @@ needs_of_reranker() {
         rank="$(value --lora-rank 16 "${TRAIN_RERANKER[@]}")" "${options[@]}"
 }
 
-needs_of_reranking() { # weights in 16 bits, and the room for pictures' keys and values, of which batches are copies
+needs_of_reranking() { # weights in 16 bits, and the room for all that scoring keeps
     if [ "$(value --new-layers 0 "${TRAIN_RERANKER[@]}")" != 0 ]; then return; fi
     need memory model="$(value --language-model "" "${TRAIN_RERANKER[@]}")" launch="${LAUNCH:-}" weights=2 \
-        room=$((2 * $(value --memory 4 "${TEST_RERANKER[@]}") << 30)) advice="a smaller --memory"
+        room=$(($(value --memory 4 "${TEST_RERANKER[@]}") << 30)) advice="a smaller --memory"
 }
 
 needs_of() { # what a stage will ask for; arrays that a dataset's file leaves out are passed over

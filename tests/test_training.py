@@ -27,6 +27,7 @@ from tests.chain import TRAIN, Chain, encoder_decoder_config
 from tests.test_pipeline import interrupted, t5_config
 from tests.tiny import codebooks, llama_folder, tiny_llama, tokenizer
 from tools import runs
+from tools.curves import read_curves
 from tools.errors import BadInput
 from tools.files import hash_file, read_json, read_json_lines, write_json_lines
 from tools.logs import Tracker
@@ -306,6 +307,34 @@ def test_a_compiled_training_is_the_same_training(
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.allclose(value, second[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("most", [1, 5, 16, 100])
+def test_a_batch_in_pieces_is_the_same_batch(most: int, chain: Chain, tmp_path: Path) -> None:
+    sums = {"optimizer": "sgd", "lr": 0.1}  # Adam would make a step of what rounding leaves of a gradient of zero
+    whole = encoder_decoder_config(chain, tmp_path / "whole", epochs=2, dropout=0.0, **sums)
+    train.main(whole)
+    cut = dataclasses.replace(whole, output=tmp_path / "cut", at_once=most)
+    train.main(cut)
+    first, second = (load_file(config.output / "model" / "model.safetensors") for config in (whole, cut))
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-5), name
+    losses = [
+        [row["train/loss"] for row in read_curves(config.output) if "train/loss" in row] for config in (whole, cut)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_pieces_carry_the_weight_of_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    part = part_of(np.arange(15))
+    pieces = part.pieces(3)
+    assert [len(piece.own) for piece in pieces] == [3, 2, 2]
+    assert np.concatenate([piece.own for piece in pieces]).tolist() == part.own.tolist()
+    assert sum(piece.weight for piece in pieces) == pytest.approx(part.weight)
+    assert part.pieces(None) == [part]
+    assert part.pieces(7) == [part]
 
 
 def test_a_gpu_without_a_compiler_is_not_asked_for(
