@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -63,6 +64,9 @@ NO_KERNEL = {
     "is_same_size", "lift_fresh", "new_empty", "new_empty_strided", "record_stream", "resize_", "set_",
 }  # fmt: skip
 # Tensors of one launch on many, by the number of lists that it goes over; and parts of 65,536 elements a launch.
+STARTED = re.compile(
+    r"^\s+(?:\w+ = )?(?:cpp_fused_\w+|extern_kernels\.\w+|(?:torch\.ops\.)?aten\.\w+\.\w+)\(", re.MULTILINE
+)
 TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 PARTS_A_LAUNCH, ELEMENTS_A_PART = 320, 65_536
 
@@ -224,6 +228,12 @@ class Small:
         data = read_data(self.dataset)
         return Training(config, data, run, train.build_model(config, data)), _tracker(run)
 
+    def untrained(self, recipe: Recipe) -> VokenLM:
+        """Stage 1's model before it is trained."""
+        config = recipe.config("TRAIN_RETRIEVER", train.Config, dataset=self.dataset, output=self.root)
+        config = self._cut(config, language_model=str(self.language_model(config.language_model)))
+        return train.build_model(config, read_data(self.dataset))
+
     def stage2(self, recipe: Recipe) -> tuple[TrainingLoop, Tracker]:
         """Stage 2 from an untrained model of stage 1."""
         data = read_data(self.dataset)
@@ -331,6 +341,36 @@ def model_of(recipe: Recipe, variable: str) -> str:
     return words[words.index("--language-model") + 1]
 
 
+def compiled_kernels(step: Callable[[], object]) -> int:
+    """Kernels that the programs of torch.compile start in `step`, which is called once and compiles them.
+
+    Only what is compiled counts. A CPU's programs fuse as a GPU's do, but for attention, which they write out.
+    """
+    from torch._inductor.utils import run_and_get_code  # slow to load
+
+    _, programs = run_and_get_code(step)
+    return sum(len(STARTED.findall(program)) for program in programs)
+
+
+def count_compiled(small: Small, recipe: Recipe, variable: str) -> int:
+    """Forward and backward of a recipe's T5 as `--compile` has them: counted with one and two layers, and extended."""
+    name, counts = model_of(recipe, variable), []
+    for layers in (1, 2):
+        with mock.patch.dict(LAYERS, {name: layers}), tempfile.TemporaryDirectory() as folder:
+            lm = Small(Path(folder)).untrained(recipe)
+        tokens, codes = lm.pad(lm.tokenize(_texts(COLOURS[0]))), torch.zeros(4, lm.space.levels, dtype=torch.long)
+        lm.train().compile(dynamic=True)
+        torch._dynamo.reset()
+
+        def step(lm: VokenLM = lm, tokens: Any = tokens, codes: Tensor = codes) -> None:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = lm(tokens, codes)
+            logits.sum().backward()
+
+        counts.append(compiled_kernels(step))
+    return counts[0] + (LAYERS[name] - 1) * (counts[1] - counts[0])
+
+
 @dataclass(frozen=True)
 class Config:
     """What is counted."""
@@ -341,6 +381,8 @@ class Config:
     """Values of RECIPE."""
     operations: int = 0
     """So many of the most frequent operations are listed for each training."""
+    compiled: bool = False
+    """Count T5's forward and backward compiled, too; takes minutes and a C++ compiler."""
 
 
 def main(config: Config) -> None:
@@ -351,6 +393,10 @@ def main(config: Config) -> None:
         for dataset in config.datasets:
             for name in config.recipes:
                 recipe = read_recipe(dataset, name)
+                if config.compiled:
+                    with quiet():
+                        compiled = count_compiled(small, recipe, "TRAIN_RETRIEVER")
+                    lines.append(f"{dataset} {name} TRAIN_RETRIEVER, compiled: {compiled} for forward and backward")
                 for variable, counted in count_recipe(small, recipe).items():
                     training = f"{dataset} {name} {variable}"
                     micro, step = sum(counted.micro_step.values()), counted.optimizer_step

@@ -1,5 +1,6 @@
 """The counter of kernels: by hand on a few operations, and on whole trainings of narrow models."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,15 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.sh").write_text("echo ${UNSET:?set it}\n")
     with pytest.raises(BadInput, match="UNSET: set it"):
         read_recipe(str(tmp_path / "broken.sh"), "better")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile writes C++ for a CPU")
+def test_a_compiled_step_starts_fewer_kernels() -> None:
+    layer, rows = nn.Linear(3, 2), torch.ones(5, 3)
+
+    def step() -> None:
+        torch.compile(lambda: layer(rows).relu().mul(2).sum())().backward()
+
+    # the product, and the rest of the forward pass as one; the gradient of what was one, and the weight's
+    assert kernels.compiled_kernels(step) in range(3, 6)
+    assert count_kernels(lambda: layer(rows).relu().mul(2).sum().backward()) > 6
