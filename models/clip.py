@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from zipfile import ZipFile, is_zipfile
+from zipfile import is_zipfile
 
 import open_clip
 import torch
@@ -26,6 +26,7 @@ from tools.pictures import open_picture
 from tools.runs import check_files
 from tools.texts import did_you_mean
 
+from .archives import is_scripted, read_archive
 from .checkpoints import first_line, read_state
 from .compute import Precision, pick_dtype
 from .pretrained import LOADING_ERRORS, load_config
@@ -222,9 +223,7 @@ def openai_state(path: Path) -> dict[str, Tensor] | None:
     """
     if not path.is_file() or not is_zipfile(path):
         return None
-    with ZipFile(path) as archive:
-        scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    state = torch.jit.load(path, map_location="cpu").state_dict() if scripted else read_state(path)
+    state = read_archive(path) if is_scripted(path) else read_state(path)
     if not state.keys() >= OPENAI_ENTRIES:
         return None
     return {key: value.float() for key, value in state.items() if key not in OPENAI_ENTRIES}

@@ -434,7 +434,7 @@ def _add_vokens(
     with torch.no_grad():
         for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
             scale = _mean_length(matrix[:first]) / _mean_length(rows) if scaled else 1.0
-            matrix[first : last + 1] = (rows * scale).to(matrix.dtype)
+            matrix[first : last + 1] = (rows.to(matrix.device) * scale).to(matrix.dtype)
     return first
 
 
