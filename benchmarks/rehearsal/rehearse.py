@@ -1,0 +1,322 @@
+"""One rehearsal of a data set: stand-ins, then every step of every recipe, and what became of each."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from tools.errors import BadInput
+from tools.files import read_json, write_json
+from tools.texts import printable
+
+from . import settings
+from .data import COLLECTIONS, Collection, some_rows, write_collection, write_rows
+from .features import write_features
+from .hub import once
+from .models import BLIP2, CLIP, LLAMA2, LLAMA3, SEED_LLAMA, SEED_WORDS, T5_BASE, T5_LARGE, Models, Sizes
+from .settings import ROOT, derived_file
+from .stages import Counts, Form, Step, plan
+from .usage import Usage, run_and_watch
+
+State = Literal["ran", "failed", "left out"]
+TWO_PROCESSES = "accelerate launch --cpu --num_processes 2 --num_machines 1 --main_process_port 0"
+ALIKE = 1e-3  # of two encodings of the same pictures, at most: mean difference over mean size
+
+
+class Row(NamedTuple):
+    """What became of a step."""
+
+    recipe: str
+    step: str
+    state: State
+    seconds: float | None
+    peak: float | None
+    """GiB."""
+    cut: str
+    reason: str = ""
+    """Why it failed, or was left out."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a rehearsal is: the full one, or the tests' own."""
+
+    sizes: Sizes = field(default_factory=Sizes)
+    counts: Counts = field(default_factory=Counts)
+    collections: dict[str, Collection] = field(default_factory=lambda: dict(COLLECTIONS))
+    kinds: int = 64
+    """Distinct pictures."""
+    more: tuple[str, ...] = ()
+    """Further lines of a data set's file: what the stand-ins' sizes ask for."""
+    most_seconds: float = 2400.0
+    """Of a step."""
+
+
+class Rehearsal:
+    """The folders of a rehearsal, and its steps."""
+
+    def __init__(self, folder: Path, dataset: str, scale: Scale, *, seed: int = 0) -> None:
+        if dataset not in scale.collections:
+            raise BadInput(f"{dataset} cannot be rehearsed: write {' or '.join(scale.collections)}")
+        self.folder, self.dataset, self.scale, self.seed = folder.resolve(), dataset, scale, seed
+        self.collection = scale.collections[dataset]
+        self.models = Models(self.folder / "models", scale.sizes, seed=seed)
+        self.published = f"scripts/datasets/{dataset}.sh"
+        self.rows: list[Row] = []
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results" / f"{self.dataset}.json"
+
+    @property
+    def total(self) -> tuple[int, int, int]:
+        """Pictures of train, val and test."""
+        splits = dict(self.collection.splits)
+        return splits["train"] + splits.get("restval", 0), splits["val"], splits["test"]
+
+    @property
+    def source(self) -> Path:
+        """The stand-in of the data as a user has it."""
+        return self.folder / "data" / self.dataset
+
+    def make_stand_ins(self) -> None:
+        """Data and models; those that are there are not made again."""
+        kinds = self.scale.kinds
+        what = (self.collection, self.seed, kinds)
+        once(self.source, what, lambda to: write_collection(to, self.collection, seed=self.seed, kinds=kinds))
+        t5 = T5_BASE if self.dataset == "flickr30k" else T5_LARGE
+        self.models.make([CLIP, t5, LLAMA2, LLAMA3, SEED_LLAMA, SEED_WORDS, BLIP2, "seed"])
+
+    def begin(self, recipe: str, *, first: str) -> None:
+        """Folders and settings of a recipe; what an earlier rehearsal of it left goes.
+
+        Args:
+            first: the recipe whose features and image tokens serve for all.
+        """
+        counts = self.scale.counts
+        for form, pictures in (("whole", self.total), ("cut", counts.pictures), ("two", counts.pictures)):
+            self._write_settings(form, pictures, recipe)  # type: ignore[arg-type]
+        self._write_settings("few", counts.few, recipe)
+        for form in ("whole", "cut", "two", "few"):
+            for room in ("RQ-VAE", "retriever", "reranker"):
+                shutil.rmtree(self._output(form, room, recipe), ignore_errors=True)
+        self._link("cut", recipe, "cut", first, "RQ-VAE", "03_prepare_emb")
+        self._link("cut", recipe, "cut", first, "reranker", "15_tokens")
+        for place in ("07_dataset", "08_pseudo_queries"):
+            self._link("two", recipe, "cut", recipe, "retriever", place)
+        self._link("two", recipe, "cut", recipe, "reranker", "15_tokens")
+        for name in (f"{form}/RQ-VAE/data/{self.dataset}" for form in ("whole", "cut", "few")):
+            if recipe == first:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def run(self, recipes: Sequence[str], *, two: bool, only: str = "", resume: bool = False) -> None:
+        """All steps of the recipes; what a step needs and does not get leaves it out.
+
+        Args:
+            two: on two processes too.
+            only: a word that the names of the steps to run have in them; the others' output must be there.
+            resume: steps that ran before are not run again.
+        """
+        before = (
+            {(row.recipe, row.step): row for row in self._earlier() if row.state == "ran"} if resume or only else {}
+        )
+        for recipe in recipes:
+            if not before:
+                self.begin(recipe, first=recipes[0])
+            arrays = settings.read_arrays(self.published, recipe)
+            stages = settings.read_stages(self.published, recipe)
+            first = recipe == recipes[0]
+            steps = plan(stages, arrays, self.scale.counts, first=first, two=two and first)
+            shared = {row.step for row in self.rows if row.state == "ran" and row.recipe == recipes[0]}
+            for step in steps:
+                done = before.get((recipe, step.name))
+                if done is not None and not (only and only in step.name):
+                    row = done
+                elif only and only not in step.name:
+                    continue
+                else:
+                    ran = {row.step for row in self.rows if row.recipe == recipe and row.state == "ran"}
+                    ran |= {name for name in shared if not any(name == each.name for each in steps)}
+                    row = self.run_step(step, recipe, ran)
+                self.rows.append(row)
+                self.save()
+
+    def run_step(self, step: Step, recipe: str, ran: set[str]) -> Row:
+        """Run one step, or say why not."""
+        missing = [name for name in step.needs if name not in ran]
+        cut = self.said_cut(step)
+        if missing:
+            return self._told(Row(recipe, step.name, "left out", None, None, cut, f"it needs {missing[0]}"))
+        print(f"{recipe}, {step.name} ...", flush=True)
+        log = self.folder / "logs" / f"{self.dataset}-{recipe}" / f"{step.name.replace(': ', '-')}.log"
+        usage = self._run(step, recipe, log)
+        reason = failure(usage, log) or self._difference(step, recipe)
+        row = Row(
+            recipe, step.name, "failed" if reason else "ran", round(usage.seconds, 1), round(usage.peak, 2), cut, reason
+        )
+        return self._told(row)
+
+    def _run(self, step: Step, recipe: str, log: Path) -> Usage:
+        if step.script == "05_train_rqvae":
+            self._features(recipe)
+        return run_and_watch(
+            self.command(step, recipe),
+            folder=ROOT,
+            environment=self.environment(step, recipe),
+            log=log,
+            most_seconds=self.scale.most_seconds,
+        )
+
+    def command(self, step: Step, recipe: str) -> list[str]:
+        """The command line of a step."""
+        if step.script == "llama3":
+            dataset = self._output("cut", "retriever", recipe) / "07_dataset"
+            return [sys.executable, "-m", "benchmarks.rehearsal.llama3", LLAMA3, str(dataset)]
+        return ["bash", f"scripts/{step.script}.sh", *step.flags, *self._ways(step, recipe)]
+
+    def _ways(self, step: Step, recipe: str) -> Iterator[str]:
+        """Flags of the steps on four pictures."""
+        if step.form != "few" or not step.note:
+            return
+        snapshot = self.models.snapshot(CLIP)
+        flags = {
+            "model by folder": ["--model", str(snapshot), "--pretrained", "None"],
+            "weights by file": ["--pretrained", str(snapshot / "open_clip_model.safetensors")],
+        }
+        yield from flags.get(step.note, [])
+        if step.script == "03_prepare_emb":
+            yield from ("--output", str(self._encoded(step.note, recipe)))
+
+    def _encoded(self, note: str, recipe: str) -> Path:
+        return self._output("few", "RQ-VAE", recipe) / note.replace(" ", "_")
+
+    def environment(self, step: Step, recipe: str) -> dict[str, str]:
+        """What a user would export; nothing is fetched, and W&B writes into the rehearsal's folder."""
+        notes = self.folder / "wandb"
+        notes.mkdir(parents=True, exist_ok=True)
+        here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {
+            **settings.clean_environment(),
+            "PATH": here,
+            "DATASET": str(self._file(step.form)),
+            "RECIPE": recipe,
+            "SYSTEM": step.system,
+            "HF_HOME": str(self.models.home),
+            "HF_HUB_OFFLINE": "1",
+            "SEED_WEIGHTS": str(self.models.seed_weights),
+            "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
+            "WANDB_DIR": str(notes),
+            **({"LAUNCH": TWO_PROCESSES} if step.launch else {}),
+        }
+
+    def said_cut(self, step: Step) -> str:
+        """What is smaller than in a real run."""
+        counts = self.scale.counts
+        pictures = {"whole": 0, "cut": sum(counts.pictures), "two": sum(counts.pictures), "few": sum(counts.few)}[
+            step.form
+        ]
+        words = [f"{pictures} of {sum(self.total):,} pictures"] if pictures else []
+        if step.script == "llama3":
+            words = ["2 layers, a forward pass and a search of 8 captions"]
+        words += [" ".join(step.flags)] if step.flags else []
+        return "; ".join(words) or "nothing"
+
+    def save(self) -> None:
+        """Write what is known so far."""
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.results, {"dataset": self.dataset, "rows": [row._asdict() for row in self.rows]})
+
+    def _earlier(self) -> list[Row]:
+        if not self.results.is_file():
+            raise BadInput(f"{self.results} is not there: leave --resume and --only out")
+        return [Row(**row) for row in read_json(self.results)["rows"]]
+
+    def _told(self, row: Row) -> Row:
+        peak = "" if row.peak is None else f" {row.seconds:.0f} s, {row.peak:.1f} GiB"
+        print(f"    {row.state}{peak} {printable(row.reason)}", flush=True)
+        return row
+
+    def _features(self, recipe: str) -> None:
+        """Features of all records, unless an earlier recipe has them."""
+        folder = self.folder / "whole" / "features" / self.dataset
+        encoded = self._output("cut", "RQ-VAE", recipe) / "03_prepare_emb"
+        captions = self.folder / "whole" / "RQ-VAE" / "data" / self.dataset / "01_prepare_captions"
+        what = (read_json(encoded / "manifest.json")["checksum"], read_json(captions / "manifest.json")["checksum"])
+        once(folder, what, lambda to: write_features(to, encoded=encoded, captions=captions, seed=self.seed))
+
+    def _difference(self, step: Step, recipe: str) -> str:
+        """How features differ from those of the model by its tag, where they should be alike; else nothing."""
+        if step.form != "few" or step.script != "03_prepare_emb" or step.note == "model by tag":
+            return ""
+        tag, other = (np.load(self._encoded(note, recipe) / "images.npy") for note in ("model by tag", step.note))
+        difference = float(np.abs(tag - other).mean() / np.abs(tag).mean())
+        return f"its features differ from the tag's by {difference:.1%}" if difference > ALIKE else ""
+
+    def _write_settings(self, form: Form, pictures: tuple[int, int, int], recipe: str) -> None:
+        """A form's file for DATASET, and its captions' file where it has some of the pictures."""
+        home = self.folder / form
+        source = self.source
+        if form != "whole":
+            source = home / "source" / self.dataset
+            source.mkdir(parents=True, exist_ok=True)
+            counts = dict(zip(("train", "val", "test"), pictures, strict=True))
+            rows = some_rows(self.source / self.collection.file, counts)
+            write_rows(source / self.collection.file, self.collection, rows)
+        whole = self.folder / "whole"
+        variables = {"RQVAE": f"{whole}/${{TOKENIZER#{home}/}}/05_train_rqvae"}
+        if form == "whole":
+            variables = {"FEATURES": str(whole / "features" / self.dataset)}
+        derived_file(
+            self._file(form),
+            of=self.published,
+            form=home,
+            source=source,
+            images=self.source / "images",
+            pictures=pictures,
+            variables=variables,
+            more=self.scale.more,
+        )
+
+    def _file(self, form: str) -> Path:
+        return self.folder / form / f"{self.dataset}.sh"
+
+    def _output(self, form: str, room: str, recipe: str) -> Path:
+        return self.folder / form / room / "output" / f"{self.dataset}-{recipe}"
+
+    def _link(self, form: str, recipe: str, to_form: str, to_recipe: str, room: str, name: str) -> None:
+        """Let a folder be another form's or recipe's."""
+        path, target = self._output(form, room, recipe) / name, self._output(to_form, room, to_recipe) / name
+        if path != target:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(target)
+
+
+def failure(usage: Usage, log: Path) -> str:
+    """Why a command failed, in one line; nothing when it did not."""
+    if usage.timed_out:
+        return f"it took longer than {usage.seconds:.0f} s"
+    if not usage.status:
+        return ""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("error:")]
+    return f"status {usage.status}: {(told or lines or ['no output'])[-1]} ({log})"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for a page of docs/."""
+    lines = ["| recipe | step | | seconds | peak GiB | cut |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        numbers = ["–" if value is None else f"{value:,}" for value in (row.seconds, row.peak)]
+        state = row.state + (f": {row.reason}" if row.reason else "")
+        lines.append(f"| {row.recipe} | {row.step} | {state} | {' | '.join(numbers)} | {row.cut} |")
+    return "\n".join(lines)
+
+
+def facts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows for the screen."""
+    return [{**row._asdict(), "seconds": row.seconds or 0.0, "peak": row.peak or 0.0} for row in rows]
