@@ -81,7 +81,8 @@ def main(config: Config) -> None:
     before = make_report(model, features, split="val")
     groups = [features.image_rows(split) for split in SPLITS] if config.resolve_collisions else None
     codes, latents = tokenize(model, features.images, groups=groups)
-    report: TokenizerReport = make_report(FixedCodes(model.cpu(), torch.from_numpy(codes)), features, split="val")
+    fixed = FixedCodes(model.cpu(), torch.from_numpy(codes))
+    report: TokenizerReport = make_report(fixed, features, split="val", raw=before.raw_recall)
     write_array(run.folder / "codes.npy", codes)
     write_array(run.folder / "latents.npy", latents)
     write_array(run.folder / "codebooks.npy", model.quantizer.codebooks.detach().numpy())

@@ -7,9 +7,10 @@ Command: python -m RQ-VAE.train --features DIR --output DIR
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ from tools import runs
 from tools.commands import run_command
 from tools.curves import Curves
 from tools.errors import BadInput
-from tools.features import Features, encoder_of, read_features
-from tools.files import write_json
+from tools.features import Features, Rows, encoder_of, read_features
+from tools.files import read_json_lines, write_json
 from tools.logs import Tracker, progress
 from tools.recall import CUTOFFS
 from tools.tokenizer_report import TokenizerReport, make_report
@@ -74,17 +75,26 @@ class Config:
     kmeans_start: bool = True
     """Start the codebooks from residual k-means over the train split."""
     kmeans_sample: int = 200_000
-    """Pictures that k-means sees at most, drawn at random; published: one batch."""
+    """Pictures that k-means sees at most, drawn at random."""
+    kmeans_first_batch: bool = False
+    """K-means sees the first batch alone, as the network in training sees it (dropout, statistics of the batch);
+    published: yes."""
     kmeans_iterations: int = 100
     """Iterations of k-means."""
     kmeans_balance: float = 0.05
     """Above 0: clusters of equal size, softer for larger values; published: 0."""
     revive_every: int = 10
     """Epochs between moves of unused codes onto data; 0: never."""
+    pairs: Literal["picture", "caption"] = "picture"
+    """What an epoch passes over: each picture once, with one of its captions, drawn anew; or each caption once, with
+    its picture. Published: caption, which is as many times more steps as a picture has captions."""
+    pseudo_queries: Path | None = None
+    """Run folder of retriever.generate_pseudo_query: with --pairs caption, train on these captions of pool pictures too
+    (transductive)."""
     epochs: int = 3000
-    """Passes over the train pictures."""
+    """Passes over the train pictures, or over their captions."""
     batch_size: int = 16384
-    """Pictures a batch."""
+    """Pairs of a picture and a caption a batch."""
     shuffle: bool = True
     """Other batches in each epoch; published: no."""
     optimizer: str = "adamw"
@@ -120,6 +130,8 @@ class Config:
             )
         if min(self.hidden, default=1) < 1:
             raise BadInput("--hidden takes widths of at least 1")
+        if self.pseudo_queries is not None and self.pairs != "caption":
+            raise BadInput("--pseudo-queries are pairs of their own: add --pairs caption")
         check_optimization(self)
 
     def model(self, features: int) -> RqVaeConfig:
@@ -141,27 +153,83 @@ class Config:
         )
 
 
-class TrainData:
-    """The train split in memory: a picture's feature and, for each epoch, one of its captions' features."""
+class PseudoPairs(NamedTuple):
+    """Pictures of the pool and what was written for them."""
 
-    def __init__(self, features: Features, device: torch.device) -> None:
-        self.features, self.rows = features, features.captioned_rows("train")
+    pictures: Rows
+    """(pairs,) rows of the features' pictures"""
+    texts: Tensor
+    """(pairs, features) on the device"""
+
+
+def read_pseudo_pairs(folder: Path, features: Features, device: torch.device) -> PseudoPairs:
+    """Read pseudo queries and encode them as the captions were.
+
+    Raises:
+        BadInput: the folder is not finished, or speaks of other pictures.
+    """
+    from models.clip import encode_texts, load_clip  # slow to load, and needed for nothing else here
+
+    manifest = runs.read_manifest(folder, "retriever.generate_pseudo_query")
+    if manifest.facts["captions_fingerprint"] != features.manifest.facts["captions_fingerprint"]:
+        raise BadInput(f"{folder} was made from other captions than {features.manifest.folder}: make it again")
+    row_of = {record.image: row for row, record in enumerate(features.records)}
+    lines = [line for _, line in read_json_lines(folder / "pseudo.jsonl")]
+    facts = features.manifest.facts
+    clip = load_clip(facts["model"], facts["pretrained"])
+    clip.model.text.to(device)
+    texts = encode_texts(clip, [line["query"] for line in lines], device)
+    return PseudoPairs(np.array([row_of[line["image"]] for line in lines], np.int64), texts)
+
+
+class TrainData:
+    """The train split on the device, and the batches of its pairs of a picture and a caption."""
+
+    def __init__(self, features: Features, config: Config, device: torch.device) -> None:
+        self.features, self.config, self.rows = features, config, features.captioned_rows("train")
         if len(self.rows) < 2:
             found = f"{len(self.rows)} train pictures with captions"
             raise BadInput(f"{features.manifest.folder} has {found}, needs at least 2")
         self.images = torch.from_numpy(features.images[self.rows].copy()).to(device)
         self.texts = torch.tensor(features.texts).to(device)
+        if config.pairs == "caption":
+            self.captions = features.text_rows("train")
+            self.pictures = np.searchsorted(self.rows, features.owners[self.captions])
+        if config.pseudo_queries is not None:
+            self._add_pseudo_queries(read_pseudo_pairs(config.pseudo_queries, features, device))
 
-    def batches(self, size: int, seed: int, epoch: int, *, shuffle: bool = True) -> list[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of (features, caption features), each (batch, features), for one epoch."""
-        generator = np.random.default_rng([seed, epoch])
-        order = generator.permutation(len(self.rows)) if shuffle else np.arange(len(self.rows))
-        captions = self.features.draw_captions(self.rows, generator)
-        count = max(1, len(order) // size)  # none smaller than `size`: batch norm needs company
-        return [
-            (self.images[torch.from_numpy(chosen)], self.texts[torch.from_numpy(captions[chosen])])
-            for chosen in np.array_split(order, count)
-        ]
+        for pictures, captions in self._chosen(epoch):
+            yield self.images[torch.from_numpy(pictures)], self.texts[torch.from_numpy(captions)]
+
+    def batch_count(self) -> int:
+        """Batches an epoch."""
+        return len(self._chosen(0))
+
+    def _chosen(self, epoch: int) -> list[tuple[Rows, Rows]]:
+        """Rows of `images` and of `texts` of each batch."""
+        generator, size = np.random.default_rng([self.config.seed, epoch]), self.config.batch_size
+        pairs = len(self.rows) if self.config.pairs == "picture" else len(self.captions)
+        order = generator.permutation(pairs) if self.config.shuffle else np.arange(pairs)
+        if self.config.pairs == "picture":
+            captions = self.features.draw_captions(self.rows, generator)
+            count = max(1, pairs // size)  # none smaller than `size`: batch norm needs company
+            return [(chosen, captions[chosen]) for chosen in np.array_split(order, count)]
+        cuts = list(range(size, pairs, size))  # as published: the last one is what is left
+        if cuts and pairs - cuts[-1] == 1:
+            cuts.pop()
+        return [(self.pictures[chosen], self.captions[chosen]) for chosen in np.split(order, cuts)]
+
+    def _add_pseudo_queries(self, pseudo: PseudoPairs) -> None:
+        """Put further pairs behind those of the train split; their pictures need not be of it."""
+        texts, images = len(self.texts), len(self.images)
+        device = self.images.device
+        self.images = torch.cat([self.images, torch.from_numpy(self.features.images[pseudo.pictures]).to(device)])
+        self.texts = torch.cat([self.texts, pseudo.texts])
+        more = np.arange(len(pseudo.pictures))
+        self.captions = np.concatenate([self.captions, texts + more])
+        self.pictures = np.concatenate([self.pictures, images + more])
 
 
 def score(report: TokenizerReport) -> float:
@@ -185,12 +253,28 @@ def revive(model: RqVae, data: TrainData, config: Config, epoch: int) -> int:
 
 
 def start_from_kmeans(model: RqVae, data: TrainData, config: Config) -> None:
-    """Start the codebooks from the train split, or from a large sample of it."""
-    print("residual k-means over the train split ...", flush=True)
-    sample = torch.randperm(len(data.images))[: config.kmeans_sample]
+    """Start the codebooks from the train split, from a large sample of it, or as published from the first batch."""
+    if config.kmeans_first_batch:
+        print("residual k-means over the first batch ...", flush=True)
+        sample, _ = next(data.batches(0))
+    else:
+        print("residual k-means over the train split ...", flush=True)
+        sample = data.images[torch.randperm(len(data.images))[: config.kmeans_sample]]
     model.start_from(
-        data.images[sample], iterations=config.kmeans_iterations, seed=config.seed, balance=config.kmeans_balance
+        sample,
+        iterations=config.kmeans_iterations,
+        seed=config.seed,
+        balance=config.kmeans_balance,
+        as_in_training=config.kmeans_first_batch,
     )
+
+
+def kmeans_pairs(features: Features, config: Config) -> int:
+    """How many vectors k-means starts from."""
+    if not config.kmeans_first_batch:
+        return min(len(features.captioned_rows("train")), config.kmeans_sample)
+    rows = features.text_rows("train") if config.pairs == "caption" else features.captioned_rows("train")
+    return min(len(rows), config.batch_size)
 
 
 def best_folder(run: runs.Run, best: dict[str, Any]) -> Path:
@@ -208,18 +292,23 @@ def save(run: runs.Run, best: dict[str, Any], state: dict[str, Any]) -> None:
 def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> dict[str, Any]:
     """Train, validate, keep the best; returns the best validation with its epoch. Resumes from its last state."""
     device = next(model.parameters()).device
-    data = TrainData(features, device)
-    optimizer = make_optimizer(config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay)
-    steps = config.epochs * len(data.batches(config.batch_size, config.seed, 0))
+    data = TrainData(features, config, device)
+    optimizer = make_optimizer(
+        config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda"
+    )
+    steps = config.epochs * data.batch_count()
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_share(step, steps=steps, warmup=config.warmup, decay="none")
     )
     tracker = Tracker(run.folder, job="train_rqvae", config=run.started["config"])
     best: dict[str, Any] = {}
     curves = Curves(config.epochs)
+    raw: dict[str, float] | None = None  # the features stay as they are: measured once
 
     def validate(epoch: int) -> None:
-        report = make_report(model, features, split="val")
+        nonlocal raw
+        report = make_report(model, features, split="val", raw=raw)
+        raw = report.raw_recall
         figures = {f"val/{name.removeprefix('val/')}": value for name, value in report.figures().items()}
         tracker.log(figures, step=epoch)
         curves.mark(epoch, figures)
@@ -243,7 +332,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> di
     bar = progress(range(start, config.epochs), "training RQ-VAE", total=config.epochs, unit="epoch", initial=start)
     for epoch in bar:
         model.train()
-        for images, captions in data.batches(config.batch_size, config.seed, epoch, shuffle=config.shuffle):
+        for images, captions in data.batches(epoch):
             losses = model.losses(images, captions)
             optimizer.zero_grad()
             losses.total(config.alignment_weight).backward()  # type: ignore[no-untyped-call]
@@ -268,14 +357,18 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> di
 
 def main(config: Config) -> None:
     features = read_features(config.features)
-    run = runs.begin("RQ-VAE.train", config, inputs={"features": config.features})
+    inputs = {"features": config.features}
+    if config.pseudo_queries is not None:
+        inputs["pseudo_queries"] = config.pseudo_queries
+    run = runs.begin("RQ-VAE.train", config, inputs=inputs)
     if run is None:
         return
     seed_everything(config.seed)
     model = RqVae(config.model(features.images.shape[1])).to(pick_device(config.device))
-    usable = min(len(features.captioned_rows("train")), config.kmeans_sample)
+    usable = kmeans_pairs(features, config)
     if config.kmeans_start and usable < config.codebook_size:
-        raise BadInput(f"--codebook-size {config.codebook_size} needs as many train pictures, there are {usable}")
+        what = "pairs in the first batch" if config.kmeans_first_batch else "train pictures"
+        raise BadInput(f"--codebook-size {config.codebook_size} needs as many {what}, there are {usable}")
     best = train(model, features, run, config)
     model = RqVae.from_pretrained(best_folder(run, best))
     model.save_pretrained(run.folder)
@@ -288,6 +381,7 @@ def main(config: Config) -> None:
             "levels": config.levels,
             "codebook_size": config.codebook_size,
             "shared": config.shared_codebook,
+            "setting": "inductive" if config.pseudo_queries is None else "transductive",
         },
         metrics={"best_epoch": best["epoch"], **report.figures()},
     )

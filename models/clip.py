@@ -32,6 +32,7 @@ CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 HF_CONFIG_NAME = "config.json"
 CONTEXT_LENGTH = 77  # tokens of a caption at most, as CLIP has it
+TEXT_BATCH = 256
 
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # of open_clip's text towers: code of their own is refused, not asked for
 
@@ -394,3 +395,16 @@ def _as_linear(projection: Tensor) -> nn.Linear:
 def _linear(head: nn.Module) -> nn.Linear:
     assert isinstance(head, nn.Linear), f"expected a linear head, found {type(head).__name__}"
     return head
+
+
+@torch.inference_mode()
+def encode_texts(clip: Clip, texts: Sequence[str], device: torch.device) -> Tensor:
+    """Features (texts, width) float32 on the device, computed in batches of similar length.
+
+    Args:
+        clip: its text tower lies on the device.
+    """
+    tokens = clip.tokenizer(list(texts))
+    order = torch.argsort(text_lengths(clip, tokens), stable=True)
+    batches = [encode_tokens(clip, trim_padding(clip, tokens[chosen]).to(device)) for chosen in order.split(TEXT_BATCH)]
+    return torch.cat(batches)[torch.argsort(order).to(device)]

@@ -1,6 +1,7 @@
 """Where and in which precision a model runs, and the state a training needs to go on after it was killed."""
 
 import contextlib
+import inspect
 import os
 import pickle
 import platform
@@ -120,9 +121,12 @@ def check_optimizer(name: str) -> None:
 
 
 def make_optimizer(
-    name: str, module: nn.Module, *, lr: float, weight_decay: float, **options: Any
+    name: str, module: nn.Module, *, lr: float, weight_decay: float, fused: bool = False, **options: Any
 ) -> torch.optim.Optimizer:
     """Any optimiser of torch.optim by name (case ignored); biases, norms and scalars get no weight decay.
+
+    Args:
+        fused: update all parameters in a few kernels, where the optimiser can.
 
     Raises:
         BadInput: torch has no optimiser of that name.
@@ -134,6 +138,8 @@ def make_optimizer(
         {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     make: Any = OPTIMIZERS[name.lower()]
+    if fused and "fused" in inspect.signature(make).parameters:
+        options["fused"] = True
     optimizer: torch.optim.Optimizer = make([group for group in groups if group["params"]], lr=lr, **options)
     return optimizer
 

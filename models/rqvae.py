@@ -4,6 +4,7 @@ Lee et al. 2022 (RQ-VAE) is the scheme; the second loss, semantic alignment with
 published addition of AVG (SIGIR 2025).
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,13 +147,17 @@ class RqVae(nn.Module):
         return torch.cat([self.decode(self.quantizer.decode(block)) for block in codes.split(BLOCK)])
 
     @torch.no_grad()
-    def start_from(self, features: Tensor, *, iterations: int, seed: int, balance: float = 0.0) -> None:
+    def start_from(
+        self, features: Tensor, *, iterations: int, seed: int, balance: float = 0.0, as_in_training: bool = False
+    ) -> None:
         """Start from data: centre and principal components for the skip path, residual k-means for the codebooks.
 
         Args:
             features: (pictures, features), the whole train split or a large sample of it.
             iterations: of k-means.
             balance: temperature of balanced k-means; 0 for the plain one.
+            as_in_training: the features are one batch, and k-means sees its latents as a training step would, with
+                dropout and the statistics of the batch. In eval mode an untrained encoder gives much shorter ones.
         """
         generator = torch.Generator().manual_seed(seed)
         prepared = self.prepare(features)
@@ -162,10 +167,13 @@ class RqVae(nn.Module):
             self.skip_in.weight.copy_(basis)
             self.skip_out.weight.copy_(basis.T)
         was_training = self.training
-        self.eval()
-        latents = torch.cat([self.encode(block) for block in prepared.split(BLOCK)])
+        if as_in_training:
+            latents = copy.deepcopy(self).train().encode(prepared)  # a copy: batch norm counts what it has seen
+        else:
+            self.eval()
+            latents = torch.cat([self.encode(block) for block in prepared.split(BLOCK)])
+            self.train(was_training)
         self.quantizer.start_from(latents, iterations=iterations, generator=generator, balance=balance)
-        self.train(was_training)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -37,12 +37,16 @@ from tools.errors import BadInput
 from tools.logs import Tracker, progress
 
 from .compute import Precision, load_state, make_optimizer, pick_device, pick_dtype, save_state, warmup_share
+from .norms import fuse_norms
 
 Decay = Literal["none", "linear", "cosine"]
 
 SAVE_EVERY_SECONDS = 30.0
 MOST_SAVING = 0.05  # share of the time that may go into saving: a large model is saved less often
+COMPILER = "inductor"  # of torch.compile
+STEPS_UNREAD = {"cuda": 20}  # between looks at the losses: each waits until the GPU has done what it was given
 SHARDED = "sharded"  # folders of DeepSpeed's own checkpoints
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
 
 
 class LoopConfig(Protocol):
@@ -84,6 +88,22 @@ class LoopConfig(Protocol):
     @property
     def device(self) -> str | None: ...
 
+    @property
+    def compile(self) -> bool: ...
+
+
+def check_launch(kind: DistributedType) -> None:
+    """Refuse ways of sharing a model that the loop would take for whole copies, and save in parts.
+
+    Raises:
+        BadInput: `accelerate launch` shares it by FSDP, Megatron or another way that is not known here.
+    """
+    if kind not in PLAIN:
+        raise BadInput(
+            f"accelerate launch was told to share the model by {kind.value}, which is not supported: write "
+            "--multi_gpu for whole copies, or --config_file scripts/accelerate/zero3.yaml for weights in parts"
+        )
+
 
 def check_batch_size(batch_size: int) -> None:
     """Whether every process gets a part of a batch.
@@ -96,6 +116,16 @@ def check_batch_size(batch_size: int) -> None:
             f"--batch-size {batch_size} counts the captions of all {processes.count()} processes: raise it to "
             f"{processes.count()} or more, and lower --accumulate as much"
         )
+
+
+class Step(NamedTuple):
+    """A step of the optimiser whose loss nobody has looked at yet."""
+
+    epoch: float
+    """Epochs so far, with their fraction."""
+    loss: Tensor
+    """Mean over the step's batches and this process's part of them; a scalar where the model is."""
+    lr: float
 
 
 class Part(NamedTuple):
@@ -163,13 +193,26 @@ class TrainingLoop(ABC):
         self.config, self.run = config, run
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.precision, self.device)
-        self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+        self.accelerator = Accelerator(
+            cpu=self.device.type == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are the same everywhere
+        )
+        check_launch(self.accelerator.distributed_type)
         self.sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.sharded and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
             raise BadInput("DeepSpeed does not train with --precision fp16: write bf16 or fp32")
         self.module = module.to(self.device)
+        if self.device.type == "cuda":
+            fuse_norms(self.module)
+        if config.compile and self.sharded:
+            raise BadInput("--compile is for whole models, DeepSpeed shares this one: leave one of the two out")
+        if config.compile:
+            self.module.compile(backend=COMPILER, dynamic=True)
         self.best: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
+        self.unread: list[Step] = []
+        self.read_every = STEPS_UNREAD.get(self.device.type, 1)
 
     def prepare(self, *, decay: Decay) -> None:
         """Make optimiser, schedule and `model`: the end of a stage's `__init__`, when `batches` can be asked.
@@ -180,7 +223,13 @@ class TrainingLoop(ABC):
         config = self.config
         self.steps = config.epochs * -(-len(self.batches(0)) // config.accumulate)
         self.curves = Curves(self.steps)
-        optimizer = make_optimizer(config.optimizer, self.module, lr=config.lr, weight_decay=config.weight_decay)
+        optimizer = make_optimizer(
+            config.optimizer,
+            self.module,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" and not self.sharded,
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_share(step, steps=self.steps, warmup=config.warmup, decay=decay)
         )
@@ -215,19 +264,23 @@ class TrainingLoop(ABC):
         label = f"epoch {self.epoch + 1}/{config.epochs}"
         bar = progress(batches[self.batch :], label, total=len(batches), initial=self.batch)
         self.module.train()
+        losses: list[Tensor] = []
         for batch in bar:
             torch.manual_seed(self._seed(1 + processes.number()))
             complete = (self.batch + 1) % config.accumulate == 0 or self.batch + 1 == len(batches)
-            loss = self._backward(part_of(batch), complete)
+            losses.append(self._backward(part_of(batch), complete))
             self.batch += 1
             if not complete:
                 continue
             self._step()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            self.curves.step(self.epoch + self.batch / len(batches), {"train/loss": loss})
-            tracker.log({"train/loss": loss, "train/lr": self.schedule.get_last_lr()[0], "epoch": self.epoch})
-            if self._save_is_due():
-                self.save()
+            mean = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+            rate = float(self.schedule.get_last_lr()[0])
+            self.unread.append(Step(self.epoch + self.batch / len(batches), mean, rate))
+            losses = []
+            if len(self.unread) == self.read_every or self.batch == len(batches):
+                bar.set_postfix(loss=f"{self._read_losses(tracker):.3f}", refresh=False)
+                if self._save_is_due():
+                    self.save()
         self.epoch, self.batch = self.epoch + 1, 0
 
     def fit(self, tracker: Tracker) -> None:
@@ -387,14 +440,26 @@ class TrainingLoop(ABC):
         model, prepared = self.accelerator.prepare(self.module, optimizer)
         return model, prepared
 
-    def _backward(self, part: Part, complete: bool) -> float:
-        """Add a part's gradients; when they are complete, processes share them. Returns the batch's mean loss."""
+    def _backward(self, part: Part, complete: bool) -> Tensor:
+        """Add a part's gradients; when they are complete, processes share them. Returns its share of the loss."""
         self.accelerator.sync_gradients = complete
         with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.model):
             loss = self.loss(part) * part.weight
             self.accelerator.backward(self.scaler.scale(loss / self.config.accumulate))
-        mean: Tensor = self.accelerator.reduce(loss.detach(), "mean")
-        return float(mean)
+        return loss.detach()
+
+    def _read_losses(self, tracker: Tracker) -> float:
+        """Wait for the steps that nobody has looked at, and put them on the curves; in every process.
+
+        Returns:
+            the last step's loss.
+        """
+        means: Tensor = self.accelerator.reduce(torch.stack([step.loss for step in self.unread]), "mean")
+        for step, loss in zip(self.unread, means.tolist(), strict=True):
+            self.curves.step(step.epoch, {"train/loss": loss})
+            tracker.log({"train/loss": loss, "train/lr": step.lr, "epoch": self.epoch})
+        self.unread = []
+        return float(means[-1])
 
     def _step(self) -> None:
         """One step of the optimiser."""

@@ -95,7 +95,10 @@ class VokenLM(nn.Module):
         prompt: the text around a causal model's query, with "{query}" in it; empty for the others.
         frozen_encoder: the encoder keeps its weights; its states may be computed once.
         adapted: the peft model around `model`, whose layers hold the adapters, while LoRA trains; else None.
+        level_starts: token id of code 0 at each level; `level_offsets` is the same as a tensor (levels,) on the device.
     """
+
+    level_offsets: Tensor
 
     def __init__(
         self,
@@ -119,6 +122,8 @@ class VokenLM(nn.Module):
         self.kind, self.space = kind, space
         self.first_voken, self.start, self.end = first_voken, start, end
         self.max_source, self.frozen_encoder, self.prompt = max_source, frozen_encoder, prompt
+        self.level_starts = [first_voken + int(row) for row in space.rows(np.zeros(space.levels, dtype=np.int64))]
+        self.register_buffer("level_offsets", torch.tensor(self.level_starts), persistent=False)
         if frozen_encoder:
             self.model.get_encoder().requires_grad_(False)
 
@@ -162,10 +167,10 @@ class VokenLM(nn.Module):
         closing: list[int] = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         return [opening + query + closing for query in queries["input_ids"]]
 
-    def pad(self, token_ids: Sequence[Sequence[int]]) -> Tokens:
-        """A batch of texts, padded to the longest, on the model's device."""
+    def pad(self, token_ids: Sequence[Sequence[int]], *, multiple: int = 1) -> Tokens:
+        """A batch of texts, padded to the longest or to the next `multiple` of tokens, on the model's device."""
         lengths = torch.tensor([len(ids) for ids in token_ids])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        mask = torch.arange(-(-int(lengths.max()) // multiple) * multiple) < lengths[:, None]
         padded = torch.full(mask.shape, self.padding, dtype=torch.long)
         padded[mask] = torch.tensor([token for ids in token_ids for token in ids])
         return Tokens(padded.to(self.device), mask.long().to(self.device))
@@ -194,11 +199,6 @@ class VokenLM(nn.Module):
     def token_ids(self, codes: Tensor) -> Tensor:
         """Codes (batch, levels) to decoder token ids (batch, levels)."""
         return codes + self.level_offsets.to(codes.device)
-
-    @property
-    def level_offsets(self) -> Tensor:
-        """(levels,) token id of code 0 at each level."""
-        return torch.from_numpy(self.space.rows(np.zeros(self.space.levels, dtype=np.int64))) + self.first_voken
 
     def forward(self, texts: Tokens | Memory, codes: Tensor) -> Tensor:
         """Logits (batch * written, levels + 1, vocabulary) at each position when `codes` are written.
@@ -306,7 +306,7 @@ def build_seq2seq(
         tokenizer,
         kind="seq2seq",
         space=space,
-        first_voken=_add_vokens(name, model, tokenizer, space, codebooks),
+        first_voken=_add_vokens(name, model, tokenizer, space, codebooks, scaled=False),
         start=int(config.decoder_start_token_id),
         end=int(config.eos_token_id),
         max_source=max_source,
@@ -349,7 +349,7 @@ def build_causal(
         raise BadInput(f"the tokenizer of {name} has no end token: set its eos_token")
     longest = len(tokenizer(prompt)["input_ids"]) + max_source + space.levels
     refuse_unsearchable(name, model.config.get_text_config(), longest)
-    first_voken = _add_vokens(name, model, tokenizer, space, codebooks)
+    first_voken = _add_vokens(name, model, tokenizer, space, codebooks, scaled=True)
     adapted = None if lora is None else _adapt(name, model, lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -413,8 +413,15 @@ def refuse_unsearchable(name: str, config: Any, longest: int) -> None:
     raise BadInput(f"--language-model {name} ({config.model_type}) {reason}")
 
 
-def _add_vokens(name: str, model: Any, tokenizer: Any, space: VokenSpace, codebooks: NDArray[np.float32]) -> int:
-    """Add the voken tokens to a pretrained model and its tokenizer, in place; returns the first one's id."""
+def _add_vokens(
+    name: str, model: Any, tokenizer: Any, space: VokenSpace, codebooks: NDArray[np.float32], *, scaled: bool
+) -> int:
+    """Add the voken tokens to a pretrained model and its tokenizer, in place; returns the first one's id.
+
+    Args:
+        scaled: the vokens' rows get the mean length of the other rows of their matrix. Those of LLaMA are short, and
+            codebooks as they are would begin with logits so large that the loss is 15 times that of a guess.
+    """
     codebooks = widened(codebooks, model.get_input_embeddings().embedding_dim, name)
     tokenizer.add_tokens(space.tokens)
     first = int(tokenizer.convert_tokens_to_ids(space.tokens[0]))
@@ -423,8 +430,17 @@ def _add_vokens(name: str, model: Any, tokenizer: Any, space: VokenSpace, codebo
         raise BadInput(f"the tokenizer of {name} already has some vokens: their ids {first} to {last} are not in a row")
     if last >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(last + 1, mean_resizing=False)  # the new rows are set below
-    set_rows([model.get_input_embeddings().weight, model.get_output_embeddings().weight], first, codebooks)
+    rows = torch.from_numpy(np.ascontiguousarray(codebooks.reshape(-1, codebooks.shape[-1])))
+    with torch.no_grad():
+        for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            scale = _mean_length(matrix[:first]) / _mean_length(rows) if scaled else 1.0
+            matrix[first : last + 1] = (rows * scale).to(matrix.dtype)
     return first
+
+
+def _mean_length(rows: Tensor) -> Tensor:
+    """Mean Euclidean norm of rows (rows, width), a scalar."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).mean()
 
 
 def build_encoder_decoder(

@@ -114,6 +114,9 @@ class Config:
     """Pictures of each of their lists."""
     precision: Precision = "auto"
     """Arithmetic of the forward passes; weights that are trained are kept in fp32."""
+    compile: bool = False
+    """Compile the model (torch.compile), which takes minutes once, and a third of the kernels a step from then on; it
+    needs a C++ compiler, and Triton on a GPU."""
     seed: int = 0
     """Seed of weights, batches and drawn pictures."""
     device: str | None = None

@@ -10,7 +10,7 @@ import numpy as np
 from tools.features import Floats, Rows, normalized
 from tools.runs import Manifest
 
-from .data import Queries, RetrieverData
+from .data import Queries
 
 COMPARE_BLOCK = 256  # pictures that are compared with the train pictures at a time
 
@@ -18,7 +18,10 @@ COMPARE_BLOCK = 256  # pictures that are compared with the train pictures at a t
 class Pool(NamedTuple):
     """What may be read: all pictures, and of the captions those of train alone."""
 
-    data: RetrieverData
+    ids: list[str]
+    """Of all pictures."""
+    every_file: list[Path]
+    """Of all pictures."""
     chosen: Rows
     """Pool rows of the pictures that get pseudo queries."""
     train: Queries
@@ -31,7 +34,7 @@ class Pool(NamedTuple):
     @property
     def files(self) -> list[Path]:
         """Picture files of the chosen rows."""
-        return [self.data.image_folder / self.data.files[row] for row in self.chosen]
+        return [self.every_file[row] for row in self.chosen]
 
 
 class Candidates(NamedTuple):

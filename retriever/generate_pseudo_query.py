@@ -1,6 +1,7 @@
 """Write pseudo queries: captions for pictures of the pool, made without their own captions, to train on.
 
-In:  a `retriever.prepare` folder and the features it was made from; captions of train pictures alone are read.
+In:  a `retriever.prepare` folder and the features it was made from, or these features alone, before there are codes;
+     of the captions those of train pictures alone are used.
 Out: `<output>/pseudo.jsonl` (retriever/pseudo_queries.py), grouped by picture, the best first; answers are kept as they
      come: a killed run goes on where it was.
 Command: python -m retriever.generate_pseudo_query --dataset DIR --source nearest --output DIR
@@ -23,16 +24,16 @@ from PIL import Image
 from models.compute import Precision, pick_device, pick_dtype
 from tools import processes, runs
 from tools.blocks import Blocks
-from tools.captions import Split, portable
+from tools.captions import Split, read_captions
 from tools.commands import run_command
 from tools.errors import BadInput
-from tools.features import IMAGES, TEXTS, Floats, normalized
+from tools.features import IMAGES, TEXTS, Floats, Rows, normalized, read_features
 from tools.files import read_array, read_json, write_json, write_json_lines
 from tools.logs import progress
 from tools.pictures import open_picture
 
 from .candidates import Candidates, Pool, TrainCaptions
-from .data import read_data
+from .data import Queries, read_data
 from .endpoint import Endpoint, Request, ask_all, make_prompt
 from .pseudo_queries import FILE_NAME
 
@@ -56,13 +57,15 @@ BELONGS_TO: dict[str, tuple[Source, ...]] = {
 class Config:
     """Which pictures get pseudo queries, who writes them, and which are kept."""
 
-    dataset: Path
-    """Run folder of retriever.prepare."""
     output: Path
     """Run folder to write."""
     source: Source
     """nearest: captions of similar train pictures; model: an image-to-text model; endpoint: a model behind an
     OpenAI-compatible address."""
+    dataset: Path | None = None
+    """Run folder of retriever.prepare."""
+    features: Path | None = None
+    """Feature folder, in place of --dataset: a tokenizer can then be trained on the pseudo queries, as published."""
     splits: tuple[Split, ...] = ("val", "test")
     """Whose pictures get pseudo queries."""
     per_picture: int = 5
@@ -112,6 +115,8 @@ class Config:
     """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
+        if (self.dataset is None) == (self.features is None):
+            raise BadInput("give --dataset, or --features in its place")
         for field in fields(self):
             sources = BELONGS_TO.get(field.name, (self.source,))
             if self.source not in sources and getattr(self, field.name) != field.default:
@@ -158,11 +163,23 @@ def flag(name: str) -> str:
 
 
 def read_pool(config: Config) -> Pool:
-    """Read the dataset, its train captions, and the features.
+    """Read pictures, train captions and features.
 
     Raises:
         BadInput: a folder is not finished, they do not fit together, or there is nothing to do or to learn from.
     """
+    pool = pool_of_dataset(config) if config.dataset is not None else pool_of_features(config)
+    folder = config.dataset or config.features
+    if not len(pool.chosen):
+        raise BadInput(f"{folder} has no pictures in --splits {' '.join(config.splits)}")
+    if not pool.train.texts and config.source == "nearest":
+        raise BadInput(f"{folder} has no train captions, --source nearest lives on them: take another --source")
+    return pool
+
+
+def pool_of_dataset(config: Config) -> Pool:
+    """What a dataset and its features hold; files with captions of val and test are not opened."""
+    assert config.dataset is not None
     data = read_data(config.dataset)
     features = runs.read_manifest(Path(data.manifest.facts["features"]), "RQ-VAE.prepare_emb", "RQ-VAE.train_heads")
     if data.manifest.facts.get("captions_fingerprint") != features.facts["captions_fingerprint"]:
@@ -170,14 +187,28 @@ def read_pool(config: Config) -> Pool:
             f"{data.folder} and {features.folder} were made from other captions, or the first by an earlier version: "
             "run scripts/07_prepare_retriever_dataset.sh --overwrite"
         )
-    chosen = np.array([row for row, split in enumerate(data.splits) if split in config.splits], dtype=np.int64)
-    if not len(chosen):
-        raise BadInput(f"{data.folder} has no pictures in --splits {' '.join(config.splits)}")
-    train = data.queries("train")
-    if not train.texts and config.source == "nearest":
-        raise BadInput(f"{data.folder} has no train captions, --source nearest lives on them: take another --source")
     images, texts = (read_array(features.folder / name) for name in (IMAGES, TEXTS))
-    return Pool(data, chosen, train, images, texts, features)
+    files = [data.image_folder / file for file in data.files]
+    return Pool(data.images, files, chosen_rows(data.splits, config), data.queries("train"), images, texts, features)
+
+
+def pool_of_features(config: Config) -> Pool:
+    """What a feature folder and the captions that it was made from hold."""
+    assert config.features is not None
+    features = read_features(config.features)
+    captions, records = read_captions(Path(features.manifest.facts["captions"])), features.records
+    rows = features.text_rows("train")
+    texts = [text for record in records for text in record.captions]
+    train = Queries([texts[row] for row in rows], features.owners[rows], rows)
+    chosen = chosen_rows([record.split for record in records], config)
+    files = [captions.images / record.file for record in records]
+    ids = [record.image for record in records]
+    return Pool(ids, files, chosen, train, features.images, features.texts, features.manifest)
+
+
+def chosen_rows(splits: list[Split], config: Config) -> Rows:
+    """Rows of the pictures that get pseudo queries."""
+    return np.array([row for row, split in enumerate(splits) if split in config.splits], dtype=np.int64)
 
 
 def make_requests(pool: Pool, config: Config) -> list[Request]:
@@ -185,7 +216,7 @@ def make_requests(pool: Pool, config: Config) -> list[Request]:
     train = TrainCaptions(pool)
     styles = ([text for row in near.tolist() for text in train.texts(row)] for near in train.nearest(pool.chosen, 1))
     return [
-        Request(pool.data.images[row], file, make_prompt(config.candidates, style))
+        Request(pool.ids[row], file, make_prompt(config.candidates, style))
         for row, file, style in zip(pool.chosen, pool.files, styles, strict=True)
     ]
 
@@ -287,7 +318,7 @@ def select_all(run: runs.Run, pool: Pool, config: Config) -> list[dict[str, Any]
         block = slice(number * SELECT_BLOCK, (number + 1) * SELECT_BLOCK)
         rows = [
             {
-                "image": pool.data.images[row],
+                "image": pool.ids[row],
                 "candidates": len(candidates.texts),
                 "kept": select(candidates, pool.images[row], config),
             }
@@ -326,7 +357,9 @@ def main(config: Config) -> None:
     if config.dry_run:
         announce(pool, config)
         return
-    inputs = {"dataset": config.dataset, "features": pool.features.folder}
+    inputs = {"features": pool.features.folder}
+    if config.dataset is not None:
+        inputs["dataset"] = config.dataset
     if config.captioner is not None and Path(config.captioner).is_dir():
         inputs["captioner"] = Path(config.captioner)
     run = runs.begin("retriever.generate_pseudo_query", config, inputs=inputs)
@@ -347,9 +380,7 @@ def main(config: Config) -> None:
         facts={
             "source": config.source,
             "splits": list(config.splits),
-            "dataset": portable(config.dataset),
-            "codebooks": pool.data.codebooks_hash,
-            "captions_fingerprint": pool.data.manifest.facts["captions_fingerprint"],
+            "captions_fingerprint": pool.features.facts["captions_fingerprint"],
             "pictures": found["pictures"],
             "queries": found["queries"],
         },

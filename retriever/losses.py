@@ -56,10 +56,9 @@ def generative_loss(logits: Tensor, targets: Targets, lm: VokenLM, *, temperatur
         ids = lm.token_ids(targets.codes).unsqueeze(2)
         losses = -log_probabilities[:, :levels].gather(2, ids).squeeze(2)
     else:
-        starts = lm.level_offsets.tolist()
         size = targets.shares.shape[2]
         own = torch.stack(
-            [log_probabilities[:, level, start : start + size] for level, start in enumerate(starts)], dim=1
+            [log_probabilities[:, level, start : start + size] for level, start in enumerate(lm.level_starts)], dim=1
         )
         losses = -(targets.shares * own).sum(dim=2)
     if end:

@@ -70,9 +70,9 @@ def main(config: Config) -> None:
     write_json_lines(run.folder / POOL, rows)
     counts = {split: write_json_lines(run.folder / f"{split}.jsonl", pairs(captions, split)) for split in SPLITS}
     kept = ("levels", "codebook_size", "shared", "width", "features", "captions_fingerprint")
-    facts = {key: manifest.facts[key] for key in kept}
+    facts = {key: manifest.facts[key] for key in kept} | {"setting": manifest.facts.get("setting", "inductive")}
     overlap = shared_queries(captions)
-    run.finish(facts={**facts, "images": portable(captions.images), "queries": counts, "setting": "inductive"})
+    run.finish(facts={**facts, "images": portable(captions.images), "queries": counts})
     print(table([{"split": split, "queries": counts[split]} for split in SPLITS]))
     print(f"{overlap} captions of val or test also stand, word for word, under a train picture")
 

@@ -3,16 +3,13 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
-from models.clip import encode_tokens, load_clip, text_lengths, trim_padding
+from models.clip import encode_texts, load_clip
 from models.compute import Precision, pick_device, pick_dtype
 from tools.features import Floats
 from tools.runs import Manifest
 
 from .candidates import Candidates
-
-TEXT_BATCH = 256
 
 
 class TextTower:
@@ -34,11 +31,4 @@ class TextTower:
         """Features (texts, width), computed in batches of similar length."""
         if not texts:
             return np.zeros((0, 0), np.float32)
-        tokens = self.clip.tokenizer(texts)
-        order = torch.argsort(text_lengths(self.clip, tokens), stable=True)
-        with torch.inference_mode():
-            batches = [
-                encode_tokens(self.clip, trim_padding(self.clip, tokens[chosen]).to(self.device)).cpu()
-                for chosen in order.split(TEXT_BATCH)
-            ]
-        return torch.cat(batches)[torch.argsort(order)].numpy()
+        return encode_texts(self.clip, texts, self.device).cpu().numpy()

@@ -73,6 +73,9 @@ class TrainingConfig:
     """Captions of val that are searched, at most."""
     precision: Precision = "auto"
     """Arithmetic of the forward passes; weights are kept in fp32."""
+    compile: bool = False
+    """Compile the model (torch.compile), which takes minutes once, and a third of the kernels a step from then on; it
+    needs a C++ compiler, and Triton on a GPU."""
     seed: int = 0
     """Seed of weights, batches and drawn codes."""
     device: str | None = None
@@ -132,8 +135,8 @@ class Training(TrainingLoop):
         self.train_split = self._encodable(self.pairs.some(self.read), "train")
         self.val_split = self._encodable(self._val_pairs(), "val")
         self.codes = torch.tensor(data.codes)
-        self.latents = torch.from_numpy(np.array(data.latents))
-        self.codebooks = torch.from_numpy(np.array(data.codebooks))
+        self.latents = torch.from_numpy(np.array(data.latents)).to(self.device)
+        self.codebooks = torch.from_numpy(np.array(data.codebooks)).to(self.device)
         self.label_scale = float((self.latents[data.rows("train")] ** 2).sum(dim=1).mean()) * config.label_temperature
         self.prepare(decay="linear")
 
@@ -147,14 +150,14 @@ class Training(TrainingLoop):
     def targets(self, part: Part) -> Targets:
         """What the model should write for a part of a batch, drawn for the whole batch in every process."""
         pictures = torch.from_numpy(self.train_split.pictures[part.batch])
-        if self.config.label_temperature == 0:
-            targets = Targets(self.codes[pictures], None)
-        else:
-            generator = torch.Generator().manual_seed(self._seed(0))
-            levels = self.data.space.levels
-            targets = soft_targets(self.latents[pictures], self.codebooks, levels, self.label_scale, generator)
         own = torch.from_numpy(part.own)
-        return Targets(*(None if each is None else each[own].to(self.device) for each in targets))  # type: ignore[arg-type]
+        if self.config.label_temperature == 0:
+            return Targets(self.codes[pictures[own]].to(self.device), None)
+        generator = torch.Generator(self.device).manual_seed(self._seed(0))
+        latents, levels = self.latents[pictures.to(self.device)], self.data.space.levels
+        codes, shares = soft_targets(latents, self.codebooks, levels, self.label_scale, generator)
+        own = own.to(self.device)
+        return Targets(codes[own], None if shares is None else shares[own])
 
     def loss(self, part: Part) -> Tensor:
         """Mean loss over a part of a batch of train captions."""

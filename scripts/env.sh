@@ -94,9 +94,9 @@ if [ ! -f "$DATASET_FILE" ]; then
 fi
 source "$DATASET_FILE"
 case "$DATASET_FILE:${RECIPE:-better}" in
-*:better | *:faithful) ;;
+*:better | *:faithful | *:large-batch) ;;
 scripts/datasets/*)
-    echo "error: RECIPE=$RECIPE: write better or faithful$(nearest "$RECIPE" better faithful)" >&2
+    echo "error: RECIPE=$RECIPE: write better, faithful or large-batch$(nearest "$RECIPE" better faithful large-batch)" >&2
     exit 2
     ;;
 esac
@@ -105,6 +105,7 @@ TOKENIZER="${TOKENIZER:-RQ-VAE/output/$DATASET_NAME}" RETRIEVER="${RETRIEVER:-re
 RERANKER="${RERANKER:-reranker/output/$DATASET_NAME}"
 RQVAE="${RQVAE:-$TOKENIZER/05_train_rqvae}" CODES="$TOKENIZER/06_generate_codes" SUMMARY="$RETRIEVER/summary.json"
 PSEUDO_FOLDER="$RETRIEVER/08_pseudo_queries"
+if [ -z "${PSEUDO_FROM:-}" ]; then PSEUDO_FROM=(--dataset "$RETRIEVER/07_dataset"); fi # or features: before there are codes
 if [ -n "${ABLATION:-}" ]; then # stages from the tokenizer on write into a folder of their own
     SUMMARY="$RETRIEVER/ablations/summary.json"
     RETRIEVER="$RETRIEVER/ablations/$ABLATION"

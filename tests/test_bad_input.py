@@ -495,7 +495,7 @@ def test_what_the_parser_finds_is_named(
         ({"SYSTEM": "retriever+psuedo"}, "llama or llama+pseudo; did you mean retriever+pseudo?\n"),
         (
             {"DATASET": "flickr30k", "RECIPE": "fathful"},
-            "error: RECIPE=fathful: write better or faithful; did you mean faithful?\n",
+            "error: RECIPE=fathful: write better, faithful or large-batch; did you mean faithful?\n",
         ),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",

@@ -62,8 +62,10 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("folder", {"PICTURES": "."}),
         ("flickr30k", {}),
         ("flickr30k", {"RECIPE": "faithful"}),
+        ("flickr30k", {"RECIPE": "large-batch"}),
         ("mscoco", {}),
         ("mscoco", {"RECIPE": "faithful"}),
+        ("mscoco", {"RECIPE": "large-batch"}),
     ],
 )
 @pytest.mark.parametrize("array", REQUIRED)
@@ -80,7 +82,8 @@ def test_the_faithful_recipe_is_the_published_one() -> None:
     rqvae = tyro.cli(rqvae_train.Config, args=["--features", "x", "--output", "y", *flags["TRAIN_RQVAE"]])
     assert (rqvae.shared_codebook, rqvae.codebook_size, rqvae.levels, rqvae.width) == (True, 1024, 4, 768)
     assert (rqvae.alignment, rqvae.align_at, rqvae.normalize, rqvae.skip) == ("mse", "after", False, False)
-    assert (rqvae.shuffle, rqvae.kmeans_sample, rqvae.sinkhorn_temperature > 0) == (False, 16384, True)
+    assert (rqvae.shuffle, rqvae.kmeans_first_batch, rqvae.sinkhorn_temperature > 0) == (False, True, True)
+    assert (rqvae.pairs, rqvae.pseudo_queries is None, rqvae.kmeans_balance) == ("caption", False, 0.0)
     assert (rqvae.lr, rqvae.batch_size, rqvae.epochs, rqvae.hidden) == (1e-4, 16384, 3000, (1024, 512))
     model = tyro.cli(train.Config, args=["--dataset", "x", "--output", "y", *flags["TRAIN_RETRIEVER"]])
     assert (model.language_model, model.epochs, model.lr, model.batch_size) == ("t5-base", 100, 1e-3, 128)
@@ -92,7 +95,7 @@ def test_the_faithful_recipe_is_the_published_one() -> None:
     assert (stage2.discriminative, stage2.discriminative_weight, stage2.negatives) == ("double-softmax", 0.5, 9)
     assert (stage2.epochs, stage2.lr, stage2.spare_same_words, stage2.mix) == (5, 1e-4, False, ())
     llama = tyro.cli(train.Config, args=["--dataset", "x", "--output", "y", *flags["FINETUNE_LLAMA"]])
-    assert (llama.kind, llama.epochs, llama.lr, llama.batch_size, llama.accumulate) == ("causal", 10, 3e-4, 1, 16)
+    assert (llama.kind, llama.epochs, llama.lr, llama.batch_size, llama.accumulate) == ("causal", 10, 3e-4, 16, 1)
     assert llama.lora == voken_lm.Lora(8, 16.0, 0.1, ())
     assert (llama.temperature, llama.label_temperature) == (1.0, 0.0)
 
@@ -104,13 +107,53 @@ def test_the_faithful_reranker_is_the_published_one() -> None:
     )
     assert model.lora == Lora(16, 32.0, 0.05, LORA_TARGETS, TRAINED_WHOLE)
     assert (model.language_model, model.lr, model.epochs) == ("AILab-CVC/seed-llama-8b-sft", 3e-5, 3)
-    assert (model.batch_size, model.accumulate, model.weight_decay, model.warmup) == (1, 16, 0.0, 0.1)
+    assert (model.batch_size * model.accumulate, model.weight_decay, model.warmup) == (16, 0.0, 0.1)
     assert (model.negatives, model.random_negatives, model.easing, model.by_picture) == (7, 0, 0.0, False)
     assert (model.compat, model.max_length, model.spare_same_words, model.top_k) == (True, 64, False, 50)
     lists = tyro.cli(rank_splits.Config, args=["--dataset", "x", "--retriever", "x", "--output", "y", *flags["RANK"]])
     assert (lists.train_beams, lists.beams, lists.score_end, lists.train_per_picture) == (100, 50, True, None)
     tokens = tyro.cli(convert.Config, args=["--captions", "x", "--output", "y", *flags["CONVERT"]])
     assert (tokens.tokenizer, tokens.interpolation) == ("seed", "bilinear")
+
+
+@pytest.mark.parametrize(("dataset", "captions", "pseudo", "updates"), [
+    ("flickr30k", 145_000, 5_000, 10 * 3000), ("mscoco", 566_747, 25_000, 289 * 5000),
+])  # fmt: skip
+def test_the_faithful_tokenizer_is_updated_as_often_as_the_published_one(
+    dataset: str, captions: int, pseudo: int, updates: int
+) -> None:
+    """A row a caption of a train picture and a row a pseudo query of a test picture, cut as a loader cuts them."""
+    flags = settings(dataset, "TRAIN_RQVAE", RECIPE="faithful")
+    config = tyro.cli(rqvae_train.Config, args=["--features", "x", "--output", "y", *flags])
+    assert config.epochs * -(-(captions + pseudo) // config.batch_size) == updates
+
+
+@pytest.mark.parametrize("dataset", ["flickr30k", "mscoco"])
+@pytest.mark.parametrize("recipe", ["better", "faithful", "large-batch"])
+def test_every_batch_has_a_part_for_each_of_eight_processes(dataset: str, recipe: str) -> None:
+    for array, config_type, needed in (
+        ("TRAIN_RETRIEVER", train.Config, ("--dataset", "x")),
+        ("TRAIN_STAGE2", train_stage2.Config, ("--dataset", "x", "--stage1", "x")),
+        ("FINETUNE_LLAMA", train.Config, ("--dataset", "x")),
+        ("TRAIN_RERANKER", train_reranker.Config, ("--lists", "x", "--tokens", "x")),
+    ):
+        flags = settings(dataset, array, RECIPE=recipe)
+        config: Any = tyro.cli(config_type, args=[*needed, "--output", "y", *flags])
+        assert config.batch_size % 8 == 0, array
+
+
+def test_eight_gpus_get_batches_eight_times_as_large() -> None:
+    """With the rate times the square root, as is the rule for Adam (Malladi et al. 2022)."""
+    for array in ("TRAIN_RETRIEVER", "TRAIN_STAGE2", "FINETUNE_LLAMA", "TRAIN_RERANKER"):
+        one, eight = (settings("flickr30k", array, RECIPE=recipe) for recipe in ("better", "large-batch"))
+        for name, factor in (("--batch-size", 8.0), ("--lr", 8**0.5)):
+            small, large = (float(last_of(flags, name)) for flags in (one, eight))
+            assert large / small == pytest.approx(factor, rel=0.02), (array, name)
+
+
+def last_of(flags: list[str], name: str) -> str:
+    """The value that counts where an option is given twice."""
+    return flags[len(flags) - flags[::-1].index(name)]
 
 
 def test_an_unknown_dataset_is_one_clear_line() -> None:
@@ -199,10 +242,11 @@ def test_a_script_refuses_what_it_does_not_make(script: str, environment: dict[s
 
 
 @pytest.mark.parametrize("dataset", ["emoji", "flickr30k", "mscoco"])
-def test_stages_are_scripts_in_an_order_that_works(dataset: str) -> None:
+@pytest.mark.parametrize("recipe", ["better", "faithful"])
+def test_stages_are_scripts_in_an_order_that_works(dataset: str, recipe: str) -> None:
     """A search comes after the training it searches with, a test after its search."""
     done: set[tuple[str, str]] = set()
-    for item in " ".join(settings(dataset, "STAGES")).split():
+    for item in " ".join(settings(dataset, "STAGES", RECIPE=recipe)).split():
         script, _, system = item.partition("@")
         assert (ROOT / "scripts" / f"{script}.sh").is_file()
         system = system or "retriever"
@@ -212,6 +256,7 @@ def test_stages_are_scripts_in_an_order_that_works(dataset: str) -> None:
         if script == "13_test_retriever":
             assert ("12_retrieve", system) in done
         if script == "10_train_retriever_t5_stage2":
+            assert ("08_generate_pseudo_query", "retriever") in done
             assert ("09_train_retriever_t5", system.replace("+stage2", "+pseudo")) in done
         if script in ("17_finetune_reranker_llama", "18_test_reranker_llama"):
             assert {("16_prepare_reranker_dataset", system), ("15_convert_voken_to_seed", "retriever")} <= done

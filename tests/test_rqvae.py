@@ -98,6 +98,8 @@ def test_optimizers_by_name() -> None:
     model = RqVae(CONFIG)
     for name in ("adamw", "Adagrad", "SGD", "RMSprop", "NAdam"):
         assert type(make_optimizer(name, model, lr=0.1, weight_decay=0.0)).__name__.lower() == name.lower()
+        make_optimizer(name, model, lr=0.1, weight_decay=0.0, fused=True)  # also where there is no such form
+    assert make_optimizer("adamw", model, lr=0.1, weight_decay=0.0, fused=True).defaults["fused"]
     with pytest.raises(BadInput, match=r"--optimizer adamm is not in torch\.optim"):
         make_optimizer("adamm", model, lr=0.1, weight_decay=0.0)
 

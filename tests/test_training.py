@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from models.compute import seed_everything
 from models.decoding import make_writer
 from models.pretrained import widened
-from models.training import part_of
+from models.training import check_launch, part_of
 from models.voken_lm import Lora, VokenLM, build_causal
 from retriever import retrieve, train, train_stage2
 from retriever.data import RetrieverData, read_data
@@ -258,6 +259,60 @@ def test_a_killed_training_ends_with_the_same_figures(
     manifests = [read_json(config.output / "manifest.json") for config in (whole, cut)]
     assert manifests[0]["metrics"] == manifests[1]["metrics"]
     assert manifests[0]["outputs"]["curves.jsonl"] == manifests[1]["outputs"]["curves.jsonl"]
+
+
+@pytest.mark.parametrize("steps", [3, 100])
+def test_losses_that_are_read_later_are_the_same(
+    steps: int, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU losses are looked at every few steps: curves, and the curve of a killed training, do not know of it."""
+    from models import training
+
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
+    at_once = encoder_decoder_config(chain, tmp_path / "at_once", accumulate=2)
+    later, cut = (dataclasses.replace(at_once, output=tmp_path / name) for name in ("later", "cut"))
+    train.main(at_once)
+    monkeypatch.setitem(training.STEPS_UNREAD, "cpu", steps)
+    train.main(later)
+    interrupted(monkeypatch, train.main, cut, torch.nn.utils, "clip_grad_norm_", 7)
+    curves = [(config.output / "curves.jsonl").read_bytes() for config in (at_once, later, cut)]
+    assert curves[0] == curves[1] == curves[2]
+    assert len(curves[0].splitlines()) > at_once.epochs
+
+
+def test_a_compiled_training_is_the_same_training(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a backend that traces and does not need a compiler: names of weights stay, and so do the figures."""
+    from models import training
+
+    monkeypatch.setattr(training, "COMPILER", "aot_eager")
+    traced: list[dict[str, Any]] = []
+    compiled = torch.nn.Module.compile
+
+    def watched(module: torch.nn.Module, **how: Any) -> None:
+        traced.append(how)
+        compiled(module, **how)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", watched)
+    plain = encoder_decoder_config(chain, tmp_path / "plain", epochs=2, dropout=0.0)
+    train.main(plain)
+    assert traced == []
+    other = dataclasses.replace(plain, output=tmp_path / "compiled", compile=True)
+    train.main(other)
+    assert traced == [{"backend": "aot_eager", "dynamic": True}]
+    first, second = (load_file(config.output / "model" / "model.safetensors") for config in (plain, other))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.MEGATRON_LM])
+def test_other_ways_of_sharing_a_model_are_refused(kind: DistributedType) -> None:
+    with pytest.raises(BadInput, match=f"share the model by {kind.value}, which is not supported: write --multi_gpu"):
+        check_launch(kind)
+    for known in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED):
+        check_launch(known)
 
 
 def test_llama_with_adapters_from_data_to_recall(chain: Chain, tmp_path: Path) -> None:

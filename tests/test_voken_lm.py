@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,3 +245,30 @@ def test_models_that_do_not_fit_are_one_clear_line(tmp_path: Path) -> None:
     refuse_unsearchable("x", SimpleNamespace(model_type="qwen2", sliding_window=8, use_sliding_window=False), 20)
     with pytest.raises(BadInput, match=r"must have \{query\} in it once"):
         build_causal(llama, space=SPACE, codebooks=codebooks(SPACE, 16), max_source=8, prompt="a picture")
+
+
+def test_a_causal_models_vokens_are_as_long_as_its_words(tmp_path: Path) -> None:
+    """Codebooks may be many times as long: the untrained model then is not sure of anything, and guesses."""
+    llama_folder(tmp_path / "llama")
+    books = 50 * codebooks(SPACE, 16)
+    lm = build_causal(str(tmp_path / "llama"), space=SPACE, codebooks=books, max_source=8, prompt="a {query}").eval()
+    for matrix in (lm.model.get_input_embeddings().weight, lm.model.get_output_embeddings().weight):
+        words, vokens = matrix[: lm.first_voken].norm(dim=1), matrix[lm.first_voken :].norm(dim=1)
+        assert vokens.mean().item() == pytest.approx(words.mean().item(), rel=1e-4)
+        directions = torch.from_numpy(books.reshape(-1, 16))
+        cosines = torch.nn.functional.cosine_similarity(matrix[lm.first_voken :], directions)
+        assert cosines.min() > 0.999
+    codes = torch.zeros(1, SPACE.levels, dtype=torch.long)
+    logits = lm(lm.pad(lm.tokenize(["a red circle"])), codes)
+    losses = -logits.log_softmax(dim=-1)[0, : SPACE.levels].gather(1, lm.token_ids(codes).T)
+    assert losses.mean().item() < 2 * np.log(logits.shape[-1])
+
+
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, tiny_llama])
+def test_more_padding_changes_nothing(build: Any, tmp_path: Path) -> None:
+    lm = build(tmp_path, SPACE)
+    tokens, codes = lm.tokenize(["a red circle", "blue"]), torch.zeros(2, SPACE.levels, dtype=torch.long)
+    short, long = lm.pad(tokens), lm.pad(tokens, multiple=8)
+    assert long.ids.shape[1] % 8 == 0
+    assert long.ids.shape[1] > short.ids.shape[1]
+    assert torch.allclose(lm(short, codes), lm(long, codes), atol=1e-4)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .captions import Split
-from .features import Features, normalized
+from .features import Features, Floats, normalized
 from .logs import table
 from .recall import CUTOFFS, search_recall
 
@@ -107,12 +107,16 @@ def collision_groups(codes: NDArray[np.integer]) -> NDArray[np.int64]:
 
 
 @torch.no_grad()
-def make_report(model: Any, features: Features, *, split: Split) -> TokenizerReport:
+def make_report(
+    model: Any, features: Features, *, split: Split, raw: dict[str, float] | None = None
+) -> TokenizerReport:
     """Tokenize every picture and measure; leaves the model in the mode it was in.
 
     Args:
         model: a `Tokenizer` that is a torch module with `config.codebook_size`.
         split: whose captions and pictures the recall is measured on.
+        raw: `raw_recall` of an earlier report on the same features and split. No tokenizer changes it, so that it need
+            not be measured again.
     """
     was_training = model.training
     model.eval()
@@ -123,7 +127,7 @@ def make_report(model: Any, features: Features, *, split: Split) -> TokenizerRep
     error = float(((decoded - model.prepare(images)) ** 2).mean())
     model.train(was_training)
     groups = collision_groups(codes.cpu().numpy())
-    raw, quantized = _recalls(features, decoded.cpu().numpy(), split)
+    measured = _recall(features, features.images, split) if raw is None else raw
     return TokenizerReport(
         pictures=len(images),
         levels=code_use(codes.cpu().numpy(), model.config.codebook_size),
@@ -131,17 +135,15 @@ def make_report(model: Any, features: Features, *, split: Split) -> TokenizerRep
         largest_group=int(groups.max()),
         reconstruction_error=error,
         split=split,
-        raw_recall=raw,
-        quantized_recall=quantized,
+        raw_recall=measured,
+        quantized_recall=_recall(features, decoded.cpu().numpy(), split),
     )
 
 
-def _recalls(features: Features, decoded: NDArray[Any], split: Split) -> tuple[dict[str, float], dict[str, float]]:
+def _recall(features: Features, pictures: Floats, split: Split) -> dict[str, float]:
+    """Two-tower recall of a split's captions over its pictures, of all pictures' features (pictures, width)."""
     images, texts = features.image_rows(split), features.text_rows(split)
     if not len(texts):
-        return {}, {}
-    queries = normalized(features.texts[texts])
+        return {}
     targets = np.searchsorted(images, features.owners[texts])
-    raw = search_recall(queries, normalized(features.images[images]), targets)
-    quantized = search_recall(queries, normalized(decoded[images]), targets)
-    return raw.recall(), quantized.recall()
+    return search_recall(normalized(features.texts[texts]), normalized(pictures[images]), targets).recall()

@@ -1,15 +1,21 @@
 # Flickr30k, Karpathy's splits (29,000 / 1,014 / 1,000). Put the data here before the first script:
 #   RQ-VAE/data/flickr30k/images/*.jpg
 #   RQ-VAE/data/flickr30k/dataset_flickr30k.json
-# RECIPE=faithful runs the published recipe; the default corrects what is known to be wrong with it.
+# RECIPE=faithful runs the published recipe; the default corrects what is known to be wrong with it; large-batch is that
+# one for eight GPUs.
 DATA=RQ-VAE/data/flickr30k
 RECIPE="${RECIPE:-better}"
 TOKENIZER=RQ-VAE/output/flickr30k-$RECIPE
 RETRIEVER=retriever/output/flickr30k-$RECIPE
 RERANKER=reranker/output/flickr30k-$RECIPE
 
-STAGES="01_prepare_captions 03_prepare_emb 05_train_rqvae 06_generate_codes 07_prepare_retriever_dataset
-08_generate_pseudo_query
+TOKENIZE="05_train_rqvae 06_generate_codes 07_prepare_retriever_dataset"
+if [ "$RECIPE" = faithful ]; then # whose tokenizer is trained on the pseudo queries too
+    TOKENIZE="08_generate_pseudo_query $TOKENIZE"
+else
+    TOKENIZE="$TOKENIZE 08_generate_pseudo_query"
+fi
+STAGES="01_prepare_captions 03_prepare_emb $TOKENIZE
 09_train_retriever_t5 12_retrieve 13_test_retriever
 09_train_retriever_t5@retriever+pseudo 12_retrieve@retriever+pseudo 13_test_retriever@retriever+pseudo
 10_train_retriever_t5_stage2@retriever+stage2 12_retrieve@retriever+stage2 13_test_retriever@retriever+stage2
@@ -38,8 +44,6 @@ TRAIN_RQVAE=(
     --alignment mse
     --align-at after
     --kmeans-iterations 100
-    --epochs 3000
-    --batch-size 16384
     --optimizer adamw
     --lr 1e-4
 )
@@ -80,14 +84,12 @@ FINETUNE_LLAMA=(
     --kind causal
     --language-model meta-llama/Llama-2-7b-hf # or meta-llama/Meta-Llama-3-8B
     --epochs 10
-    --batch-size 1
-    --accumulate 16
+    --batch-size 16 # published: 1 x 16, which are the same updates in ten times as many kernels
     --lr 3e-4
     --lora-rank 8
     --lora-alpha 16
     --lora-dropout 0.1
     --temperature 1.0
-    --gradient-checkpointing
     --precision bf16
     --beams 10
 )
@@ -117,12 +119,11 @@ TRAIN_RERANKER=(
     --lora-alpha 32
     --lora-dropout 0.05
     --epochs 3
-    --batch-size 1
-    --accumulate 16
+    --batch-size 8 # published: 1 x 16; a card of 48 GB: --batch-size 1 --accumulate 16 --gradient-checkpointing
+    --accumulate 2
     --lr 3e-5
     --warmup 0.1
     --weight-decay 0
-    --gradient-checkpointing
     --precision bf16
     --top-k 50
 )
@@ -137,8 +138,11 @@ REPORT=(
 )
 
 if [ "$RECIPE" = faithful ]; then
-    TRAIN_RQVAE+=(--shared-codebook --no-normalize --no-skip --kmeans-balance 0 --revive-every 0 --no-shuffle)
-    TRAIN_RQVAE+=(--kmeans-sample 16384 --sinkhorn-temperature 0.003) # k-means on one batch; the 0.003 is not published
+    # A row a caption and a row a pseudo query, in one order; k-means on the first batch. The 0.003 is not published.
+    PSEUDO_FROM=(--features "$FEATURES")
+    TRAIN_RQVAE+=(--pairs caption --pseudo-queries "$RETRIEVER/08_pseudo_queries" --epochs 3000 --batch-size 16384)
+    TRAIN_RQVAE+=(--shared-codebook --no-normalize --no-skip --kmeans-first-batch --kmeans-balance 0 --revive-every 0)
+    TRAIN_RQVAE+=(--no-shuffle --sinkhorn-temperature 0.003)
     GENERATE_CODES+=(--no-resolve-collisions)
     TRAIN_RETRIEVER+=(--label-temperature 0 --train-end --score-end)
     TRAIN_STAGE2+=(--label-temperature 0 --train-end --score-end --discriminative double-softmax --no-spare-same-words --mix)
@@ -147,7 +151,14 @@ if [ "$RECIPE" = faithful ]; then
     RANK+=(--score-end)
     TRAIN_RERANKER+=(--compat --max-length 64 --no-spare-same-words)
 else
+    TRAIN_RQVAE+=(--epochs 2200 --batch-size 2048)
     TRAIN_RETRIEVER+=(--label-temperature 0.03)
     TRAIN_STAGE2+=(--label-temperature 0.03 --discriminative list-wise)
     FINETUNE_LLAMA+=(--label-temperature 0.03)
+fi
+if [ "$RECIPE" = large-batch ]; then # the better recipe for eight GPUs: batches 8 times as large, rates times sqrt(8)
+    TRAIN_RETRIEVER+=(--batch-size 1024 --lr 2.8e-3)
+    TRAIN_STAGE2+=(--batch-size 1024 --lr 2.8e-4)
+    FINETUNE_LLAMA+=(--batch-size 128 --lr 8.5e-4)
+    TRAIN_RERANKER+=(--batch-size 64 --lr 8.5e-5)
 fi
