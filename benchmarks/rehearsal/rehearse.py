@@ -19,8 +19,8 @@ from .data import COLLECTIONS, Collection, some_rows, write_collection, write_ro
 from .features import write_features
 from .hub import once
 from .models import BLIP2, CLIP, LLAMA2, LLAMA3, SEED_LLAMA, SEED_WORDS, T5_BASE, T5_LARGE, Models, Sizes
-from .settings import ROOT, derived_file
-from .stages import Counts, Form, Step, plan
+from .settings import ROOT, check_out, link
+from .stages import PSEUDO, Counts, Form, Step, plan
 from .usage import Usage, run_and_watch
 
 State = Literal["ran", "failed", "left out"]
@@ -66,7 +66,6 @@ class Rehearsal:
         self.folder, self.dataset, self.scale, self.seed = folder.resolve(), dataset, scale, seed
         self.collection = scale.collections[dataset]
         self.models = Models(self.folder / "models", scale.sizes, seed=seed)
-        self.published = f"scripts/datasets/{dataset}.sh"
         self.rows: list[Row] = []
 
     @property
@@ -79,40 +78,52 @@ class Rehearsal:
         splits = dict(self.collection.splits)
         return splits["train"] + splits.get("restval", 0), splits["val"], splits["test"]
 
-    @property
-    def source(self) -> Path:
-        """The stand-in of the data as a user has it."""
-        return self.folder / "data" / self.dataset
+    def root(self, form: Form) -> Path:
+        """The checkout in which the steps of a form run."""
+        return self.folder / form
+
+    def data(self, form: Form) -> Path:
+        """Where a user puts the data there."""
+        return self.root(form) / "RQ-VAE" / "data" / self.dataset
+
+    def output(self, form: Form, room: str, recipe: str) -> Path:
+        """Where the stages of a room write."""
+        return self.root(form) / room / "output" / f"{self.dataset}-{recipe}"
 
     def make_stand_ins(self) -> None:
         """Data and models; those that are there are not made again."""
         kinds = self.scale.kinds
         what = (self.collection, self.seed, kinds)
-        once(self.source, what, lambda to: write_collection(to, self.collection, seed=self.seed, kinds=kinds))
+        once(self.data("whole"), what, lambda to: write_collection(to, self.collection, seed=self.seed, kinds=kinds))
         t5 = T5_BASE if self.dataset == "flickr30k" else T5_LARGE
         self.models.make([CLIP, t5, LLAMA2, LLAMA3, SEED_LLAMA, SEED_WORDS, BLIP2, "seed"])
 
     def begin(self, recipe: str, *, first: str) -> None:
-        """Folders and settings of a recipe; what an earlier rehearsal of it left goes.
+        """Checkouts for a recipe; what an earlier rehearsal of it left goes.
 
         Args:
             first: the recipe whose features and image tokens serve for all.
         """
         counts = self.scale.counts
-        for form, pictures in (("whole", self.total), ("cut", counts.pictures), ("two", counts.pictures)):
-            self._write_settings(form, pictures, recipe)  # type: ignore[arg-type]
-        self._write_settings("few", counts.few, recipe)
-        for form in ("whole", "cut", "two", "few"):
+        for form, pictures in (("whole", None), ("cut", counts.pictures), ("two", None), ("few", counts.few)):
+            self._check_out(form, pictures)  # type: ignore[arg-type]
             for room in ("RQ-VAE", "retriever", "reranker"):
-                shutil.rmtree(self._output(form, room, recipe), ignore_errors=True)
-        self._link("cut", recipe, "cut", first, "RQ-VAE", "03_prepare_emb")
-        self._link("cut", recipe, "cut", first, "reranker", "15_tokens")
-        for place in ("07_dataset", "08_pseudo_queries"):
-            self._link("two", recipe, "cut", recipe, "retriever", place)
-        self._link("two", recipe, "cut", recipe, "reranker", "15_tokens")
-        for name in (f"{form}/RQ-VAE/data/{self.dataset}" for form in ("whole", "cut", "few")):
-            if recipe == first:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+                if not (room == "RQ-VAE" and form == "two"):
+                    shutil.rmtree(self.output(form, room, recipe), ignore_errors=True)  # type: ignore[arg-type]
+            if recipe == first and form != "two":
+                shutil.rmtree(self.data(form) / "01_prepare_captions", ignore_errors=True)  # type: ignore[arg-type]
+        link(self.output("whole", "RQ-VAE", recipe) / "03_prepare_emb", self.folder / "features" / self.dataset)
+        link(
+            self.output("cut", "RQ-VAE", recipe) / "05_train_rqvae",
+            self.output("whole", "RQ-VAE", recipe) / "05_train_rqvae",
+        )
+        if recipe != first:
+            for room, name in (("RQ-VAE", "03_prepare_emb"), ("reranker", "15_tokens")):
+                link(self.output("cut", room, recipe) / name, self.output("cut", room, first) / name)
+        link(self.root("two") / "RQ-VAE" / "output", self.root("cut") / "RQ-VAE" / "output")
+        link(self.root("two") / "RQ-VAE" / "data", self.root("cut") / "RQ-VAE" / "data")
+        for room, name in (("retriever", "07_dataset"), ("retriever", "08_pseudo_queries"), ("reranker", "15_tokens")):
+            link(self.output("two", room, recipe) / name, self.output("cut", room, recipe) / name)
 
     def run(self, recipes: Sequence[str], *, two: bool, only: str = "", resume: bool = False) -> None:
         """All steps of the recipes; what a step needs and does not get leaves it out.
@@ -128,8 +139,8 @@ class Rehearsal:
         for recipe in recipes:
             if not before:
                 self.begin(recipe, first=recipes[0])
-            arrays = settings.read_arrays(self.published, recipe)
-            stages = settings.read_stages(self.published, recipe)
+            arrays = settings.read_arrays(self.dataset, recipe)
+            stages = settings.read_stages(self.dataset, recipe)
             first = recipe == recipes[0]
             steps = plan(stages, arrays, self.scale.counts, first=first, two=two and first)
             shared = {row.step for row in self.rows if row.state == "ran" and row.recipe == recipes[0]}
@@ -162,11 +173,11 @@ class Rehearsal:
         return self._told(row)
 
     def _run(self, step: Step, recipe: str, log: Path) -> Usage:
-        if step.script == "05_train_rqvae":
+        if step.form == "whole" and step.script in ("05_train_rqvae", PSEUDO):
             self._features(recipe)
         return run_and_watch(
             self.command(step, recipe),
-            folder=ROOT,
+            folder=ROOT if step.script == "llama3" else self.root(step.form),
             environment=self.environment(step, recipe),
             log=log,
             most_seconds=self.scale.most_seconds,
@@ -175,7 +186,7 @@ class Rehearsal:
     def command(self, step: Step, recipe: str) -> list[str]:
         """The command line of a step."""
         if step.script == "llama3":
-            dataset = self._output("cut", "retriever", recipe) / "07_dataset"
+            dataset = self.output("cut", "retriever", recipe) / "07_dataset"
             return [sys.executable, "-m", "benchmarks.rehearsal.llama3", LLAMA3, str(dataset)]
         return ["bash", f"scripts/{step.script}.sh", *step.flags, *self._ways(step, recipe)]
 
@@ -193,17 +204,17 @@ class Rehearsal:
             yield from ("--output", str(self._encoded(step.note, recipe)))
 
     def _encoded(self, note: str, recipe: str) -> Path:
-        return self._output("few", "RQ-VAE", recipe) / note.replace(" ", "_")
+        return self.output("few", "RQ-VAE", recipe) / note.replace(" ", "_")
 
     def environment(self, step: Step, recipe: str) -> dict[str, str]:
         """What a user would export; nothing is fetched, and W&B writes into the rehearsal's folder."""
         notes = self.folder / "wandb"
         notes.mkdir(parents=True, exist_ok=True)
-        here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return {
             **settings.clean_environment(),
-            "PATH": here,
-            "DATASET": str(self._file(step.form)),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            **({"VIRTUAL_ENV": sys.prefix} if sys.prefix != sys.base_prefix else {}),
+            "DATASET": self.dataset,
             "RECIPE": recipe,
             "SYSTEM": step.system,
             "HF_HOME": str(self.models.home),
@@ -243,11 +254,11 @@ class Rehearsal:
 
     def _features(self, recipe: str) -> None:
         """Features of all records, unless an earlier recipe has them."""
-        folder = self.folder / "whole" / "features" / self.dataset
-        encoded = self._output("cut", "RQ-VAE", recipe) / "03_prepare_emb"
-        captions = self.folder / "whole" / "RQ-VAE" / "data" / self.dataset / "01_prepare_captions"
-        what = (read_json(encoded / "manifest.json")["checksum"], read_json(captions / "manifest.json")["checksum"])
-        once(folder, what, lambda to: write_features(to, encoded=encoded, captions=captions, seed=self.seed))
+        encoded = self.output("cut", "RQ-VAE", recipe) / "03_prepare_emb"
+        few, captions = (self.data(form) / "01_prepare_captions" for form in ("cut", "whole"))
+        what = [read_json(each / "manifest.json")["checksum"] for each in (encoded, few, captions)]
+        folder = self.folder / "features" / self.dataset
+        once(folder, what, lambda to: write_features(to, encoded=encoded, few=few, captions=captions, seed=self.seed))
 
     def _difference(self, step: Step, recipe: str) -> str:
         """How features differ from those of the model by its tag, where they should be alike; else nothing."""
@@ -257,43 +268,17 @@ class Rehearsal:
         difference = float(np.abs(tag - other).mean() / np.abs(tag).mean())
         return f"its features differ from the tag's by {difference:.1%}" if difference > ALIKE else ""
 
-    def _write_settings(self, form: Form, pictures: tuple[int, int, int], recipe: str) -> None:
-        """A form's file for DATASET, and its captions' file where it has some of the pictures."""
-        home = self.folder / form
-        source = self.source
-        if form != "whole":
-            source = home / "source" / self.dataset
-            source.mkdir(parents=True, exist_ok=True)
+    def _check_out(self, form: Form, pictures: tuple[int, int, int] | None) -> None:
+        """A form's checkout; with the captions' file and the settings of some of the pictures, where it has some."""
+        expected = pictures or (self.total if form == "whole" else self.scale.counts.pictures)
+        lines = [f"CAPTIONS+=(--expect {' '.join(map(str, expected))})", *self.scale.more]
+        check_out(self.root(form), dataset=self.dataset, more=lines)
+        if pictures is not None:
             counts = dict(zip(("train", "val", "test"), pictures, strict=True))
-            rows = some_rows(self.source / self.collection.file, counts)
-            write_rows(source / self.collection.file, self.collection, rows)
-        whole = self.folder / "whole"
-        variables = {"RQVAE": f"{whole}/${{TOKENIZER#{home}/}}/05_train_rqvae"}
-        if form == "whole":
-            variables = {"FEATURES": str(whole / "features" / self.dataset)}
-        derived_file(
-            self._file(form),
-            of=self.published,
-            form=home,
-            source=source,
-            images=self.source / "images",
-            pictures=pictures,
-            variables=variables,
-            more=self.scale.more,
-        )
-
-    def _file(self, form: str) -> Path:
-        return self.folder / form / f"{self.dataset}.sh"
-
-    def _output(self, form: str, room: str, recipe: str) -> Path:
-        return self.folder / form / room / "output" / f"{self.dataset}-{recipe}"
-
-    def _link(self, form: str, recipe: str, to_form: str, to_recipe: str, room: str, name: str) -> None:
-        """Let a folder be another form's or recipe's."""
-        path, target = self._output(form, room, recipe) / name, self._output(to_form, room, to_recipe) / name
-        if path != target:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.symlink_to(target)
+            rows = some_rows(self.data("whole") / self.collection.file, counts)
+            self.data(form).mkdir(parents=True, exist_ok=True)
+            write_rows(self.data(form) / self.collection.file, self.collection, rows)
+            link(self.data(form) / "images", self.data("whole") / "images")
 
 
 def failure(usage: Usage, log: Path) -> str:

@@ -1,7 +1,7 @@
 """Which scripts a rehearsal runs, on what, and what of each is cut: counts alone.
 
 Forms of the data, each with folders of its own:
-  whole  all records, on which everything runs that takes no model: 01, and 05 to 07 and 14 on made-up features
+  whole  all records, on which everything runs that takes no model: 01, 05 to 07 and 14, with made-up features
   cut    the first pictures of each split, on which everything else runs, with the whole form's tokenizer
   two    the cut form's trainings and searches on two processes
   few    four pictures, for other ways to name the two-tower model, and for two processes
@@ -15,6 +15,9 @@ Form = Literal["whole", "cut", "two", "few"]
 Settings = Mapping[str, Sequence[str]]
 WHOLE_TOO = ("01_prepare_captions", "06_generate_codes", "07_prepare_retriever_dataset", "14_build_index")
 WHOLE_ALONE = ("05_train_rqvae",)
+PSEUDO = "08_generate_pseudo_query"
+# Pseudo queries of all records for a tokenizer that is trained on them: few, and by no model, which would take hours.
+NEAREST = ("--source", "nearest", "--captioner", "None", "--splits", "val", "--per-picture", "1")
 SHARED = ("01_prepare_captions", "03_prepare_emb", "15_convert_voken_to_seed")  # the same in every recipe
 LLAMA = "11_finetune_retriever_llama@llama", "12_retrieve@llama", "13_test_retriever@llama"
 ON_TWO = (
@@ -39,13 +42,12 @@ TRAINED_BY = {
 class Counts:
     """How much of everything is done."""
 
-    pictures: tuple[int, int, int] = (40, 6, 6)
+    pictures: tuple[int, int, int] = (26, 4, 4)
     """Of train, val and test, in the cut form."""
     few: tuple[int, int, int] = (2, 1, 1)
     """The same in the form of few."""
     steps: int = 1
     """Steps of the optimiser in each training."""
-    rqvae_epochs: int = 2
     validate_queries: int = 8
     rerank: int = 8
     """Pictures of each list that are re-ranked."""
@@ -90,10 +92,12 @@ def plan(stages: Sequence[str], settings: Settings, counts: Counts, *, first: bo
         two: on two processes too.
     """
     steps = []
+    early = position(stages, PSEUDO) < position(stages, "05_train_rqvae")
     for stage in with_llama(stages):
         script, _, system = stage.partition("@")
         if first or script not in SHARED:
-            steps += [make(script, form, system or "retriever", settings, counts) for form in forms_of(script)]
+            forms = forms_of(script, early=early)
+            steps += [make(script, form, system or "retriever", settings, counts, early=early) for form in forms]
     if first:
         steps += list(of_few())
     steps.append(Step("llama3", "cut", needs=("cut: 07_prepare_retriever_dataset",)))
@@ -108,15 +112,26 @@ def with_llama(stages: Sequence[str]) -> list[str]:
     return [*stages[:place], *LLAMA, *stages[place:]]
 
 
-def forms_of(script: str) -> tuple[Form, ...]:
+def position(stages: Sequence[str], script: str) -> int:
+    """Where a script comes first among the stages; behind them where it is none."""
+    return next((place for place, stage in enumerate(stages) if stage.partition("@")[0] == script), len(stages))
+
+
+def forms_of(script: str, *, early: bool = False) -> tuple[Form, ...]:
+    """Forms that a script runs in.
+
+    Args:
+        early: the tokenizer is trained on pseudo queries, which are there before it.
+    """
     if script in WHOLE_ALONE:
         return ("whole",)
-    return ("whole", "cut") if script in WHOLE_TOO else ("cut",)
+    return ("whole", "cut") if script in WHOLE_TOO or (early and script == PSEUDO) else ("cut",)
 
 
-def make(script: str, form: Form, system: str, settings: Settings, counts: Counts) -> Step:
+def make(script: str, form: Form, system: str, settings: Settings, counts: Counts, *, early: bool = False) -> Step:
     """A step with its cuts and what it needs."""
-    return Step(script, form, system, cuts(script, settings, counts), tuple(needs(script, form, system)))
+    flags = NEAREST if script == PSEUDO and form == "whole" else cuts(script, settings, counts)
+    return Step(script, form, system, flags, tuple(needs(script, form, system, early=early)))
 
 
 def of_few() -> Iterator[Step]:
@@ -140,15 +155,19 @@ def on_two(stage: str, settings: Settings, counts: Counts) -> Step:
     return step._replace(needs=(*there, *inputs[:number]), launch="2")
 
 
-def needs(script: str, form: Form, system: str) -> Iterator[str]:
+def needs(script: str, form: Form, system: str, *, early: bool = False) -> Iterator[str]:
     """Names of the steps whose output a step reads."""
     number = script[:2]
+    if form == "whole" and (number == "05" or script == PSEUDO):  # on features that are made of those of the cut form
+        yield from ("whole: 01_prepare_captions", "cut: 03_prepare_emb")
+        yield from (f"whole: {PSEUDO}",) if early and number == "05" else ()
+        return
     trained = Step(TRAINED_BY.get(system, ""), form, system).name
     read: dict[str, tuple[str, ...]] = {
         "03": ("01_prepare_captions",),
         "06": ("05_train_rqvae",) if form == "whole" else ("03_prepare_emb",),
         "07": ("06_generate_codes",),
-        "08": ("07_prepare_retriever_dataset",),
+        "08": ("03_prepare_emb" if early else "07_prepare_retriever_dataset",),
         "09": ("07_prepare_retriever_dataset",),
         "10": ("09_train_retriever_t5@retriever+pseudo",),
         "11": ("07_prepare_retriever_dataset",),
@@ -160,8 +179,6 @@ def needs(script: str, form: Form, system: str) -> Iterator[str]:
         "19": ("07_prepare_retriever_dataset",),
     }
     yield from (f"{form}: {name}" for name in read.get(number, ()))
-    if number == "05":
-        yield from ("whole: 01_prepare_captions", "cut: 03_prepare_emb")
     if number == "06" and form == "cut":
         yield "whole: 05_train_rqvae"
     if number in ("12", "16"):
@@ -174,8 +191,10 @@ def cuts(script: str, settings: Settings, counts: Counts) -> tuple[str, ...]:
     """Flags that make a stage short; what they say is a count of pictures, queries or steps."""
     once = ("--epochs", "1")
     if script == "05_train_rqvae":
-        short = ("--epochs", str(counts.rqvae_epochs), "--validate-every", str(counts.rqvae_epochs))
-        revived = value_of(settings["TRAIN_RQVAE"], "--revive-every", "10") != "0"
+        flags = settings["TRAIN_RQVAE"]
+        epochs = "1" if value_of(flags, "--pairs", "picture") == "caption" else "2"
+        short = ("--epochs", epochs, "--validate-every", epochs)
+        revived = value_of(flags, "--revive-every", "10") != "0"
         return (*short, "--kmeans-iterations", "3", *(("--revive-every", "1") if revived else ()))
     if script in ("09_train_retriever_t5", "10_train_retriever_t5_stage2", "11_finetune_retriever_llama"):
         array = {"09": "TRAIN_RETRIEVER", "10": "TRAIN_STAGE2", "11": "FINETUNE_LLAMA"}[script[:2]]

@@ -33,11 +33,10 @@ PLACES = _words(
     "desert playground museum bakery garage barn castle tower tunnel staircase balcony courtyard pier meadow vineyard "
     "runway crosswalk hospital classroom theatre"
 )
-NEAR = ("near a", "beside a", "in front of a", "behind a", "next to a", "far from a", "on the way to a")
+NEAR = ("near a", "beside a", "behind a", "in front of a", "next to a")
 SORTS = _words("wooden broken crowded empty famous flooded snowy sunny quiet narrow modern ancient rusty tiny huge")
 ENDINGS = (
-    "",
-    "",
+    *("",) * 8,
     "at night",
     "in the rain",
     "on a sunny day",
@@ -49,7 +48,7 @@ ENDINGS = (
 
 
 def captions(count: int, generator: np.random.Generator) -> Iterator[str]:
-    """Distinct sentences of 10 to 16 words, without end in practice: more than 10^10 can be drawn."""
+    """Distinct sentences of 10 to 17 words."""
     seen: set[str] = set()
     while len(seen) < count:
         for sentence in _some(generator, 4096):
@@ -70,4 +69,4 @@ def _some(generator: np.random.Generator, count: int) -> Iterator[str]:
         look, who, act, colour, thing, near, sort, place, ending = (
             words[number] for words, number in zip(lists, places, strict=True)
         )
-        yield f"A {look} {who} {act} a {colour} {thing} {near} {sort} {place} {ending}".rstrip() + "."
+        yield " ".join(f"A {look} {who} {act} a {colour} {thing} {near} {sort} {place} {ending}".split()) + "."
