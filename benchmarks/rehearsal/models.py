@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
@@ -19,7 +21,7 @@ from tests.seed_files import decoder_shapes, quantizer_shapes, vision_shapes
 
 from .hub import into_cache, once
 from .vocabularies import sentence_pieces, write_json, write_llama3, write_opt
-from .weights import RandomWeights, Shapes, fan_in, model_shapes, write_sharded
+from .weights import RandomWeights, Shapes, fan_in, model_shapes, write_archive, write_sharded
 from .words import captions
 
 CLIP = "timm/vit_large_patch14_clip_336.openai"  # what open_clip asks the hub for at ViT-L-14-336, openai
@@ -27,6 +29,7 @@ T5_BASE, T5_LARGE = "t5-base", "t5-large"
 LLAMA2, LLAMA3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"
 SEED_LLAMA, SEED_WORDS = "AILab-CVC/seed-llama-8b-sft", "AILab-CVC/seed-tokenizer-2"
 BLIP2 = "Salesforce/blip2-opt-2.7b"
+CLIP_WEIGHTS, ARCHIVE = "open_clip_model.safetensors", "ViT-L-14-336px.pt"
 QUANTIZER, VISION = "seed_quantizer.pt", "eva_vit_g.pth"
 EVA_BLOCKS, UNKNOWN_KEYS, QUANTIZER_PARAMETERS = 40, 146, 307_500_000  # of the published files: 1.23 GB in fp32
 OPENAI_MEAN, OPENAI_DEVIATION = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -82,7 +85,8 @@ class Models:
         return self.folder / "seed"
 
     def make(self, names: Sequence[str]) -> None:
-        """Make what is missing of the models of these names; "seed" stands for SEED's two files."""
+        """Make what is missing of the models of these names; "seed" stands for SEED's two files, "openai" for the
+        archive of CLIP, which must be there."""
         writers: dict[str, Callable[[Path], None]] = {
             CLIP: self.clip,
             T5_BASE: lambda folder: self.t5(folder, width=768, hidden=3072, layers=12, heads=12),
@@ -94,7 +98,9 @@ class Models:
             BLIP2: self.blip2,
         }
         for name in names:
-            if name != "seed":
+            if name == "openai":
+                once(self.folder / "openai", (self.sizes, self.seed), self.openai)
+            elif name != "seed":
                 into_cache(self.cache, name, (self.sizes, self.seed), writers[name])
             elif self.sizes.seed is not None:
                 once(self.seed_weights, (self.sizes, self.seed), self.seed_files)
@@ -108,12 +114,17 @@ class Models:
         config = {**open_clip.get_model_config("ViT-L-14-336"), **self.sizes.clip, "quick_gelu": True}
         size = config["vision_cfg"]["image_size"]
         shapes = model_shapes(lambda: open_clip.CLIP(**config))
-        weights = RandomWeights(self.seed, scale=lambda name, shape: _clip_scale(name, shape))
-        write_sharded(folder, shapes, weights, torch.float32, shards=1)
-        (folder / "model.safetensors").rename(folder / "open_clip_model.safetensors")
+        weights = RandomWeights(self.seed, scale=_clip_scale).state(shapes, torch.float16)
+        save_file({name: value.float() for name, value in weights.items()}, folder / CLIP_WEIGHTS, {"format": "pt"})
         preprocess = {"mean": OPENAI_MEAN, "std": OPENAI_DEVIATION, "interpolation": "bicubic"}
         preprocess |= {"resize_mode": "shortest", "size": [size, size]}
         write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
+
+    def openai(self, folder: Path) -> None:
+        """The same weights in the TorchScript archive that OpenAI published."""
+        with safe_open(self.snapshot(CLIP) / CLIP_WEIGHTS, framework="pt") as file:
+            weights = {name: file.get_tensor(name).half() for name in file.keys()}  # noqa: SIM118
+        write_archive(folder / ARCHIVE, weights, {"input_resolution": 336, "context_length": 77, "vocab_size": 49408})
 
     def t5(self, folder: Path, *, width: int, hidden: int, layers: int, heads: int) -> None:
         """T5 1.0: one file of safetensors, spiece.model beside tokenizer.json, more rows than tokens."""

@@ -141,6 +141,7 @@ def of_few() -> Iterator[Step]:
     yield Step("03_prepare_emb", "few", needs=ready, note="model by tag")
     yield Step("03_prepare_emb", "few", needs=ready, note="model by folder")
     yield Step("03_prepare_emb", "few", needs=ready, note="weights by file")
+    yield Step("03_prepare_emb", "few", needs=ready, note="OpenAI's archive")
     yield Step("03_prepare_emb", "few", needs=ready, launch="2", note="two processes")
     yield Step("15_convert_voken_to_seed", "few", needs=ready, launch="2", note="two processes")
 

@@ -1,6 +1,7 @@
 """Random weights in the files in which model hubs deliver them: fast to write, sane in size, no two rows alike."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 Shapes = Mapping[str, Sequence[int]]
 Scale = Callable[[str, Sequence[int]], float]
@@ -85,6 +86,28 @@ def write_sharded(
         size = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
         (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_archive(path: Path, weights: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
+    """Weights as the parameters of a TorchScript archive, with numbers beside them.
+
+    Args:
+        weights: by dotted names.
+    """
+    root = nn.Module()
+    for name, value in weights.items():
+        *path_to, leaf = name.split(".")
+        module, following = root, [*path_to[1:], leaf]
+        for part, next_part in zip(path_to, following, strict=False):
+            if part not in module._modules:
+                module.add_module(part, nn.ModuleList() if next_part.isdigit() else nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    for name, number in numbers.items():
+        root.register_buffer(name, torch.tensor(number))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is no longer recommended
+        torch.jit.save(torch.jit.script(root), str(path))  # type: ignore[no-untyped-call]
 
 
 def _parts(shapes: Shapes, shards: int) -> Iterator[list[str]]:
