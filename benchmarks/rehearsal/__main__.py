@@ -18,7 +18,7 @@ from tools.errors import BadInput
 from tools.files import read_json
 from tools.logs import table
 
-from .rehearse import Rehearsal, Row, Scale, facts, markdown
+from .rehearse import SCALES, Rehearsal, Row, Scale, facts, markdown
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Config:
     """Values of RECIPE, the first of which shares features and image tokens with the others."""
     folder: Path = field(default_factory=lambda: Path(os.environ.get("REHEARSAL", "rehearsal")))
     """Where stand-ins and results go; by default what REHEARSAL names, else rehearsal/."""
-    two_processes: bool = True
-    """Run trainings and searches of the first recipe on two processes too."""
+    two_processes: bool | None = None
+    """Run trainings and searches of the first recipe on two processes too; by default those of flickr30k, as two
+    T5-large take more than 20 GB."""
     only: str = ""
     """Run only the steps with this in their names; the folders of an earlier rehearsal must be there."""
     resume: bool = False
@@ -42,14 +43,15 @@ class Config:
 
 
 def main(config: Config) -> None:
-    rehearsal = Rehearsal(config.folder, config.dataset, Scale())
+    rehearsal = Rehearsal(config.folder, config.dataset, SCALES.get(config.dataset, Scale()))
     if config.markdown:
         if not rehearsal.results.is_file():
             raise BadInput(f"{rehearsal.results} is not there: run scripts/rehearse.sh {config.dataset} first")
         print(markdown([Row(**row) for row in read_json(rehearsal.results)["rows"]]))
         return
     rehearsal.make_stand_ins()
-    rehearsal.run(config.recipes, two=config.two_processes, only=config.only, resume=config.resume)
+    two = config.dataset == "flickr30k" if config.two_processes is None else config.two_processes
+    rehearsal.run(config.recipes, two=two, only=config.only, resume=config.resume)
     print("\n" + table(facts(rehearsal.rows)) + f"\n\nresults: {rehearsal.results}")
     if any(row.state != "ran" for row in rehearsal.rows):
         sys.exit(1)

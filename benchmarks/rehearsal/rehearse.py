@@ -70,6 +70,10 @@ class Scale:
     """Of a step."""
 
 
+SCALES = {"flickr30k": Scale(), "mscoco": Scale(counts=Counts(most_captions=32))}
+"""T5-large with the optimiser's states takes 12 GB, and COCO's batch of 128 captions most of what is left of 20."""
+
+
 class Rehearsal:
     """The folders of a rehearsal, and its steps."""
 

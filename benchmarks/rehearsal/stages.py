@@ -48,6 +48,8 @@ class Counts:
     """The same in the form of few."""
     steps: int = 1
     """Steps of the optimiser in each training."""
+    most_captions: int = 128
+    """Of a retriever's training."""
     validate_queries: int = 8
     rerank: int = 8
     """Pictures of each list that are re-ranked."""
@@ -199,8 +201,9 @@ def cuts(script: str, settings: Settings, counts: Counts) -> tuple[str, ...]:
         return (*short, "--kmeans-iterations", "3", *(("--revive-every", "1") if revived else ()))
     if script in ("09_train_retriever_t5", "10_train_retriever_t5_stage2", "11_finetune_retriever_llama"):
         array = {"09": "TRAIN_RETRIEVER", "10": "TRAIN_STAGE2", "11": "FINETUNE_LLAMA"}[script[:2]]
-        queries = ("--queries-per-epoch", str(counts.steps * batch_of(settings[array])))
-        return (*once, *queries, "--validate-queries", str(counts.validate_queries))
+        captions = min(counts.steps * batch_of(settings[array]), counts.most_captions)
+        queries = ("--queries-per-epoch", str(captions), "--validate-queries", str(counts.validate_queries))
+        return (*once, *queries)
     if script == "17_finetune_reranker_llama":
         queries = ("--queries-per-epoch", str(counts.steps * batch_of(settings["TRAIN_RERANKER"])))
         return (*once, *queries, "--validate-queries", str(counts.validate_queries // 2))

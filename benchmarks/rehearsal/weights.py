@@ -107,7 +107,7 @@ def write_archive(path: Path, weights: Mapping[str, Tensor], numbers: Mapping[st
         root.register_buffer(name, torch.tensor(number))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TorchScript is no longer recommended
-        torch.jit.save(torch.jit.script(root), str(path))  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.script(root), str(path))
 
 
 def _parts(shapes: Shapes, shards: int) -> Iterator[list[str]]:
