@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     two = config.dataset == "flickr30k" if config.two_processes is None else config.two_processes
     rehearsal.run(config.recipes, two=two, only=config.only, resume=config.resume)
     print("\n" + table(facts(rehearsal.rows)) + f"\n\nresults: {rehearsal.results}")
-    if any(row.state != "ran" for row in rehearsal.rows):
+    if any(row.state in ("failed", "left out") for row in rehearsal.rows):
         sys.exit(1)
 
 

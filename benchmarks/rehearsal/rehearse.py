@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,11 +34,17 @@ from .models import (
     Sizes,
 )
 from .settings import ROOT, check_out, link
-from .stages import PSEUDO, Counts, Form, Step, plan
+from .stages import PSEUDO, Counts, Form, Launch, Step, plan
 from .usage import Usage, run_and_watch
 
-State = Literal["ran", "failed", "left out"]
-TWO_PROCESSES = "accelerate launch --cpu --num_processes 2 --num_machines 1 --main_process_port 0"
+State = Literal["ran", "failed", "left out", "not here"]
+WITH_DEEPSPEED = "accelerate launch --config_file scripts/accelerate/{}.yaml --num_processes 2 --main_process_port 0"
+LAUNCHES: dict[Launch | None, dict[str, str]] = {
+    None: {},
+    "torchrun": {"LAUNCH": "torchrun --standalone --nproc-per-node 2"},
+    "ZeRO-2": {"LAUNCH": WITH_DEEPSPEED.format("zero2"), "DS_ACCELERATOR": "cpu"},
+    "ZeRO-3": {"LAUNCH": WITH_DEEPSPEED.format("zero3"), "DS_ACCELERATOR": "cpu"},
+}
 ALIKE = 2e-2  # of two encodings of the same pictures, at most: mean difference over mean size
 
 
@@ -52,7 +59,7 @@ class Row(NamedTuple):
     """GiB."""
     cut: str
     reason: str = ""
-    """Why it failed, or was left out."""
+    """Why it failed, or was left out because of another, or why this machine cannot run it."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +187,12 @@ class Rehearsal:
         cut = self.said_cut(step)
         if missing:
             return self._told(Row(recipe, step.name, "left out", None, None, cut, f"it needs {missing[0]}"))
+        if step.launch in ("ZeRO-2", "ZeRO-3") and find_spec("deepspeed") is None:
+            return self._told(Row(recipe, step.name, "not here", None, None, cut, "DeepSpeed is not installed"))
         print(f"{recipe}, {step.name} ...", flush=True)
         log = self.folder / "logs" / f"{self.dataset}-{recipe}" / f"{step.name.replace(': ', '-')}.log"
         usage = self._run(step, recipe, log)
-        reason = failure(usage, log) or self._difference(step, recipe)
+        reason = failure(usage, log) or self._difference(step, recipe) or self._alone(step)
         row = Row(
             recipe, step.name, "failed" if reason else "ran", round(usage.seconds, 1), round(usage.peak, 2), cut, reason
         )
@@ -208,7 +217,9 @@ class Rehearsal:
         return ["bash", f"scripts/{step.script}.sh", *step.flags, *self._ways(step, recipe)]
 
     def _ways(self, step: Step, recipe: str) -> Iterator[str]:
-        """Flags of the steps on four pictures."""
+        """Flags of the steps that a note tells apart."""
+        if step.form == "two" and step.note:
+            yield from ("--output", str(self.output("two", "retriever", recipe) / step.note / step.script))
         if step.form != "few" or not step.note:
             return
         snapshot = self.models.snapshot(CLIP)
@@ -240,7 +251,7 @@ class Rehearsal:
             "SEED_WEIGHTS": str(self.models.seed_weights),
             "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
             "WANDB_DIR": str(notes),
-            **({"LAUNCH": TWO_PROCESSES} if step.launch else {}),
+            **LAUNCHES[step.launch],
         }
 
     def said_cut(self, step: Step) -> str:
@@ -277,6 +288,15 @@ class Rehearsal:
         what = [read_json(each / "manifest.json")["checksum"] for each in (encoded, few, captions)]
         folder = self.folder / "features" / self.dataset
         once(folder, what, lambda to: write_features(to, encoded=encoded, few=few, captions=captions, seed=self.seed))
+
+    def _alone(self, step: Step) -> str:
+        """Whether a step that was started as two processes ran as one."""
+        if step.launch is None:
+            return ""
+        manifests = self.root(step.form).glob("*/output/**/manifest.json")
+        newest = read_json(max(manifests, key=lambda path: path.stat().st_mtime))
+        count = newest["environment"]["processes"]
+        return "" if count == 2 else f"it ran in {count} process"
 
     def _difference(self, step: Step, recipe: str) -> str:
         """How features differ from those of the model by its tag, where they should be alike; else nothing."""

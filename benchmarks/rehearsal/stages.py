@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Form = Literal["whole", "cut", "two", "few"]
+Launch = Literal["torchrun", "ZeRO-2", "ZeRO-3"]
 Settings = Mapping[str, Sequence[str]]
 WHOLE_TOO = ("01_prepare_captions", "06_generate_codes", "07_prepare_retriever_dataset", "14_build_index")
 WHOLE_ALONE = ("05_train_rqvae",)
@@ -30,6 +31,17 @@ ON_TWO = (
     "17_finetune_reranker_llama@retriever+stage2",
     "18_test_reranker_llama@retriever+stage2",
 )
+ON_ZERO: tuple[tuple[str, Launch], ...] = (
+    ("09_train_retriever_t5@retriever", "ZeRO-2"),
+    ("11_finetune_retriever_llama@llama", "ZeRO-2"),
+    ("11_finetune_retriever_llama@llama", "ZeRO-3"),
+)
+TRAINED_WITH = {
+    "09_train_retriever_t5": "TRAIN_RETRIEVER",
+    "10_train_retriever_t5_stage2": "TRAIN_STAGE2",
+    "11_finetune_retriever_llama": "FINETUNE_LLAMA",
+    "17_finetune_reranker_llama": "TRAIN_RERANKER",
+}
 TRAINED_BY = {
     "retriever": "09_train_retriever_t5",
     "retriever+pseudo": "09_train_retriever_t5",
@@ -66,7 +78,8 @@ class Step(NamedTuple):
     """What is added to the dataset's own flags."""
     needs: tuple[str, ...] = ()
     """Names of the steps that must have run."""
-    launch: str = ""
+    launch: Launch | None = None
+    """How two processes are started; None: it is one."""
     note: str = ""
     """Tells steps of one script and form apart."""
 
@@ -105,6 +118,7 @@ def plan(stages: Sequence[str], settings: Settings, counts: Counts, *, first: bo
     steps.append(Step("llama3", "cut", needs=("cut: 07_prepare_retriever_dataset",)))
     if two:
         steps += [on_two(stage, settings, counts) for stage in ON_TWO]
+        steps += [on_zero(on_two(stage, settings, counts), launch) for stage, launch in ON_ZERO]
     return steps
 
 
@@ -144,8 +158,8 @@ def of_few() -> Iterator[Step]:
     yield Step("03_prepare_emb", "few", needs=ready, note="model by folder")
     yield Step("03_prepare_emb", "few", needs=ready, note="weights by file")
     yield Step("03_prepare_emb", "few", needs=ready, note="OpenAI's archive")
-    yield Step("03_prepare_emb", "few", needs=ready, launch="2", note="two processes")
-    yield Step("15_convert_voken_to_seed", "few", needs=ready, launch="2", note="two processes")
+    yield Step("03_prepare_emb", "few", needs=ready, launch="torchrun", note="two processes")
+    yield Step("15_convert_voken_to_seed", "few", needs=ready, launch="torchrun", note="two processes")
 
 
 def on_two(stage: str, settings: Settings, counts: Counts) -> Step:
@@ -155,7 +169,12 @@ def on_two(stage: str, settings: Settings, counts: Counts) -> Step:
     inputs = ("cut: 07_prepare_retriever_dataset", "cut: 08_generate_pseudo_query", "cut: 15_convert_voken_to_seed")
     there = [name for name in step.needs if name.removeprefix("two: ") in ON_TWO or "@" in name]
     number = 2 if step.number < "17" else 3
-    return step._replace(needs=(*there, *inputs[:number]), launch="2")
+    return step._replace(needs=(*there, *inputs[:number]), launch="torchrun")
+
+
+def on_zero(step: Step, launch: Launch) -> Step:
+    """The same step with DeepSpeed, which computes in fp32 on a CPU."""
+    return step._replace(launch=launch, note=launch, flags=(*step.flags, "--precision", "fp32"))
 
 
 def needs(script: str, form: Form, system: str, *, early: bool = False) -> Iterator[str]:
@@ -191,28 +210,35 @@ def needs(script: str, form: Form, system: str, *, early: bool = False) -> Itera
 
 
 def cuts(script: str, settings: Settings, counts: Counts) -> tuple[str, ...]:
-    """Flags that make a stage short; what they say is a count of pictures, queries or steps."""
-    once = ("--epochs", "1")
+    """Flags that make a stage short; what they say is a count of pictures, queries, steps or rounds."""
     if script == "05_train_rqvae":
-        flags = settings["TRAIN_RQVAE"]
-        epochs = "1" if value_of(flags, "--pairs", "picture") == "caption" else "2"
-        short = ("--epochs", epochs, "--validate-every", epochs)
-        revived = value_of(flags, "--revive-every", "10") != "0"
-        return (*short, "--kmeans-iterations", "3", *(("--revive-every", "1") if revived else ()))
-    if script in ("09_train_retriever_t5", "10_train_retriever_t5_stage2", "11_finetune_retriever_llama"):
-        array = {"09": "TRAIN_RETRIEVER", "10": "TRAIN_STAGE2", "11": "FINETUNE_LLAMA"}[script[:2]]
-        captions = min(counts.steps * batch_of(settings[array]), counts.most_captions)
-        queries = ("--queries-per-epoch", str(captions), "--validate-queries", str(counts.validate_queries))
-        return (*once, *queries)
-    if script == "17_finetune_reranker_llama":
-        queries = ("--queries-per-epoch", str(counts.steps * batch_of(settings["TRAIN_RERANKER"])))
-        return (*once, *queries, "--validate-queries", str(counts.validate_queries // 2))
-    other = {
+        return rqvae_cuts(settings["TRAIN_RQVAE"])
+    if script in TRAINED_WITH:
+        captions = counts.steps * batch_of(settings[TRAINED_WITH[script]])
+        most, validated = counts.most_captions, counts.validate_queries
+        if script == "17_finetune_reranker_llama":
+            validated //= 2
+        return (
+            *("--epochs", "1", "--queries-per-epoch", str(min(captions, most))),
+            *("--validate-queries", str(validated)),
+        )
+    other: dict[str, tuple[str, ...]] = {
         "16_prepare_reranker_dataset": ("--train-per-picture", "1"),
         "18_test_reranker_llama": ("--top-k", str(counts.rerank)),
-        "19_report": ("--queries", "8", "--beams", "1", "10", "--speed-queries", "8", "--speed-rounds", "1"),
+        "19_report": (
+            *("--queries", "8", "--beams", "1", "10"),
+            *("--speed-queries", "8", "--speed-rounds", "1", "--largest-pool", "1000"),
+        ),
     }
-    return other.get(script, ()) + (("--largest-pool", "1000") if script == "19_report" else ())
+    return other.get(script, ())
+
+
+def rqvae_cuts(flags: Sequence[str]) -> tuple[str, ...]:
+    """Cuts of the tokenizer's training: two epochs, with a revival of codes between them; of rows that are captions, of
+    which there are five times as many as pictures, one."""
+    epochs = "1" if value_of(flags, "--pairs", "picture") == "caption" else "2"
+    revival = () if value_of(flags, "--revive-every", "10") == "0" else ("--revive-every", "1")
+    return ("--epochs", epochs, "--validate-every", epochs, "--kmeans-iterations", "3", *revival)
 
 
 def batch_of(flags: Sequence[str]) -> int:
