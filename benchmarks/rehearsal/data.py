@@ -7,8 +7,10 @@ are few distinct pictures: each file is a hard link to one of them.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,18 @@ def write_rows(path: Path, collection: Collection, rows: list[Row]) -> None:
     """Write rows as one of Karpathy's files."""
     with replacing(path) as temporary, temporary.open("w") as file:
         json.dump({"images": rows, "dataset": "coco" if collection.in_coco_folders else collection.name}, file)
+
+
+def write_some(path: Path, collection: Collection, *, of: Path, counts: dict[str, int]) -> None:
+    """Write one of Karpathy's files with the first pictures of each split of another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(path, collection, some_rows(of, counts))
+
+
+def in_own_process(work: Callable[..., object], *values: object, **options: object) -> None:
+    """Run a function whose memory must go with it: COCO's file is some gigabytes in Python's objects."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        pool.submit(work, *values, **options).result()
 
 
 def some_rows(path: Path, counts: dict[str, int]) -> list[Row]:

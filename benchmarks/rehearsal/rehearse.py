@@ -16,7 +16,7 @@ from tools.files import read_json, write_json
 from tools.texts import printable
 
 from . import settings
-from .data import COLLECTIONS, Collection, some_rows, write_collection, write_rows
+from .data import COLLECTIONS, Collection, in_own_process, write_collection, write_some
 from .features import write_features
 from .hub import once
 from .models import (
@@ -118,7 +118,11 @@ class Rehearsal:
         """Data and models; those that are there are not made again."""
         kinds = self.scale.kinds
         what = (self.collection, self.seed, kinds)
-        once(self.data("whole"), what, lambda to: write_collection(to, self.collection, seed=self.seed, kinds=kinds))
+        once(
+            self.data("whole"),
+            what,
+            lambda to: in_own_process(write_collection, to, self.collection, seed=self.seed, kinds=kinds),
+        )
         t5 = T5_BASE if self.dataset == "flickr30k" else T5_LARGE
         self.models.make([CLIP, "openai", t5, LLAMA2, LLAMA3, SEED_LLAMA, SEED_WORDS, BLIP2, "seed"])
 
@@ -313,9 +317,8 @@ class Rehearsal:
         check_out(self.root(form), dataset=self.dataset, more=lines)
         if pictures is not None:
             counts = dict(zip(("train", "val", "test"), pictures, strict=True))
-            rows = some_rows(self.data("whole") / self.collection.file, counts)
-            self.data(form).mkdir(parents=True, exist_ok=True)
-            write_rows(self.data(form) / self.collection.file, self.collection, rows)
+            path, whole = (self.data(each) / self.collection.file for each in (form, "whole"))
+            in_own_process(write_some, path, self.collection, of=whole, counts=counts)
             link(self.data(form) / "images", self.data("whole") / "images")
 
 
