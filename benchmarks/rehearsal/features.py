@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tools import runs
 from tools.captions import query_owners, read_captions
 from tools.features import IMAGES, TEXTS
-from tools.files import new_array, replacing
+from tools.files import new_array, read_array, replacing
 
 NOISE = 0.5  # in standard deviations of the encoded features
 BLOCK = 8192  # rows at a time
@@ -39,8 +39,8 @@ def write_features(folder: Path, *, encoded: Path, few: Path, captions: Path, se
     like = generator.integers(len(some), size=len(every.records))  # which encoded picture each is like
     first = np.searchsorted(np.array(query_owners(some)), np.arange(len(some)))
     owners = np.array(query_owners(every.records), dtype=np.int64)
-    _write(run.folder / IMAGES, np.load(encoded / IMAGES), like, generator)
-    _write(run.folder / TEXTS, np.load(encoded / TEXTS), first[like[owners]], generator)
+    _write(run.folder / IMAGES, np.asarray(read_array(encoded / IMAGES)), like, generator)
+    _write(run.folder / TEXTS, np.asarray(read_array(encoded / TEXTS)), first[like[owners]], generator)
     run.finish(facts=facts)
 
 

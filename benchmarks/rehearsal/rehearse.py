@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tools.errors import BadInput
-from tools.files import read_json, write_json
+from tools.files import read_array, read_json, write_json
 from tools.texts import printable
 
 from . import settings
@@ -306,7 +306,7 @@ class Rehearsal:
         """How features differ from those of the model by its tag, where they should be alike; else nothing."""
         if step.form != "few" or step.script != "03_prepare_emb" or step.note == "model by tag":
             return ""
-        tag, other = (np.load(self._encoded(note, recipe) / "images.npy") for note in ("model by tag", step.note))
+        tag, other = (read_array(self._encoded(note, recipe) / "images.npy") for note in ("model by tag", step.note))
         difference = float(np.abs(tag - other).mean() / np.abs(tag).mean())
         return f"its features differ from the tag's by {difference:.1%}" if difference > ALIKE else ""
 
