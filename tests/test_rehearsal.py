@@ -128,6 +128,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory, scale: Scale) -> Rehears
     tiny = Scale(scale.sizes, scale.counts, scale.collections, scale.kinds, more)
     made = Rehearsal(folder, "flickr30k", tiny)
     made.make_stand_ins()
+    made.check_out()
     made.begin("better", first="better")
     return made
 

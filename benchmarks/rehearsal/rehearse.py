@@ -126,15 +126,19 @@ class Rehearsal:
         t5 = T5_BASE if self.dataset == "flickr30k" else T5_LARGE
         self.models.make([CLIP, "openai", t5, LLAMA2, LLAMA3, SEED_LLAMA, SEED_WORDS, BLIP2, "seed"])
 
+    def check_out(self) -> None:
+        """Checkouts of the code as it is now, for all forms."""
+        counts = self.scale.counts
+        for form, pictures in (("whole", None), ("cut", counts.pictures), ("two", None), ("few", counts.few)):
+            self._check_out(form, pictures)  # type: ignore[arg-type]
+
     def begin(self, recipe: str, *, first: str) -> None:
-        """Checkouts for a recipe; what an earlier rehearsal of it left goes.
+        """Folders for a recipe; what an earlier rehearsal of it left goes.
 
         Args:
             first: the recipe whose features and image tokens serve for all.
         """
-        counts = self.scale.counts
-        for form, pictures in (("whole", None), ("cut", counts.pictures), ("two", None), ("few", counts.few)):
-            self._check_out(form, pictures)  # type: ignore[arg-type]
+        for form in ("whole", "cut", "two", "few"):
             for room in ("RQ-VAE", "retriever", "reranker"):
                 if not (room == "RQ-VAE" and form == "two"):
                     shutil.rmtree(self.output(form, room, recipe), ignore_errors=True)  # type: ignore[arg-type]
@@ -164,6 +168,7 @@ class Rehearsal:
         before = (
             {(row.recipe, row.step): row for row in self._earlier() if row.state == "ran"} if resume or only else {}
         )
+        self.check_out()
         for recipe in recipes:
             if not before:
                 self.begin(recipe, first=recipes[0])
