@@ -141,9 +141,9 @@ class Rehearsal:
         for form in ("whole", "cut", "two", "few"):
             for room in ("RQ-VAE", "retriever", "reranker"):
                 if not (room == "RQ-VAE" and form == "two"):
-                    shutil.rmtree(self.output(form, room, recipe), ignore_errors=True)  # type: ignore[arg-type]
+                    shutil.rmtree(self.output(form, room, recipe), ignore_errors=True)
             if recipe == first and form != "two":
-                shutil.rmtree(self.data(form) / "01_prepare_captions", ignore_errors=True)  # type: ignore[arg-type]
+                shutil.rmtree(self.data(form) / "01_prepare_captions", ignore_errors=True)
         link(self.output("whole", "RQ-VAE", recipe) / "03_prepare_emb", self.folder / "features" / self.dataset)
         link(
             self.output("cut", "RQ-VAE", recipe) / "05_train_rqvae",
