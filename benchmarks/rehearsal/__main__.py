@@ -18,6 +18,7 @@ from tools.errors import BadInput
 from tools.files import read_json
 from tools.logs import table
 
+from .data import in_own_process
 from .rehearse import SCALES, Rehearsal, Row, Scale, facts, markdown
 
 
@@ -49,7 +50,7 @@ def main(config: Config) -> None:
             raise BadInput(f"{rehearsal.results} is not there: run scripts/rehearse.sh {config.dataset} first")
         print(markdown([Row(**row) for row in read_json(rehearsal.results)["rows"]]))
         return
-    rehearsal.make_stand_ins()
+    in_own_process(rehearsal.make_stand_ins)
     two = config.dataset == "flickr30k" if config.two_processes is None else config.two_processes
     rehearsal.run(config.recipes, two=two, only=config.only, resume=config.resume)
     print("\n" + table(facts(rehearsal.rows)) + f"\n\nresults: {rehearsal.results}")

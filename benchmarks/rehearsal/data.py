@@ -84,7 +84,7 @@ def write_some(path: Path, collection: Collection, *, of: Path, counts: dict[str
 
 
 def in_own_process(work: Callable[..., object], *values: object, **options: object) -> None:
-    """Run a function whose memory must go with it: COCO's file is some gigabytes in Python's objects."""
+    """Run a function whose memory must go with it: COCO's records and models take gigabytes."""
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
         pool.submit(work, *values, **options).result()
 
