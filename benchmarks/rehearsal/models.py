@@ -33,6 +33,7 @@ CLIP_WEIGHTS, ARCHIVE = "open_clip_model.safetensors", "ViT-L-14-336px.pt"
 QUANTIZER, VISION = "seed_quantizer.pt", "eva_vit_g.pth"
 EVA_BLOCKS, UNKNOWN_KEYS, QUANTIZER_PARAMETERS = 40, 146, 307_500_000  # of the published files: 1.23 GB in fp32
 OPENAI_MEAN, OPENAI_DEVIATION = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+VERSION = 2  # of what this file writes: earlier stand-ins are made again
 SENTENCES = 20_000  # that tokenizers learn from
 
 
@@ -75,6 +76,11 @@ class Models:
         self.cache = folder / "huggingface" / "hub"
 
     @property
+    def _what(self) -> tuple[object, ...]:
+        """What the files depend on."""
+        return VERSION, self.sizes, self.seed
+
+    @property
     def home(self) -> Path:
         """What HF_HOME is to name."""
         return self.cache.parent
@@ -99,11 +105,11 @@ class Models:
         }
         for name in names:
             if name == "openai":
-                once(self.folder / "openai", (self.sizes, self.seed), self.openai)
+                once(self.folder / "openai", self._what, self.openai)
             elif name != "seed":
-                into_cache(self.cache, name, (self.sizes, self.seed), writers[name])
+                into_cache(self.cache, name, self._what, writers[name])
             elif self.sizes.seed is not None:
-                once(self.seed_weights, (self.sizes, self.seed), self.seed_files)
+                once(self.seed_weights, self._what, self.seed_files)
 
     def snapshot(self, name: str) -> Path:
         """Folder of a model in the cache."""

@@ -14,7 +14,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-FILLERS = ((0x4E00, 0x9FFF), (0xAC00, 0xD7A3))  # Chinese characters and Korean syllables
+# Chinese characters, Korean syllables, rare and very rare Chinese characters: each one piece of a text.
+FILLERS = ((0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B739))
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # kinds of pieces
 LEAST = -100.0  # a filler's score
 
@@ -77,7 +78,13 @@ def byte_pairs(texts: Sequence[str], *, size: int, learnt: int, first: Sequence[
     tokenizer.train_from_iterator(texts, trainer)
     raw = json.loads(tokenizer.to_str())
     vocabulary = raw["model"]["vocab"]
-    vocabulary |= {f"Ġunsaid{number}": number for number in range(len(vocabulary), size)}
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for sign in fillers():
+        if len(vocabulary) == size:
+            break
+        vocabulary.setdefault(as_bytes.pre_tokenize_str(sign)[0][0], len(vocabulary))
+    for number in range(len(vocabulary), size):  # there are no more signs
+        vocabulary[f"Ġunsaid{number}"] = number
     return Tokenizer.from_str(json.dumps(raw))
 
 
