@@ -17,16 +17,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from models.clip import (
+    Activation,
     Clip,
     Pictures,
     detach_heads,
     encode_images,
     encode_tokens,
+    feature_dtype,
     load_clip,
     text_lengths,
     trim_padding,
 )
-from models.compute import Precision, pick_device, pick_dtype
+from models.compute import Precision, pick_device
 from tools import processes, runs
 from tools.blocks import Blocks
 from tools.captions import CaptionSet, portable, read_captions
@@ -49,13 +51,16 @@ class Config:
     """Run folder to write."""
     pretrained: str | None = None
     """Tag or checkpoint file, for a model given by name."""
+    activation: Activation = "auto"
+    """What the model was trained with, for a checkpoint file that does not tell: quick_gelu for weights of OpenAI, DFN
+    and MetaCLIP, gelu for those of LAION and DataComp. auto: as tag, model name or file tell."""
     layer: Literal["embedding", "tower"] = "embedding"
     """Features of the shared space, or what the projection heads read (for RQ-VAE.train_heads)."""
     batch_size: int = 64
     """Pictures a batch; captions go in batches of four times as many."""
     precision: Precision = "auto"
-    """Arithmetic of the towers; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32. The features are
-    stored in fp32."""
+    """Arithmetic of the towers, weights included; auto: fp32 on a GPU, bf16 on CPUs with bf16
+    units, else fp32. The features are stored in fp32."""
     device: str | None = None
     """cpu, cuda or cuda:N; by default the GPU where there is one."""
     workers: int = 2
@@ -163,8 +168,8 @@ def main(config: Config) -> None:
         return
     runs.check_files(captions.images)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.precision, device)
-    clip = load_clip(config.model, config.pretrained)
+    dtype = feature_dtype(config.precision, device)
+    clip = load_clip(config.model, config.pretrained, activation=config.activation)
     if config.layer == "tower":
         detach_heads(clip)
     clip.model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
@@ -175,6 +180,7 @@ def main(config: Config) -> None:
         facts={
             "model": config.model,
             "pretrained": config.pretrained,
+            "activation": clip.activation,
             "layer": config.layer,
             "precision": str(dtype).removeprefix("torch."),
             "captions": portable(config.captions),

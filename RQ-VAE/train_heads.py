@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.clip import Heads, attach_heads, detach_heads, load_clip, save_clip
+from models.clip import Heads, attach_heads, detach_heads, load_recorded, save_clip
 from models.compute import (
     check_optimization,
     load_state,
@@ -181,7 +181,7 @@ def main(config: Config) -> None:
     seed_everything(config.seed)
     device = pick_device(config.device)
     facts = features.manifest.facts
-    clip = load_clip(facts["model"], facts["pretrained"])
+    clip = load_recorded(facts)
     if not clip.config:
         raise BadInput(f"{facts['model']}: heads can be saved for named models and folders: download it as a folder")
     model = TwoHeads(detach_heads(clip), config.temperature).to(device)

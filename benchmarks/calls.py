@@ -33,16 +33,20 @@ def forward(writer: Writer, setting: Setting, *, scoring: Scoring = "voken") -> 
 
     Tokens are arbitrary; beams are as many as a search has, 1 and then `setting.beams`.
     """
-    memory: Memory = writer.encode(setting.token_ids)
+    return passes(writer, writer.encode(setting.token_ids), setting.beams, scoring=scoring)
+
+
+def passes(writer: Writer, memory: Memory, beams: int, *, scoring: Scoring = "voken") -> torch.Tensor:
+    """`forward` from what the decoder reads."""
     session = writer.begin(memory)
     states = session.open()
-    queries, device = len(setting.token_ids), memory.states.device
+    queries, device = len(memory.mask), memory.states.device
     levels = writer.lm.space.levels
     for level in range(levels):
         scores = writer.head.log_probabilities(states, level, scoring)
         if level + 1 < levels:
-            tokens = torch.arange(setting.beams, device=device).expand(queries, -1) + writer.lm.first_voken
-            parents = torch.arange(setting.beams, device=device).expand(queries, -1) % states.shape[1]
+            tokens = torch.arange(beams, device=device).expand(queries, -1) + writer.lm.first_voken
+            parents = torch.arange(beams, device=device).expand(queries, -1) % states.shape[1]
             states = session.advance(tokens, parents)
     return scores
 

@@ -16,10 +16,10 @@ from retriever.data import RetrieverData, read_data, read_retriever
 from retriever.index import build_index, to_device
 from retriever.queries import LiveQueries
 from retriever.retrieve import ranks_of, search_queries
-from retriever.two_tower import ranks_in, search_flat
 from tests.oracle import dictionary_trie, generate
 from tools.features import read_features
-from tools.recall import CUTOFFS, NOT_FOUND, Report, report
+from tools.recall import CUTOFFS, Report, report
+from tools.two_tower import two_tower_recall
 
 from .calls import encode_only, engine
 from .rows import Setting
@@ -53,8 +53,7 @@ def two_tower_row(data: RetrieverData, pool: str) -> dict[str, Any]:
     """Brute-force search of the test captions with the encoder whose features the vokens are made of."""
     features = read_features(Path(data.manifest.facts["features"]))
     rows = data.rows(pool)
-    found = search_flat(features.texts[features.text_rows("test")], features.images[rows], keep=BEAMS)
-    figures = report(ranks_in(rows[found.rows], data.queries("test").pictures, NOT_FOUND))
+    figures = two_tower_recall(features, features.text_rows("test"), rows)
     return _row(f"{pool} ({len(rows):,})", "two-tower", "-", figures, None)
 
 

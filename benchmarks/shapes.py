@@ -1,7 +1,7 @@
 """Language models and towers of the sizes people use, with random weights: speed does not depend on weights."""
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+if TYPE_CHECKING:
+    from models.clip import Clip  # elsewhere where towers are, and not above: open_clip is not everywhere
+
 from models.arithmetic import choose_linear, with_linears
-from models.clip import Clip, encode_tokens, trim_padding
 from models.compute import Precision
 from models.voken_lm import DECODER_SPECIALS, END, START, Kind, VokenLM, decoder_config
 from tools.vokens import VokenSpace
@@ -85,23 +87,27 @@ def prompts(count: int, length: int, *, seed: int = 0) -> list[list[int]]:
 class TextTower(NamedTuple):
     """CLIP ViT-L/14's text tower: 12 layers, 768 wide, causal, read at the end token."""
 
-    clip: Clip
+    clip: "Clip"
     trimmed: bool
     """Cut the padding behind the longest text, which is exact here."""
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Token ids (queries, 77) to features (queries, 768)."""
+        from models.clip import encode_tokens, trim_padding
+
         with torch.inference_mode():
             return encode_tokens(self.clip, trim_padding(self.clip, tokens) if self.trimmed else tokens)
 
 
-def text_tower(precision: Precision, device: torch.device, *, tuned: bool = False) -> Clip:
+def text_tower(precision: Precision, device: torch.device, *, tuned: bool = False) -> "Clip":
     """CLIP ViT-L/14's text tower with random weights.
 
     Args:
         tuned: its linear layers run as the language models' do (models/arithmetic.py).
     """
     from open_clip.transformer import TextTransformer
+
+    from models.clip import Clip
 
     torch.manual_seed(0)
     make, dtype = choose_linear(precision, device)

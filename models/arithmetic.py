@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tools import environment
 from tools.errors import BadInput
 
 from .compute import Precision, pick_dtype
@@ -83,6 +84,7 @@ def choose_linear(arithmetic: Arithmetic, device: torch.device) -> tuple[MakeLin
     if arithmetic == "int8":
         if device.type != "cpu":
             raise BadInput("--precision int8 runs on the CPU only: take bf16 on a GPU")
+        environment.note(precision="int8")
         return Int8Linear, torch.float32
     dtype = pick_dtype(arithmetic, device)
     packs = device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available()

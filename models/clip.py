@@ -6,9 +6,10 @@ Towers may stay frozen while new heads are trained on their outputs (LiT, Zhai e
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+from zipfile import ZipFile, is_zipfile
 
 import open_clip
 import torch
@@ -26,11 +27,15 @@ from tools.runs import check_files
 from tools.texts import did_you_mean
 
 from .checkpoints import first_line, read_state
+from .compute import Precision, pick_dtype
 from .pretrained import LOADING_ERRORS, load_config
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 HF_CONFIG_NAME = "config.json"
+Activation = Literal["auto", "gelu", "quick_gelu"]
+QUICK_NAMES = "-quickgelu"
+OPENAI_ENTRIES = {"input_resolution", "context_length", "vocab_size"}  # of the states that OpenAI's archives hold
 CONTEXT_LENGTH = 77  # tokens of a caption at most, as CLIP has it
 TEXT_BATCH = 256
 
@@ -45,6 +50,8 @@ class Clip(NamedTuple):
     preprocess: Callable[[Any], Tensor]
     tokenizer: Callable[[Sequence[str]], Tensor]
     config: dict[str, Any]
+    activation: Activation = "auto"
+    """What a named model was loaded with; "auto" for folders and the hub's, whose configuration has it"""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -79,15 +86,17 @@ class Heads(NamedTuple):
     text: nn.Module
 
 
-def load_clip(name: str, pretrained: str | None = None) -> Clip:
+def load_clip(name: str, pretrained: str | None = None, *, activation: Activation = "auto") -> Clip:
     """Load a two-tower model in float32 on the CPU, in eval mode.
 
     Args:
         name: an open_clip model name ("ViT-L-14-336"), a folder with `open_clip_config.json`, or "hf-hub:...".
         pretrained: tag ("openai") or checkpoint file of a named model; not for folders.
+        activation: what a named model's weights were trained with; "auto": what name, tag or file tells.
 
     Raises:
-        BadInput: open_clip does not know the name, or cannot get the weights; or a file of a finished run is damaged.
+        BadInput: open_clip does not know the name, or cannot get the weights; a file does not tell its activation, or
+            tells another one; or a file of a finished run is damaged.
     """
     folder = Path(name)
     options: dict[str, Any] = {}
@@ -108,26 +117,117 @@ def load_clip(name: str, pretrained: str | None = None) -> Clip:
         if not pretrained:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
             raise BadInput(f"--model {name} needs --pretrained: a checkpoint file or one of {tags}")
+        if not (open_clip.get_pretrained_cfg(name, pretrained) or Path(pretrained).is_file()):
+            raise BadInput(f"open_clip cannot load {name} ({pretrained}): that is neither a file nor one of its tags")
         config = open_clip.get_model_config(name)
-        if trained_with_quick_gelu(name, pretrained):
+        activation = trained_with(name, pretrained, activation)
+        if activation == "quick_gelu":
             config["quick_gelu"] = options["force_quick_gelu"] = True
     else:
         config = {}
     try:
         if name.startswith("hf-hub:"):
             config = open_clip.get_model_config(name)
+        weights = openai_state(Path(pretrained)) if pretrained else None
         model, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, force_custom_text=True, **options
+            name, pretrained=None if weights else pretrained, force_custom_text=True, **options
         )
+        if weights:  # open_clip refuses archives
+            model.load_state_dict(open_clip.model.convert_to_custom_text_state_dict(weights))
         tokenizer = open_clip.get_tokenizer(name)
     except (*LOADING_ERRORS, AttributeError, EOFError, KeyError) as error:
         raise BadInput(f"open_clip cannot load {name} ({pretrained or 'no tag'}): {first_line(error)}") from None
-    return Clip(model.eval(), preprocess, tokenizer, config)
+    return Clip(model.eval(), preprocess, tokenizer, config, activation)
 
 
-def trained_with_quick_gelu(name: str, pretrained: str) -> bool:
-    """Whether a tag's weights need QuickGELU, as OpenAI's do; open_clip warns of a mismatch and goes on, wrongly."""
-    return bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"))
+def load_recorded(facts: Mapping[str, Any]) -> Clip:
+    """The model that a manifest names: its `model`, `pretrained` and `activation`.
+
+    Raises:
+        BadInput: as `load_clip` and `recorded_activation` do.
+    """
+    return load_clip(facts["model"], facts["pretrained"], activation=recorded_activation(facts))
+
+
+def recorded_activation(facts: Mapping[str, Any]) -> Activation:
+    """With which activation the model was used that a manifest names. Earlier versions wrote none, and took GELU for
+    every checkpoint file.
+
+    Raises:
+        BadInput: that was wrong, as the file was trained with QuickGELU.
+    """
+    name, pretrained = facts["model"], facts["pretrained"]
+    recorded: Activation = facts.get("activation", "auto")
+    if "activation" in facts or not pretrained or not Path(pretrained).is_file() or name.endswith(QUICK_NAMES):
+        return recorded
+    if _told_activation(name, pretrained) == "quick_gelu":
+        raise BadInput(
+            f"an earlier version encoded with {name} ({pretrained}) without its QuickGELU, so the features are worse "
+            "than the model's: encode again with --overwrite"
+        )
+    return "gelu"
+
+
+def feature_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The arithmetic of features that are stored: where nothing is asked for, float32 on a GPU, as all that follows is
+    computed from them."""
+    return pick_dtype("fp32" if precision == "auto" and device.type == "cuda" else precision, device)
+
+
+def trained_with(name: str, pretrained: str, wanted: Activation = "auto") -> Activation:
+    """The activation that the weights of a named model were trained with; the other one gives worse features, and
+    open_clip warns of it for tags alone.
+
+    A tag tells it, and so does a model name in -quickgelu. Of files, OpenAI's own archives are known by what lies in
+    them; others say nothing. They get what all tags of the architecture have; where these differ, somebody must tell.
+
+    Args:
+        wanted: what the user or a manifest says; "auto": nothing.
+
+    Raises:
+        BadInput: nothing tells, or `wanted` is not what is known.
+    """
+    known = _told_activation(name, pretrained)
+    if known is not None and wanted not in ("auto", known):
+        raise BadInput(f"--activation {wanted}: {name} ({pretrained}) was trained with {known}: leave it out")
+    if known is not None or wanted != "auto":
+        return known or wanted
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    kinds = {_activation_of(open_clip.get_pretrained_cfg(name, tag)) for tag in tags}
+    if len(kinds) > 1:
+        raise BadInput(
+            f"{pretrained} does not tell with which activation {name} was trained: add --activation quick_gelu for "
+            "weights of OpenAI, DFN or MetaCLIP, --activation gelu for those of LAION and DataComp"
+        )
+    return kinds.pop() if kinds else "gelu"
+
+
+def _told_activation(name: str, pretrained: str) -> Activation | None:
+    """What tag, name or file tell beyond doubt."""
+    if tag := open_clip.get_pretrained_cfg(name, pretrained):
+        return _activation_of(tag)
+    return "quick_gelu" if name.endswith(QUICK_NAMES) or openai_state(Path(pretrained)) else None
+
+
+def _activation_of(tag: Mapping[str, Any]) -> Activation:
+    return "quick_gelu" if tag.get("quick_gelu") else "gelu"
+
+
+def openai_state(path: Path) -> dict[str, Tensor] | None:
+    """The weights of a file that OpenAI published, a TorchScript archive of its CLIP, or of the state of one: both are
+    known by the entries for the picture's size and the vocabulary. None for any other file.
+
+    Raises:
+        BadInput: the file is damaged, or holds code.
+    """
+    if not path.is_file() or not is_zipfile(path):
+        return None
+    with ZipFile(path) as archive:
+        scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    state = torch.jit.load(path, map_location="cpu").state_dict() if scripted else read_state(path)
+    if not state.keys() >= OPENAI_ENTRIES:
+        return None
+    return {key: value.float() for key, value in state.items() if key not in OPENAI_ENTRIES}
 
 
 def assemble_clip(

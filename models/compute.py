@@ -6,6 +6,9 @@ import os
 import pickle
 import platform
 import random
+import re
+import subprocess
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,7 @@ from tools.texts import did_you_mean
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OLDEST_DRIVERS = {12: 525, 13: 580}  # CUDA's major version -> the first driver that runs it
 OPTIMIZERS = {
     name.lower(): value
     for name, value in vars(torch.optim).items()
@@ -31,10 +35,13 @@ def pick_device(name: str | None = None) -> torch.device:
     """The device of that name, or the GPU where there is one: each process of a machine gets its own.
 
     Raises:
-        BadInput: the name is no device, or CUDA is asked for and absent.
+        BadInput: the name is no device, CUDA is asked for and absent, a GPU is there that torch does not see, or torch
+            was not built for the card.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            refuse_unseen_gpu()
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -57,8 +64,82 @@ def pick_device(name: str | None = None) -> torch.device:
             )
         device = torch.device("cuda", own)
         torch.cuda.set_device(device)
+    if device.type == "cuda":
+        refuse_unknown_card(device)
     environment.note(device=str(device))
     return device
+
+
+def refuse_unseen_gpu() -> None:
+    """Stop where `nvidia-smi` sees a GPU and torch does not, unless CUDA_VISIBLE_DEVICES hides it.
+
+    Raises:
+        BadInput: it does; the line has the driver, the CUDA that torch was built for, and what to do.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return
+    found = _driver_and_card()
+    if found is None:
+        return
+    driver, card = found
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    needed = OLDEST_DRIVERS.get(int((torch.version.cuda or "0").partition(".")[0]))
+    if needed is not None and int(driver.partition(".")[0]) >= needed:
+        way = (
+            "the driver is new enough: check CUDA_VISIBLE_DEVICES and that the driver was loaded after its last update"
+        )
+    else:
+        newer = "" if needed is None else f", or install driver {needed} or newer"
+        way = f"set TORCH_BACKEND=auto and start the script again{newer}"
+    raise BadInput(
+        f"nvidia-smi sees {card} with driver {driver}, but torch {torch.__version__} sees no GPU, it {built}: "
+        f"{way}; --device cpu computes without it"
+    )
+
+
+def _driver_and_card() -> tuple[str, str] | None:
+    """Driver and name of the first GPU that `nvidia-smi` sees; None where it sees none."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.match(r"(\d+[\d.]*), *(.+)", done.stdout)
+    return None if found is None else (found[1], found[2].strip())
+
+
+def refuse_unknown_card(device: torch.device) -> None:
+    """Stop where torch has no code for a card of this compute capability.
+
+    Raises:
+        BadInput: it has none.
+    """
+    built = torch.cuda.get_arch_list()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says it in many lines
+        capability = torch.cuda.get_device_capability(device)
+    if built and not runs_on(capability, built):
+        raise BadInput(
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and torch "
+            f"{torch.__version__} (CUDA {torch.version.cuda}) is built for {', '.join(built)}: set TORCH_BACKEND "
+            "to a build for this card, such as cu126 for Volta, and start the script again; --device cpu computes "
+            "without it"
+        )
+
+
+def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
+    """Whether one of torch's architectures runs on a card: binaries within a major version, PTX on all later cards.
+
+    >>> runs_on((8, 9), ["sm_80", "sm_90"]), runs_on((7, 0), ["sm_75", "sm_80"])
+    (True, False)
+    >>> runs_on((12, 1), ["sm_90a", "compute_120"])
+    True
+    """
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built)):
+        low = (int(major), int(minor))
+        if low <= capability and (kind == "compute" or low[0] == capability[0]):
+            return True
+    return False
 
 
 def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:

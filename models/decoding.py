@@ -24,10 +24,10 @@ from transformers.cache_utils import DynamicCache
 
 from .arithmetic import Arithmetic, Layer, MakeLinear, choose_linear, from_conv, fused, linear_of, with_linears
 from .compute import autocast
-from .voken_lm import Memory, VokenLM
+from .voken_lm import Memory, Tokens, VokenLM
 
 Scoring = Literal["full", "voken"]
-Encode = Callable[[Sequence[Sequence[int]]], Memory]
+Read = Callable[[Tokens], Memory]
 ROWS = 1024  # beams whose whole vocabulary is scored at once
 
 
@@ -40,15 +40,15 @@ class Head:
 
     def __init__(self, lm: VokenLM, make: MakeLinear, scale: float, output: nn.Linear | None = None) -> None:
         output = output or lm.model.get_output_embeddings()
-        weight, bias = output.weight.detach().float(), output.bias
+        weight = output.weight.detach().float()
+        bias = None if output.bias is None else output.bias.detach().float()
         first, last = lm.first_voken, lm.first_voken + len(lm.space.tokens)
-        others = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-        others[first:last] = False
         self.scale = scale
-        self.vokens = weight[first:last]
-        self.voken_bias = None if bias is None else bias.detach().float()[first:last]
-        self.end, self.end_bias = weight[lm.end], None if bias is None else bias.detach().float()[lm.end]
-        self.others = make(linear_of(weight[others], None if bias is None else bias[others]))
+        self.vokens = weight[first:last].clone()  # not a part of it, which would keep the whole
+        self.voken_bias = None if bias is None else bias[first:last]
+        self.end, self.end_bias = weight[lm.end].clone(), None if bias is None else bias[lm.end]
+        others = torch.cat([weight[:first], weight[last:]])
+        self.others = make(linear_of(others, None if bias is None else torch.cat([bias[:first], bias[last:]])))
         self.rows = [lm.space.level_rows(level) for level in range(lm.space.levels)]
 
     def log_probabilities(self, states: Tensor, level: int, scoring: Scoring) -> Tensor:
@@ -128,10 +128,20 @@ class Session(ABC):
 
 
 class Writer(ABC):
-    """A language model made ready to write in one arithmetic."""
+    """A language model made ready to write in one arithmetic.
 
-    def __init__(self, lm: VokenLM, head: Head, encode: Encode) -> None:
-        self.lm, self.head, self.encode = lm, head, encode
+    Attributes:
+        read: a padded batch of texts to what the decoder reads.
+        starts: token id of code 0 at each level.
+    """
+
+    def __init__(self, lm: VokenLM, head: Head, read: Read) -> None:
+        self.lm, self.head, self.read = lm, head, read
+        self.starts = [lm.first_voken + lm.space.level_rows(level).start for level in range(lm.space.levels)]
+
+    def encode(self, token_ids: Sequence[Sequence[int]]) -> Memory:
+        """What the decoder reads, of texts as `VokenLM.tokenize` gives them."""
+        return self.read(self.lm.pad(token_ids))
 
     @abstractmethod
     def begin(self, memory: Memory) -> Session:
@@ -159,25 +169,26 @@ class CrossWriter(Writer):
         embed: token ids (queries, beams) and their depth to (queries, beams, width).
         distance_bias: (heads, distances) added to attention by distance in depth, or None.
         attention_scale: of the products of queries and keys.
+        bridge: encoder states to what the cross-attention reads.
     """
 
     def __init__(
         self,
         lm: VokenLM,
         head: Head,
-        encode: Encode,
+        read: Read,
         *,
         blocks: list[Block],
         embed: Callable[[Tensor, int], Tensor],
-        read: Layer,
+        bridge: Layer,
         final_norm: Layer,
         heads: int,
         attention_scale: float,
         distance_bias: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(lm, head, encode)
-        self.blocks, self.embed, self.read, self.final_norm = blocks, embed, read, final_norm
+        super().__init__(lm, head, read)
+        self.blocks, self.embed, self.bridge, self.final_norm = blocks, embed, bridge, final_norm
         self.heads, self.attention_scale, self.distance_bias = heads, attention_scale, distance_bias
         self.attention_dtype = dtype if lm.device.type == "cuda" else torch.float32
 
@@ -197,7 +208,7 @@ class CrossSession(Session):
     def __init__(self, writer: CrossWriter, memory: Memory) -> None:
         super().__init__(memory)
         self.writer = writer
-        states = writer.read(memory.states)
+        states = writer.bridge(memory.states)
         self.cross = [writer.split(block.cross_key_value(states), 2) for block in writer.blocks]
         padding = (memory.mask == 0)[:, None, None, :]
         self.cross_bias = torch.zeros(padding.shape, dtype=writer.attention_dtype, device=states.device)
@@ -250,7 +261,7 @@ class CausalWriter(Writer):
     others): the prompt's keys and values are computed once a query and shared by its beams."""
 
     def __init__(self, lm: VokenLM, head: Head, model: Any, dtype: torch.dtype) -> None:
-        super().__init__(lm, head, lm.encode)
+        super().__init__(lm, head, lm.read)
         self.model, self.dtype = model, dtype
 
     def begin(self, memory: Memory) -> Session:
@@ -309,7 +320,7 @@ def make_writer(lm: VokenLM, arithmetic: Arithmetic = "fp32") -> Writer:
     return build(lm, make, dtype, _encoder(lm, make, dtype))
 
 
-def _t5_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype, encode: Encode) -> Writer:
+def _t5_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype, read: Read) -> Writer:
     config, decoder = lm.model.config, lm.model.get_decoder()
     activation = _activation(config.dense_act_fn)
     blocks = []
@@ -337,10 +348,10 @@ def _t5_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype, encode: Encode
     return CrossWriter(
         lm,
         Head(lm, make, scale=config.d_model**-0.5 if scaled else 1.0),
-        encode,
+        read,
         blocks=blocks,
         embed=lambda tokens, depth: F.embedding(tokens, embedding).float(),
-        read=nn.Identity(),
+        bridge=nn.Identity(),
         final_norm=_rms_norm(decoder.final_layer_norm),
         heads=config.num_heads,
         attention_scale=1.0,
@@ -349,7 +360,7 @@ def _t5_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype, encode: Encode
     )
 
 
-def _gpt2_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype, encode: Encode) -> Writer:
+def _gpt2_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype, read: Read) -> Writer:
     decoder = lm.model.decoder.transformer
     config = decoder.config
     activation = _activation(config.activation_function)
@@ -372,10 +383,10 @@ def _gpt2_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype, encode: Enco
     return CrossWriter(
         lm,
         Head(lm, make, scale=1.0),
-        encode,
+        read,
         blocks=blocks,
         embed=lambda tokens, depth: F.embedding(tokens, tokens_table).float() + places[depth].float(),
-        read=nn.Identity() if bridge is None else make(bridge),
+        bridge=nn.Identity() if bridge is None else make(bridge),
         final_norm=_layer_norm(decoder.ln_f),
         heads=config.n_head,
         attention_scale=(config.n_embd // config.n_head) ** -0.5,
@@ -393,15 +404,15 @@ def _causal_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype) -> Writer:
     return CausalWriter(lm, Head(lm, make, scale=1.0, output=plain.get_output_embeddings()), model, dtype)
 
 
-def _encoder(lm: VokenLM, make: MakeLinear, dtype: torch.dtype) -> Encode:
-    """`lm.encode` in the writer's arithmetic: the weights are cast once, not at every call."""
+def _encoder(lm: VokenLM, make: MakeLinear, dtype: torch.dtype) -> Read:
+    """`lm.read` in the writer's arithmetic: the weights are cast once, not at every call."""
     encoder = with_linears(lm.model.get_encoder(), make)
 
-    def encode(token_ids: Sequence[Sequence[int]]) -> Memory:
+    def read(tokens: Tokens) -> Memory:
         with autocast(lm.device, dtype):
-            return lm.encode(token_ids, encoder=encoder)
+            return lm.read(tokens, encoder=encoder)
 
-    return encode
+    return read
 
 
 def _feed(wide: Layer, activation: Layer, narrow: Layer, *, gated: bool) -> Layer:

@@ -18,7 +18,7 @@ from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
 
 from .checkpoints import ANEW, read_state
-from .clip import Clip, load_clip, patch_map, with_image_size
+from .clip import Activation, Clip, load_clip, patch_map, recorded_activation, with_image_size
 from .quantizer import QuantizerConfig, ResidualQuantizer
 
 CONFIG_NAME, WEIGHTS_NAME = "patch_tokenizer.json", "patch_tokenizer.safetensors"
@@ -44,6 +44,8 @@ class PatchConfig:
     """Tokens a patch."""
     codebook_size: int = 1024
     """Tokens of a level."""
+    activation: Activation = "auto"
+    """What the model was trained with, for a checkpoint file that does not tell."""
 
 
 class PatchTokenizer(nn.Module):
@@ -62,7 +64,7 @@ class PatchTokenizer(nn.Module):
         self.config = config
         self.length = config.grid * config.grid * config.levels
         self.codebook_size = config.levels * config.codebook_size
-        clip = load_clip(config.model, config.pretrained)
+        clip = load_clip(config.model, config.pretrained, activation=config.activation)
         self.clip: Clip = clip if config.image_size is None else with_image_size(clip, config.image_size)
         self.visual: nn.Module = self.clip.model.visual
         self.preprocess: Callable[[Any], Tensor] = self.clip.preprocess
@@ -135,7 +137,8 @@ class PatchTokenizer(nn.Module):
         """
         state = read_state(folder / WEIGHTS_NAME, advice=ANEW)
         try:
-            tokenizer = cls(PatchConfig(**read_json(folder / CONFIG_NAME)))
+            config = read_json(folder / CONFIG_NAME)
+            tokenizer = cls(PatchConfig(**{**config, "activation": recorded_activation(config)}))
             tokenizer.mean.data, tokenizer.directions.data = state["mean"], state["directions"]
             tokenizer.quantizer.codebooks.data = state["codebooks"]
         except (KeyError, TypeError) as error:

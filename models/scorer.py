@@ -5,7 +5,6 @@ part is computed once for all queries. That is exact, and what batched scoring a
 checkpointed, training do. Source of prompt and head: AVG (SIGIR 2025), on SEED-LLaMA (Ge et al. 2023).
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AddedToken, AutoModel, DynamicCache, LlamaConfig, LlamaModel
+from transformers import AddedToken, AutoModel, Cache, DynamicCache, LlamaConfig, LlamaModel
+from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from peft import PeftModel  # elsewhere where adapters are, and not above: slow to import
@@ -26,6 +26,7 @@ from tools.files import read_json, replacing, write_json
 
 from .checkpoints import load_weights
 from .cooccurrence import factorise
+from .opened_pictures import KeysAndValues, behind_pictures
 from .pretrained import (
     ADAPTER_NAME,
     LOADING_ERRORS,
@@ -135,6 +136,18 @@ class Scorer(nn.Module):
                 return int(token)
         return 0
 
+    def in_precision(self, dtype: torch.dtype) -> "Scorer":
+        """Cast the weights for forward passes in `dtype` under autocast, in place: the matrices that autocast would
+        cast anew, or keep a second time, in each pass. The scores stay the same to the bit, except that weights which
+        are less exact than float32 are made float32 for it.
+        """
+        if dtype == torch.float32:
+            return self.float()
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                module.to(dtype)
+        return self
+
     def picture_ids(self, tokens: NDArray[np.integer]) -> Tensor:
         """Prompts up to the query (pictures, opening) for pictures' tokens (pictures, images.length)."""
         ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)) + self.first_image
@@ -182,25 +195,30 @@ class Scorer(nn.Module):
         if self.compat is not None:
             return self._read_as_published(pairs)
         if share_pictures:
-            opened = self.open(pairs.pictures)
-            return self.close([(keys[pairs.of_picture], values[pairs.of_picture]) for keys, values in opened], pairs)
+            return self.close(self.open(pairs.pictures), pairs.of_picture, pairs)
         ids = torch.cat([pairs.pictures[pairs.of_picture], pairs.queries[pairs.of_query]], dim=1)
         lengths = pairs.pictures.shape[1] + pairs.lengths[pairs.of_query]
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         states = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
         return self._score(states, lengths - 1)
 
-    def open(self, pictures: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def open(self, pictures: Tensor) -> list[KeysAndValues]:
         """Keys and values (pictures, heads, opening, width) of each layer for prompts (pictures, opening)."""
         cache = DynamicCache()
-        self.model(input_ids=pictures, past_key_values=cache, use_cache=True)
+        self.read_pictures(pictures, cache)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
-    def close(self, opened: Sequence[tuple[Tensor, Tensor]], pairs: Pairs) -> Tensor:
-        """Scores (pairs,) from each pair's own keys and values (pairs, heads, opening, width) by layer."""
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(opened):
-            cache.update(keys, values, layer)
+    def read_pictures(self, pictures: Tensor, cache: Cache) -> None:
+        """Give a cache the keys and values of prompts (pictures, opening), layer by layer."""
+        self.model(input_ids=pictures, past_key_values=cache, use_cache=True)
+
+    def close(self, opened: Sequence[KeysAndValues], places: Tensor, pairs: Pairs) -> Tensor:
+        """Scores (pairs,) from keys and values of pictures, and which of them each pair has.
+
+        Args:
+            opened: keys and values (pictures, heads, opening, width) of each layer.
+            places: (pairs,) among those pictures.
+        """
         ids, lengths = pairs.queries[pairs.of_query], pairs.lengths[pairs.of_query]
         behind = torch.arange(ids.shape[1], device=ids.device)
         opening = opened[0][0].shape[2]
@@ -209,7 +227,7 @@ class Scorer(nn.Module):
             input_ids=ids,
             attention_mask=mask,
             position_ids=(opening + behind).expand_as(ids),
-            past_key_values=cache,
+            past_key_values=behind_pictures(opened, places),
             use_cache=True,
         ).last_hidden_state
         return self._score(states, lengths - 1)
@@ -240,8 +258,12 @@ class Scorer(nn.Module):
         write_json(folder / SCORER_NAME, {**facts, "compat": self.compat, "layers": layers})
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "Scorer":
+    def from_pretrained(cls, folder: Path, dtype: torch.dtype | None = None) -> "Scorer":
         """Read what `save_pretrained` wrote; the model is in eval mode, adapters are merged into its weights.
+
+        Args:
+            dtype: arithmetic of the forward passes to come, to which weights are cast (see `in_precision`); by default
+                they stay as they were saved or published.
 
         Raises:
             BadInput: the model that adapters belong to cannot be loaded.
@@ -251,63 +273,15 @@ class Scorer(nn.Module):
         with reading(folder):
             tokenizer = load_tokenizer(folder)
         if (folder / ADAPTER_NAME).is_file():
-            model = merged(AutoModel, folder, len(tokenizer), options=lambda name: _causal(name, layers))
+            model = merged(AutoModel, folder, len(tokenizer), options=lambda name: _causal(name, layers), dtype=dtype)
         else:
             with reading(folder):
                 model = load_saved(AutoModel, folder, **_without_pooler(load_config(folder)))
         head = scoring_head(model.config.hidden_size)
         load_weights(head, folder / HEAD_NAME)
         images = ImageTokens(**facts.pop("images"))
-        return cls(model, head.to(next(model.parameters()).dtype), tokenizer, images=images, **facts).eval()
-
-
-class OpenedPictures:
-    """Keys and values of pictures' prompts, computed once and kept while there is room; the least recently used go.
-
-    Attributes:
-        room: pictures that are kept at most; to be set before the first are.
-    """
-
-    def __init__(self, scorer: Scorer, tokens: NDArray[np.integer], *, room: int = 0) -> None:
-        """
-        Args:
-            tokens: (pictures, images.length) image tokens of all pictures.
-        """
-        self.scorer, self.tokens, self.room = scorer, tokens, room
-        self.place: OrderedDict[int, int] = OrderedDict()
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    @torch.inference_mode()
-    def gather(self, pictures: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (pairs, heads, opening, width) by layer for pictures (pairs,), by row of `tokens`.
-
-        Of distinct pictures there must not be more than `room`.
-        """
-        wanted = dict.fromkeys(pictures.tolist())
-        for picture in wanted.keys() & self.place.keys():
-            self.place.move_to_end(picture)
-        if missing := [picture for picture in wanted if picture not in self.place]:
-            self._open(missing)
-        places = torch.tensor([self.place[picture] for picture in pictures.tolist()], device=self.scorer.device)
-        return [(keys[places], values[places]) for keys, values in self.layers]
-
-    def _open(self, missing: list[int]) -> None:
-        opened = self.scorer.open(self.scorer.picture_ids(self.tokens[missing]).to(self.scorer.device))
-        if not self.layers:
-            self.layers = [
-                (keys.new_empty(self.room, *keys.shape[1:]), values.new_empty(self.room, *values.shape[1:]))
-                for keys, values in opened
-            ]
-        free = [self.place.popitem(last=False)[1] for _ in range(len(self.place) + len(missing) - self.room)]
-        free += list(range(len(self.place) + len(free), len(self.place) + len(missing)))
-        for (keys, values), (new_keys, new_values) in zip(self.layers, opened, strict=True):
-            keys[free], values[free] = new_keys, new_values
-        self.place.update(zip(missing, free, strict=True))
-
-    def bytes_each(self) -> int:
-        """Size of one picture's keys and values."""
-        opened = self.scorer.open(self.scorer.picture_ids(self.tokens[:1]).to(self.scorer.device))
-        return sum(part.element_size() * part.numel() for layer in opened for part in layer)
+        scorer = cls(model, head.to(next(model.parameters()).dtype), tokenizer, images=images, **facts).eval()
+        return scorer if dtype is None else scorer.in_precision(dtype)
 
 
 def scoring_head(width: int) -> nn.Sequential:

@@ -17,10 +17,12 @@ that was killed goes on as if it had not been.
 """
 
 import contextlib
+import os
 import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -40,6 +42,7 @@ from .compute import Precision, load_state, make_optimizer, pick_device, pick_dt
 from .norms import fuse_norms
 
 Decay = Literal["none", "linear", "cosine"]
+Compile = Literal["never", "gpu", "always"]
 
 SAVE_EVERY_SECONDS = 30.0
 MOST_SAVING = 0.05  # share of the time that may go into saving: a large model is saved less often
@@ -60,6 +63,9 @@ class LoopConfig(Protocol):
 
     @property
     def accumulate(self) -> int: ...
+
+    @property
+    def at_once(self) -> int | None: ...
 
     @property
     def optimizer(self) -> str: ...
@@ -89,7 +95,24 @@ class LoopConfig(Protocol):
     def device(self) -> str | None: ...
 
     @property
-    def compile(self) -> bool: ...
+    def compile(self) -> Compile: ...
+
+
+def gpu_compiles(device: torch.device) -> bool:
+    """Whether a device is a GPU that torch.compile can write kernels for: with Triton, and a C compiler for Triton."""
+    if device.type != "cuda":
+        return False
+    lacking = [
+        what
+        for what, there in (
+            ("Triton", find_spec("triton") is not None),
+            ("a C compiler", any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))),
+        )
+        if not there
+    ]
+    if lacking and processes.is_main():
+        print(f"note: the model is not compiled, which takes {' and '.join(lacking)}: a step takes longer", flush=True)
+    return not lacking
 
 
 def check_launch(kind: DistributedType) -> None:
@@ -142,6 +165,13 @@ class Part(NamedTuple):
     def queries(self) -> NDArray[np.int64]:
         """(part,) train queries of this process."""
         return self.batch[self.own]
+
+    def pieces(self, most: int | None) -> "list[Part]":
+        """The part in pieces of nearly equal size, at most `most` queries each, whose losses add up to the part's."""
+        if most is None or len(self.own) <= most:
+            return [self]
+        cut = np.array_split(self.own, -(-len(self.own) // most))
+        return [Part(self.batch, own, self.weight * len(own) / len(self.own)) for own in cut]
 
 
 def part_of(batch: NDArray[np.int64]) -> Part:
@@ -205,9 +235,9 @@ class TrainingLoop(ABC):
         self.module = module.to(self.device)
         if self.device.type == "cuda":
             fuse_norms(self.module)
-        if config.compile and self.sharded:
+        if config.compile == "always" and self.sharded:
             raise BadInput("--compile is for whole models, DeepSpeed shares this one: leave one of the two out")
-        if config.compile:
+        if config.compile == "always" or (config.compile == "gpu" and not self.sharded and gpu_compiles(self.device)):
             self.module.compile(backend=COMPILER, dynamic=True)
         self.best: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
@@ -442,11 +472,16 @@ class TrainingLoop(ABC):
 
     def _backward(self, part: Part, complete: bool) -> Tensor:
         """Add a part's gradients; when they are complete, processes share them. Returns its share of the loss."""
-        self.accelerator.sync_gradients = complete
-        with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.model):
-            loss = self.loss(part) * part.weight
-            self.accelerator.backward(self.scaler.scale(loss / self.config.accumulate))
-        return loss.detach()
+        pieces = part.pieces(self.config.at_once)
+        losses = []
+        for number, piece in enumerate(pieces):
+            last = complete and number + 1 == len(pieces)
+            self.accelerator.sync_gradients = last
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.loss(piece) * piece.weight
+                self.accelerator.backward(self.scaler.scale(loss / self.config.accumulate))
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _read_losses(self, tracker: Tracker) -> float:
         """Wait for the steps that nobody has looked at, and put them on the curves; in every process.

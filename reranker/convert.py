@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from models.clip import Pictures
+from models.clip import Activation, Pictures
 from models.compute import Precision, pick_device, pick_dtype
 from models.patch_tokenizer import CONFIG_NAME, PatchConfig, PatchTokenizer
 from models.seed_tokenizer import Interpolation, SeedTokenizer
@@ -54,6 +54,8 @@ class Config:
     """patches: open_clip model name or folder."""
     pretrained: str | None = None
     """patches: tag or checkpoint file, for a model given by name."""
+    activation: Activation = "auto"
+    """patches: what the model was trained with, for a checkpoint file that does not tell."""
     image_size: int | None = None
     """patches: side of the pictures in pixels; by default the model's own."""
     grid: int = 4
@@ -122,6 +124,7 @@ def patch_tokenizer(config: Config, run: runs.Run, captions: CaptionSet, device:
                 config.patch_width,
                 config.levels,
                 config.codebook_size,
+                config.activation,
             )
         )
         tokenizer.to_precision(pick_dtype(config.precision, device)).to(device)

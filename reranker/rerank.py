@@ -6,18 +6,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.compute import autocast
-from models.scorer import OpenedPictures, Scorer
+from models.opened_pictures import OpenedPictures
+from models.scorer import Scorer
 from tools.blocks import Blocks
 from tools.errors import BadInput
 from tools.files import read_array, write_array
 from tools.logs import progress
 from tools.ranked import RankedLists
 
+from .memory import costs_of, plan
+
 BLOCK_BATCHES = 16  # batches a block: what a killed run loses at most, in each process
 CPU_PAIRS, GPU_PAIRS = 100, 2048  # a CPU is fastest while a batch stays in its caches: benchmarks/rerank.py
-GIB = 1 << 30
 
 Scores = NDArray[np.float32]
 
@@ -41,12 +44,13 @@ def score_lists(
         dtype: arithmetic of the forward passes.
         pairs: of a query and a picture that are scored in one batch, at most; one query's all go together. By default
             100 on a CPU and 2048 elsewhere.
-        memory: GiB for pictures' keys and values; what does not fit is computed again.
+        memory: GiB for all that scoring needs beside the weights: pictures' keys and values, of which those that do
+            not fit are computed again, and the forward passes, which are divided until they fit.
         blocks_folder: share the batches with the other processes, in blocks below this folder that a killed run keeps:
             a folder of its own for each call. Without it each process scores everything.
 
     Raises:
-        BadInput: a score is no number.
+        BadInput: a score is no number, or the memory is not enough for one pair.
     """
     scorer.eval()
     if pairs is None:
@@ -77,13 +81,15 @@ class _Scoring:
         longest = max(1, lists.rows.shape[1])
         distinct = len(np.unique(lists.rows[lists.present]))
         self.opened = OpenedPictures(scorer, tokens)
-        self.all_fit = True
-        if scorer.compat is None and distinct:
-            room = max(longest, int(memory * GIB / self.opened.bytes_each()))
-            self.all_fit = distinct <= room
-            self.opened.room = min(distinct, room)
-            pairs = min(pairs, room)
         self.batch_size = max(1, pairs // longest)
+        self.all_fit = True
+        if distinct:
+            self.costs = costs_of(scorer, tokens, self.queries)
+            largest = min(self.batch_size * longest, int(lists.present.sum()))
+            self.plan = plan(self.costs, memory, pairs=largest, pictures=distinct)
+            self.all_fit = distinct <= self.plan.room
+            self.opened.room = self.plan.room
+            self.opened.at_once = max(1, self.plan.working // max(1, self.costs.reading))
 
     def batches(self) -> list[NDArray[np.int64]]:
         """Queries of similar length together, or, where not all pictures fit, those that begin with the same."""
@@ -98,18 +104,27 @@ class _Scoring:
         scores = np.full(rows.shape, -np.inf, dtype=np.float32)
         if not present.any():
             return scores
-        of_query = torch.from_numpy(np.nonzero(present)[0])
-        pictures = rows[present]
+        of_query, pictures = torch.from_numpy(np.nonzero(present)[0]), rows[present]
         queries = [self.queries[query] for query in batch]
+        most = self.plan.working // self.costs.pair(max(map(len, queries)))
+        if not self.all_fit:
+            most = min(most, self.plan.room)
+        parts = zip(of_query.split(most), np.split(pictures, range(most, len(pictures), most)), strict=True)
+        scores[present] = torch.cat([self._score_pairs(queries, *part) for part in parts]).numpy()
+        return scores
+
+    def _score_pairs(self, queries: list[list[int]], of_query: Tensor, pictures: NDArray[np.int64]) -> Tensor:
+        """Scores (pairs,), on the CPU, of pictures (pairs,) and of queries that `of_query` (pairs,) says."""
+        used, of_query = of_query.unique(return_inverse=True)
+        queries = [queries[place] for place in used]
         if self.scorer.compat is None:
             pairs = self.scorer.pairs(self.tokens[:0], queries, of_query, of_query)
-            found = self.scorer.close(self.opened.gather(pictures), pairs)
-        else:
-            distinct, of_picture = np.unique(pictures, return_inverse=True)
-            pairs = self.scorer.pairs(self.tokens[distinct], queries, torch.from_numpy(of_picture), of_query)
-            found = self.scorer(pairs)
-        scores[present] = found.cpu().numpy()
-        return scores
+            places = self.opened.places(pictures)
+            return self.scorer.close(self.opened.layers, places, pairs).cpu()
+        distinct, of_picture = np.unique(pictures, return_inverse=True)
+        pairs = self.scorer.pairs(self.tokens[distinct], queries, torch.from_numpy(of_picture), of_query)
+        found: Tensor = self.scorer(pairs)
+        return found.cpu()
 
 
 def _score_blocks(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from models.compute import Precision, machine, pick_device, pick_dtype
 from models.scorer import Scorer
 from tools import processes, runs
+from tools.captions import first_captions
 from tools.commands import run_command
 from tools.errors import BadInput
 from tools.features import Features, normalized, read_features
@@ -27,8 +28,9 @@ from tools.files import replacing, write_array
 from tools.interpolation import COSINE_SCALE, Choice, choose_weights, interpolated
 from tools.logs import Tracker, table
 from tools.ranked import RankedLists, reordered_ranks, write_lists
-from tools.recall import Report, report, search_recall
-from tools.results import merge_summary, printable
+from tools.recall import Report, report
+from tools.results import MRR_NOTE, merge_summary, printable, scalars
+from tools.two_tower import two_tower_recall
 
 from .data import Lists, PictureTokens, read_ranked, read_tokens
 from .rerank import score_lists
@@ -60,12 +62,16 @@ class Config:
     top_k: int = 50
     """Pictures of each list that are reordered; the others go."""
     pairs: int | None = None
-    """Of a query and a picture that are scored at once, at most; by default 100 on a CPU, 2048 on a GPU."""
+    """Of a query and a picture that are scored in a batch, at most; by default 100 on a CPU, 2048 on a GPU."""
     memory: float = 4.0
-    """GiB for what the reranker keeps of pictures that it has read."""
+    """GiB for all that scoring needs beside the weights: what the reranker keeps of pictures that it has read, and its
+    forward passes, which are divided until they fit."""
     precision: Precision = "auto"
     """Arithmetic of the reranker's forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else
     fp32."""
+    captions_per_picture: int | None = None
+    """Add rows over the first so many captions of each picture (5: the 25,000 queries of papers on COCO's test split,
+    which has 25,010). The rows over all captions stay, and the shares are chosen on all of val's."""
     device: str | None = None
     """cpu, cuda or cuda:N; by default the GPU where there is one."""
     overwrite: bool = False
@@ -74,6 +80,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.top_k < 1 or (self.pairs is not None and self.pairs < 1) or self.memory <= 0:
             raise BadInput("--top-k and --pairs must be at least 1, --memory above 0")
+        if self.captions_per_picture is not None and self.captions_per_picture < 1:
+            raise BadInput("--captions-per-picture must be at least 1")
         if (self.reranker is None) != (self.tokens is None):
             raise BadInput("--reranker and --tokens belong together: give both or none")
         if self.reranker is None and not self.features:
@@ -90,10 +98,19 @@ class Case(NamedTuple):
     """Name -> (queries, longest)"""
     speed: float | None
     """Queries a second of the reranker, where it was measured."""
+    captions_per_picture: int | None = None
+    """Of each picture so many captions are queries; None: all."""
 
     @property
     def name(self) -> str:
         return f"{self.split}-{self.pool}"
+
+    def first(self, count: int) -> "Case":
+        """The same for the first captions of each picture alone."""
+        chosen = first_captions(self.lists.pictures, count)
+        scores = {name: each[chosen] for name, each in self.scores.items()}
+        label = f"{self.split}, first {count} captions"
+        return Case(label, self.pool, self.lists.some(chosen), scores, None, count)
 
 
 def cosines(lists: RankedLists, features: Features) -> Scores:
@@ -119,7 +136,8 @@ class Reranking:
         if self.manifest.facts["tokens"] != self.pictures.manifest.fingerprint:
             raise BadInput(f"{config.reranker} was trained with other image tokens than those of {config.tokens}")
         self.device = pick_device(config.device)
-        self.scorer = Scorer.from_pretrained(config.reranker / "model").to(self.device)
+        self.dtype = pick_dtype(config.precision, self.device)
+        self.scorer = Scorer.from_pretrained(config.reranker / "model", self.dtype).to(self.device)
 
     def score(self, lists: RankedLists, blocks_folder: Path) -> tuple[Scores, float | None]:
         """Scores (queries, longest), and queries a second; None where a killed run has left scores."""
@@ -129,7 +147,7 @@ class Reranking:
             self.scorer,
             self.pictures.tokens,
             lists,
-            dtype=pick_dtype(self.config.precision, self.device),
+            dtype=self.dtype,
             pairs=self.config.pairs,
             memory=self.config.memory,
             blocks_folder=blocks_folder,
@@ -165,10 +183,7 @@ class Table:
 
     def two_tower(self, case: Case) -> dict[str, Any]:
         """Brute-force search of a case's queries over its whole pool."""
-        rows = self.pool_rows(case.pool)
-        texts = normalized(self.features.texts[case.lists.captions])
-        place = np.searchsorted(rows, case.lists.pictures)
-        figures = search_recall(texts, normalized(self.features.images[rows]), place)
+        figures = two_tower_recall(self.features, case.lists.captions, self.pool_rows(case.pool))
         return {**self.row("two-tower", case, figures), "setting": "inductive"}
 
     def reordered(self, name: str, case: Case, choice: Choice) -> dict[str, Any]:
@@ -195,6 +210,7 @@ class Table:
             "level": "image",
             "setting": self.setting,
             **figures.rounded(),
+            "captions_per_picture": case.captions_per_picture,
             "queries_per_second": None,
             "machine": machine(),
             "run": str(self.config.output),
@@ -262,9 +278,11 @@ def main(config: Config) -> None:
     if processes.is_main():
         chosen = choices(cases[0])
         summary = Table(config, lists, features, "transductive" if "transductive" in settings else "inductive")
+        some = config.captions_per_picture
+        measured = cases if some is None else [*cases, *(case.first(some) for case in cases)]
         rows = [
             row
-            for case in cases
+            for case in measured
             for row in (
                 summary.two_tower(case),
                 *(summary.reordered(*each[:1], case, each[1]) for each in chosen.items()),
@@ -283,13 +301,14 @@ def conclude(
 ) -> None:
     """Save everything, and show it."""
     save(run, cases, chosen)
-    text = f"{printable(rows)}\n\n{explanation(rows)}"
+    text = f"{printable(rows)}\n\n{MRR_NOTE}\n\n{explanation(rows)}"
     with replacing(run.folder / "table.txt") as temporary:
         temporary.write_text(text + "\n")
-    tested = [row for row in rows if row["split"] == "test" and "weights" in row]
+    tested = [row for row in rows if row["split"].startswith("test") and "weights" in row]
     merge_summary(config.summary, tested)
     tracker = Tracker(run.folder, job="test_reranker", config=run.started["config"])
     tracker.table("reranked", [{**{k: v for k, v in row.items() if k != "recall"}, **row["recall"]} for row in tested])
+    tracker.summary(scalars(rows, main=f"{config.system}+{list(chosen)[-1]}"))  # by all that there is to reorder by
     tracker.finish()
     print(f"{text}\n\nrows: {config.summary}")
     for name, choice in chosen.items():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from models.compute import Precision, autocast, check_optimization, pick_device, pick_dtype, seed_everything
 from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora, Scorer, build_new_scorer, build_scorer
-from models.training import Part, TrainingLoop, bucketed_batches, check_batch_size
+from models.training import Compile, Part, TrainingLoop, bucketed_batches, check_batch_size
 from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
@@ -93,9 +93,11 @@ class Config:
     queries_per_epoch: int | None = None
     """Train queries of an epoch, drawn anew each time; by default all."""
     batch_size: int = 16
-    """Groups a forward pass, of all processes together."""
+    """Groups a batch, of all processes together."""
     accumulate: int = 1
-    """Forward passes a step of the optimiser."""
+    """Batches a step of the optimiser."""
+    at_once: int | None = None
+    """Groups of a forward pass in each process, at most: less memory for the same step; by default its whole part."""
     optimizer: str = "adamw"
     """Name of an optimiser of torch.optim."""
     lr: float = 3e-5
@@ -114,9 +116,9 @@ class Config:
     """Pictures of each of their lists."""
     precision: Precision = "auto"
     """Arithmetic of the forward passes; weights that are trained are kept in fp32."""
-    compile: bool = False
-    """Compile the model (torch.compile), which takes minutes once, and a third of the kernels a step from then on; it
-    needs a C++ compiler, and Triton on a GPU."""
+    compile: Compile = "never"
+    """Compile the model (torch.compile), which takes minutes once, and starts a third of the kernels from then on; gpu:
+    where there is a GPU with Triton and a C compiler; always: on a CPU too, with a C++ compiler."""
     seed: int = 0
     """Seed of weights, batches and drawn pictures."""
     device: str | None = None
@@ -132,11 +134,12 @@ class Config:
             self.validate_every,
             self.validate_queries,
         )
-        counts += (self.top_k, self.negatives, self.max_query, self.max_length, self.queries_per_epoch or 1)
-        if min(counts) < 1 or self.queries_per_epoch == 0:
+        counts += (self.top_k, self.negatives, self.max_query, self.max_length)
+        chosen = (1 if each is None else each for each in (self.queries_per_epoch, self.at_once))
+        if min(*counts, *chosen) < 1:
             raise BadInput(
-                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --validate-every, --validate-queries, "
-                "--top-k, --negatives, --max-query and --max-length must be at least 1"
+                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --at-once, --validate-every, "
+                "--validate-queries, --top-k, --negatives, --max-query and --max-length must be at least 1"
             )
         if not 0 <= self.random_negatives <= self.negatives:
             raise BadInput(f"--random-negatives must be between 0 and the {self.negatives} --negatives")

@@ -17,8 +17,8 @@ import tyro
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from models.clip import Pictures, encode_images, load_clip
-from models.compute import Precision, pick_device, pick_dtype
+from models.clip import Pictures, encode_images, feature_dtype, load_recorded
+from models.compute import Precision, pick_device
 from models.rqvae import RqVae, tokenize
 from tools import runs
 from tools.captions import portable
@@ -183,8 +183,8 @@ def encode(gallery: Gallery, new: Sequence[Picture], config: Options, device: to
     """Features (pictures, width) of new pictures, by the model that encoded the gallery's."""
     name, pretrained = gallery.clip
     check_content(name, model_content(name, pretrained), gallery.facts["clip"]["content"], gallery)
-    clip = load_clip(name, pretrained)
-    clip.model.to(device=device, dtype=pick_dtype(config.precision, device), memory_format=torch.channels_last)
+    clip = load_recorded(gallery.clip_facts)
+    clip.model.to(device=device, dtype=feature_dtype(config.precision, device), memory_format=torch.channels_last)
     pictures = Pictures([picture.file for picture in new], clip.preprocess, folder=gallery.files_below)
     workers = config.workers if len(new) > config.batch_size else 0
     batches = DataLoader(pictures, batch_size=config.batch_size, num_workers=workers)

@@ -63,10 +63,25 @@ def beam_search(
         ValueError: the end token is asked for in a softmax that does not have it.
         FloatingPointError: the model gives no numbers (it overflows in this arithmetic).
     """
+    found, broken = search_steps(writer, memory, levels, beams=beams, scoring=scoring, score_end=score_end)
+    refuse_broken(broken)
+    return found
+
+
+def search_steps(
+    writer: Writer, memory: Memory, levels: list[DeviceLevel], *, beams: int, scoring: Scoring, score_end: bool
+) -> tuple[Beams, Tensor]:
+    """`beam_search` as the device sees it: nothing in it waits for a GPU, or copies to it.
+
+    Returns:
+        What was found, and a bool scalar: whether the model gave anything but numbers.
+
+    Raises:
+        ValueError: the end token is asked for in a softmax that does not have it.
+    """
     if score_end and scoring == "voken":
         raise ValueError("the softmax over vokens has no end token: score_end needs scoring='full'")
     session = writer.begin(memory)
-    offsets = writer.lm.level_offsets.to(memory.states.device)
     scores = torch.zeros(len(memory.states), 1, device=memory.states.device)
     nodes = torch.zeros_like(scores, dtype=torch.long)
     broken = torch.zeros((), dtype=torch.bool, device=scores.device)
@@ -76,13 +91,22 @@ def beam_search(
         broken |= log_probabilities.isnan().any()
         nodes, scores, parents, codes = best(children_of(nodes, scores, log_probabilities, level), beams)
         if number + 1 < len(levels) or score_end:
-            states = session.advance(codes + offsets[number], parents)
+            states = session.advance(codes + writer.starts[number], parents)
     if score_end:
         ended = scores + writer.head.end_log_probability(states)
         nodes, scores, *_ = best(Candidates(nodes, ended, nodes, nodes), beams)
-    if broken | ~scores[:, 0].isfinite().all():  # every query has a picture, however unlikely
+    broken |= ~scores[:, 0].isfinite().all()  # every query has a picture, however unlikely
+    return Beams(nodes, scores), broken
+
+
+def refuse_broken(broken: Tensor) -> None:
+    """Wait for a search to end, and refuse its result where the model gave anything but numbers.
+
+    Raises:
+        FloatingPointError: it did.
+    """
+    if broken:
         raise FloatingPointError("the model's scores are not numbers: search in another --precision")
-    return Beams(nodes, scores)
 
 
 def children_of(nodes: Tensor, scores: Tensor, log_probabilities: Tensor, level: DeviceLevel) -> Candidates:

@@ -76,7 +76,8 @@ def clip_facts(features: Path) -> dict[str, Any]:
     model, pretrained = manifest.facts["model"], manifest.facts["pretrained"]
     assert manifest.facts["layer"] == "embedding", f"codes were made of {manifest.facts['layer']} features"
     place = portable(Path(model)) if Path(model).is_dir() else model
-    return {"model": place, "pretrained": pretrained, "content": model_content(model, pretrained)}
+    kept = {key: manifest.facts[key] for key in ("activation",) if key in manifest.facts}
+    return {"model": place, "pretrained": pretrained, **kept, "content": model_content(model, pretrained)}
 
 
 def dataset_features(data: RetrieverData) -> Floats:

@@ -12,7 +12,9 @@ from tools.files import read_json
 from tools.results import FIRST, markdown
 from tools.texts import as_markdown_cell
 
+from .data import read_data
 from .gallery import Gallery
+from .setting import setting_on
 
 FRONT_MATTER = """---
 license: cc-by-nc-4.0
@@ -48,7 +50,7 @@ def describe(
     captions = next((each for each in found if each["command"] == "tools.prepare_captions"), None)
     return {
         "system": system,
-        "setting": trained.facts["setting"],
+        "setting": setting_of(gallery.manifest, trained),
         "kind": trained.facts["kind"],
         "share": share,
         "levels": gallery.facts["levels"],
@@ -60,6 +62,14 @@ def describe(
         ],
         "figures": figures(rows, system),
     }
+
+
+def setting_of(gallery: runs.Manifest, trained: runs.Manifest) -> str:
+    """The setting of a search of a gallery by a trained retriever: that of the training where its dataset is gone."""
+    try:
+        return setting_on(trained, read_data(runs.unchanged_input(gallery, "dataset")))
+    except (BadInput, KeyError):
+        return str(trained.facts["setting"])
 
 
 def stages(*ends: runs.Manifest) -> Iterator[dict[str, Any]]:

@@ -168,7 +168,7 @@ def write_clip(folder: Path, gallery: Gallery) -> None:
     Raises:
         BadInput: it has changed since the index was made, or cannot be loaded.
     """
-    from models.clip import CONFIG_NAME, WEIGHTS_NAME, load_clip, save_clip  # a search by codes needs no open_clip
+    from models.clip import CONFIG_NAME, WEIGHTS_NAME, load_recorded, save_clip  # a search by codes needs no open_clip
 
     name, pretrained = gallery.clip
     refuse_changed(name, model_content(name, pretrained), gallery.facts["clip"]["content"], gallery)
@@ -178,7 +178,7 @@ def write_clip(folder: Path, gallery: Gallery) -> None:
             if path.is_file() and path.name not in (runs.MANIFEST, runs.LOCK):
                 shutil.copyfile(path, folder / path.name)
     else:
-        save_clip(folder, load_clip(name, pretrained))
+        save_clip(folder, load_recorded(gallery.clip_facts))
     config = read_json(folder / CONFIG_NAME)
     text = config["model_cfg"]["text_cfg"]
     text.update({name: "." for name in TEXT_TOWER if name in text})  # they lie in the folder itself

@@ -97,6 +97,11 @@ class Gallery:
         return self._place(made_by["model"]), made_by["pretrained"]
 
     @property
+    def clip_facts(self) -> dict[str, Any]:
+        """The same with all that is known of it."""
+        return {**self.facts["clip"], "model": self.clip[0]}
+
+    @property
     def rqvae(self) -> Path:
         """Run folder of the tokenizer that codes its pictures."""
         return Path(self._place(self.facts["rqvae"]["path"]))

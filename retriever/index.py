@@ -53,7 +53,7 @@ class Offsets(NamedTuple):
 
 def pack_offsets(numbers: Ints) -> Offsets:
     """Pack numbers (any count,) of which each is at least one above the one before."""
-    excess = numbers - np.arange(len(numbers), dtype=np.int32)
+    excess: Ints = np.subtract(numbers, np.arange(len(numbers), dtype=np.int32), dtype=np.int32)
     bases = excess[:: 1 << BLOCK_BITS].copy()
     deltas = excess - np.repeat(bases, 1 << BLOCK_BITS)[: len(excess)]
     most = int(deltas.max())
@@ -129,7 +129,7 @@ def sort_codes(codes: Codes) -> NDArray[np.int64]:
     bits = max(1, int(codes.max()).bit_length())
     if bits * codes.shape[1] > 63:
         return np.lexsort(codes.T[::-1])
-    keys = np.zeros(len(codes), dtype=np.int64)
+    keys: NDArray[np.int64] = np.zeros(len(codes), dtype=np.int64)
     for level in range(codes.shape[1]):
         keys = (keys << bits) | codes[:, level]
     return np.argsort(keys, kind="stable")
@@ -144,7 +144,7 @@ def build_sorted(codes: Codes, pictures: NDArray[np.integer]) -> VokenIndex:
     small = np.int16 if int(codes.max()) < 2**15 else np.int32
     fresh = np.zeros(len(codes), dtype=bool)  # whether a row's prefix differs from that of the row before
     fresh[0] = True
-    starts = np.zeros(1, dtype=np.int32)  # the row at which each node of the level begins; first the root's
+    starts: Ints = np.zeros(1, dtype=np.int32)  # the row at which each node of the level begins; first the root's
     levels = []
     for level in range(codes.shape[1]):
         column = np.ascontiguousarray(codes[:, level])

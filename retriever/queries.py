@@ -124,7 +124,7 @@ class StoredQueries:
         with autocast(lm.device, dtype):
             memory = lm.encode([tokens[index] for index in batch])
         states = memory.states.float().cpu().numpy().astype(np.float16)
-        return np.concatenate([row[:length] for row, length in zip(states, self.distinct_lengths[batch], strict=True)])
+        return np.concatenate([states[row, :length] for row, length in enumerate(self.distinct_lengths[batch])])
 
     def _merge(self, path: Path, blocks: list[Path], batches: list[NDArray[np.int64]], *, width: int) -> None:
         """Put the states of all batches in the order of the texts."""

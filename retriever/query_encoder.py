@@ -34,9 +34,9 @@ class QueryEncoder:
         if model_content(name, pretrained) != self.made_by["content"]:
             raise BadInput(f"{name} is not the model that made the features of {gallery.folder} any more: {advice}")
         try:
-            from models.clip import load_clip
+            from models.clip import load_recorded
 
-            return load_clip(name, pretrained)
+            return load_recorded(gallery.clip_facts)
         except (BadInput, ImportError) as error:
             raise BadInput(
                 f"the model of the features of {gallery.folder} cannot be loaded ({error}): {advice}"

@@ -8,25 +8,29 @@ Command: python -m retriever.rank_splits --dataset DIR --retriever DIR --output 
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Scoring, Writer, make_writer
 from models.voken_lm import VokenLM
 from tools import processes, runs
-from tools.captions import Split
+from tools.captions import Split, first_captions
 from tools.commands import run_command
 from tools.errors import BadInput
-from tools.ranked import NO_PICTURE, RankedLists, padded, write_lists
+from tools.ranked import NO_PICTURE, RankedLists, write_lists
 
+from .beam import RankedPictures
 from .data import UNKNOWN, Queries, RetrieverData, read_data, read_retriever
 from .queries import LiveQueries
-from .retrieve import Pool, check_scoring, queries_per_second, search_queries
+from .retrieve import Pool, check_scoring, queries_per_second, search_each
+from .setting import setting_on
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,7 @@ def queries_of(data: RetrieverData, split: Split, config: Config) -> Queries:
     if split != "train" or config.train_per_picture is None:
         return queries
     shuffled = np.random.default_rng(config.seed).permutation(len(queries.texts))
-    by_picture = shuffled[np.argsort(queries.pictures[shuffled], kind="stable")]
-    pictures = queries.pictures[by_picture]
-    number = np.arange(len(pictures)) - np.searchsorted(pictures, pictures)  # of a caption among its picture's
-    chosen = np.sort(by_picture[number < config.train_per_picture])
+    chosen = np.sort(shuffled[first_captions(queries.pictures[shuffled], config.train_per_picture)])
     return Queries([queries.texts[place] for place in chosen], queries.pictures[chosen], queries.captions[chosen])
 
 
@@ -103,7 +104,7 @@ def rank(
     began = time.monotonic()
     live = LiveQueries(writer.lm, queries.texts)
     tokenising = time.monotonic() - began
-    ranking = search_queries(
+    ranking = search_each(
         writer,
         live,
         data.codes,
@@ -115,10 +116,23 @@ def rank(
         score_end=config.score_end,
         blocks_folder=blocks_folder,
     )
+    rows, scores = gathered(ranking, len(queries.texts), beams)
     speed = queries_per_second(blocks_folder, len(queries.texts), tokenising=tokenising)
-    rows = padded([one.rows[:beams] for one in ranking], NO_PICTURE, np.int64)
-    scores = padded([one.scores[:beams] for one in ranking], -np.inf, np.float32)
     return RankedLists(queries.texts, queries.captions, queries.pictures, rows, scores), speed
+
+
+def gathered(
+    ranking: Iterable[tuple[int, RankedPictures]], queries: int, most: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Pictures and scores, (queries, longest) each, of what was found for each query, by its place; at most `most` of
+    each list are kept. Millions of lists never are Python's at once, which would be ten times as large."""
+    rows = np.full((queries, most), NO_PICTURE, dtype=np.int64)
+    scores = np.full((queries, most), -np.inf, dtype=np.float32)
+    for query, found in ranking:
+        count = min(len(found.rows), most)
+        rows[query, :count], scores[query, :count] = found.rows[:count], found.scores[:count]
+    longest = int((rows != NO_PICTURE).sum(axis=1).max(initial=0))
+    return rows[:, :longest], scores[:, :longest]
 
 
 def main(config: Config) -> None:
@@ -141,7 +155,7 @@ def main(config: Config) -> None:
         print(f"{name}: {len(lists.texts):,} queries, {speed:.0f} a second; {found:.1%} of the pictures in their list")
     kept = ("features", "captions_fingerprint")
     facts = {key: data.manifest.facts[key] for key in kept}
-    run.finish(facts={**facts, "dataset": str(config.dataset), "setting": trained.facts["setting"]}, metrics=metrics)
+    run.finish(facts={**facts, "dataset": str(config.dataset), "setting": setting_on(trained, data)}, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from .report_measures import (
     recall_by_pool,
     speed_by_pool,
     speed_sizes,
-    two_tower_recall,
+    two_tower_figure,
 )
 from .report_sections import (
     TRAININGS,
@@ -226,7 +226,7 @@ class Report:
         if features is None:
             return []
         found = self.attempt(
-            "two-tower", lambda: [two_tower_recall(features, *each) for each in zip(pools, asked, strict=True)]
+            "two-tower", lambda: [two_tower_figure(features, *each) for each in zip(pools, asked, strict=True)]
         )
         return found or []
 

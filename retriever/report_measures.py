@@ -15,16 +15,18 @@ from numpy.typing import NDArray
 
 from models.decoding import Scoring, Writer
 from tools.errors import BadInput
-from tools.features import Features, Floats, normalized
-from tools.recall import CUTOFFS, search_ranks
+from tools.features import Features, Floats
+from tools.recall import CUTOFFS
 from tools.recall import report as summarize
+from tools.two_tower import two_tower_recall
 
 from .beam import beam_search, expand
 from .data import UNKNOWN, Queries, RetrieverData
+from .flat_index import flat_index
 from .index import build_index, to_device
 from .queries import LiveQueries
 from .retrieve import ranks_of, search_queries
-from .two_tower import FlatIndex, QueryTower
+from .two_tower import QueryTower
 
 SIZES = tuple(number * 10**power for power in range(2, 8) for number in (1, 3))  # 100, 300, 1,000, ...
 BATCH = 64
@@ -116,7 +118,7 @@ def recall_by_pool(
     ]
 
 
-def two_tower_recall(features: Features, pool: Rows, queries: Queries) -> Figure:
+def two_tower_figure(features: Features, pool: Rows, queries: Queries) -> Figure:
     """Recall of brute-force search of the same queries over the same pool.
 
     Raises:
@@ -124,9 +126,7 @@ def two_tower_recall(features: Features, pool: Rows, queries: Queries) -> Figure
     """
     if (queries.captions == UNKNOWN).any():
         raise BadInput("the dataset is of an earlier version: run scripts/07_prepare_retriever_dataset.sh again")
-    texts, images = normalized(features.texts[queries.captions]), normalized(features.images[pool])
-    ranks = search_ranks(texts, images, np.searchsorted(pool, queries.pictures))
-    return Figure(TWO_TOWER, len(pool), len(queries.texts), summarize(ranks).recalls)
+    return Figure(TWO_TOWER, len(pool), len(queries.texts), two_tower_recall(features, queries.captions, pool).recalls)
 
 
 def _searched(system: System, data: RetrieverData, queries: Queries, pool: Rows, *, beams: int, x: int) -> Figure:
@@ -182,7 +182,7 @@ def generative_answer(system: System, codes: NDArray[np.int64]) -> Callable[[lis
 
 def two_tower_answer(tower: QueryTower, images: Floats) -> Callable[[list[str]], object]:
     """Answering a batch of texts by the features (pool, width) of pictures: tokenised, encoded, compared with all."""
-    index = FlatIndex(images)
+    index = flat_index(images, tower.device)
     return lambda texts: index.search(tower.encode(texts), keep=KEEP)
 
 

@@ -26,7 +26,7 @@ from tools.report_page import (
     paragraph,
     table,
 )
-from tools.results import ordered
+from tools.results import MRR_NOTE, ordered
 from tools.runs import Manifest
 
 from . import report_codes
@@ -95,8 +95,8 @@ def recall_part(summary: Rows, folder: Path, styles: Styles, name: str) -> Part:
         ),
         paragraph(
             "Inductive: no picture of val or test was trained on. Transductive: they were, through captions that are "
-            "not theirs. The best figure of each pool is bold. MRR and median rank count what lies within the list "
-            f"that was kept. Speeds were measured on: {machines}.", "faint",
+            f"not theirs. The best figure of each pool is bold. {MRR_NOTE} "
+            f"Speeds were measured on: {machines}.", "faint",
         ),
     ]  # fmt: skip
     by_code = [row for row in summary if row["level"] == "code"]

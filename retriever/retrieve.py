@@ -32,8 +32,10 @@ from tools.recall import Ranks, code_rank, image_rank
 
 from .beam import RankedPictures, beam_search, expand
 from .data import Queries, RetrieverData, read_data, read_retriever
+from .graphed_search import GraphedSearch
 from .index import build_index, to_device
 from .queries import LiveQueries, Searchable
+from .setting import setting_on
 
 Pool = Literal["train", "val", "test", "all"]
 
@@ -66,6 +68,8 @@ class Config:
     """Queries a batch."""
     precision: Arithmetic = "auto"
     """Arithmetic of the forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
+    graphs: bool = False
+    """Record the search as CUDA graphs, which start all its kernels at once; a CPU has none."""
     device: str | None = None
     """cpu, cuda or cuda:N; by default the GPU where there is one."""
     overwrite: bool = False
@@ -84,6 +88,16 @@ def check_scoring(scoring: Scoring, score_end: bool) -> None:
 
 
 def search_queries(
+    writer: Writer, queries: Searchable, *pictures: NDArray[np.int64], **options: Any
+) -> list[RankedPictures]:
+    """What `search_each` finds, as a list in the order of the queries."""
+    results: list[RankedPictures] = [RankedPictures([], [])] * len(queries.lengths)
+    for query, result in search_each(writer, queries, *pictures, **options):
+        results[query] = result
+    return results
+
+
+def search_each(
     writer: Writer,
     queries: Searchable,
     codes: NDArray[np.int64],
@@ -94,14 +108,17 @@ def search_queries(
     batch_size: int,
     scoring: Scoring = "full",
     score_end: bool = False,
+    graphs: bool = False,
     blocks_folder: Path | None = None,
     quiet: bool = False,
-) -> list[RankedPictures]:
+) -> Iterator[tuple[int, RankedPictures]]:
     """Search the pictures `rows` of `codes` (all pictures, levels) for every query, in batches of similar length.
 
-    The rows in the results are rows of all pictures.
+    Yields:
+        the place of a query, and what was found for it; the rows in it are rows of all pictures.
 
     Args:
+        graphs: search as `GraphedSearch` does.
         blocks_folder: share the batches with the other processes, in blocks below this folder that a killed run keeps:
             a folder of its own for each search. Without it each process searches everything.
     """
@@ -111,24 +128,24 @@ def search_queries(
     levels = to_device(index, writer.lm.device)
     order = np.argsort(queries.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    options: dict[str, Any] = {"beams": beams, "scoring": scoring, "score_end": score_end}
+    graphed = GraphedSearch(writer, levels, **options) if graphs else None
 
     def search(batch: NDArray[np.int64]) -> list[RankedPictures]:
         with torch.inference_mode():
-            memory = queries.memory(batch, writer.encode)
+            memory = queries.memory(batch, writer.encode if graphed is None else graphed.encode)
         try:
-            found = beam_search(writer, memory, levels, beams=beams, scoring=scoring, score_end=score_end)
+            found = beam_search(writer, memory, levels, **options) if graphed is None else graphed(memory)
         except FloatingPointError as error:
             raise BadInput(str(error)) from None
         return [RankedPictures(rows[own].tolist(), scores) for own, scores in expand(found, index, keep=keep)]
 
+    ranked: Iterator[RankedPictures]
     if blocks_folder is None:
-        ranked = [one for batch in (batches if quiet else progress(batches, "searching")) for one in search(batch)]
+        ranked = (one for batch in (batches if quiet else progress(batches, "searching")) for one in search(batch))
     else:
         ranked = _search_blocks(search, batches, blocks_folder, quiet=quiet)
-    results: list[RankedPictures] = [RankedPictures([], [])] * len(order)
-    for query, result in zip(order, ranked, strict=True):
-        results[query] = result
-    return results
+    yield from zip(order.tolist(), ranked, strict=True)
 
 
 def _search_blocks(
@@ -137,7 +154,7 @@ def _search_blocks(
     folder: Path,
     *,
     quiet: bool,
-) -> list[RankedPictures]:
+) -> Iterator[RankedPictures]:
     """What `search` finds for all batches, this process searching its share of the blocks that are missing.
 
     A block is a line {"seconds"} that it took, and a line {"rows", "scores"} a query.
@@ -152,12 +169,10 @@ def _search_blocks(
         seconds = time.monotonic() - began
         write_json_lines(work.path(number), [{"seconds": seconds}, *(one._asdict() for one in ranked)])
     next(found, None)  # the bar ends
-    return [
-        RankedPictures(line["rows"], line["scores"])
-        for path in work.gather()
-        for number, line in read_json_lines(path)
-        if number > 1
-    ]
+    for path in work.gather():
+        for number, line in read_json_lines(path):
+            if number > 1:
+                yield RankedPictures(line["rows"], line["scores"])
 
 
 def queries_per_second(blocks_folder: Path, queries: int, *, tokenising: float) -> float:
@@ -223,6 +238,7 @@ def main(config: Config) -> None:
             batch_size=config.batch_size,
             scoring=config.scoring,
             score_end=config.score_end,
+            graphs=config.graphs,
             blocks_folder=blocks_folder,
         )
         speed = queries_per_second(blocks_folder, len(queries.texts), tokenising=tokenising)
@@ -230,7 +246,7 @@ def main(config: Config) -> None:
             write_json_lines(run.folder / f"{pool}.jsonl", predictions(data, queries, ranking))
         metrics[pool] = {"queries": len(queries.texts), "queries_per_second": round(speed, 2)}
         print(f"{len(queries.texts):,} queries over pool {pool}: {speed:.0f} a second")
-    run.finish(facts={"dataset": str(config.dataset), "setting": trained.facts["setting"]}, metrics=metrics)
+    run.finish(facts={"dataset": str(config.dataset), "setting": setting_on(trained, data)}, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from models.clip import encode_texts, load_clip
+from models.clip import encode_texts, load_recorded
 from models.compute import Precision, pick_device, pick_dtype
 from tools.features import Floats
 from tools.runs import Manifest
@@ -16,7 +16,7 @@ class TextTower:
     """The text tower that made the features."""
 
     def __init__(self, features: Manifest, *, precision: Precision, device: str | None) -> None:
-        self.clip = load_clip(features.facts["model"], features.facts["pretrained"])
+        self.clip = load_recorded(features.facts)
         self.device = pick_device(device)
         self.clip.model.text.to(device=self.device, dtype=pick_dtype(precision, self.device))
 

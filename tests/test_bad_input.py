@@ -444,8 +444,8 @@ HYPER_PARAMETERS = [
     case(train_reranker, f"{RERANKER} --optimizer admw", "; did you mean adamw?", id="misspelt optimiser"),
     case(test_reranker, "--lists x --output y --summary x --name x --reranker x", "--reranker and --tokens belong "
          "together: give both or none", id="reranker without tokens"),
-    case(test_retriever, "--predictions x --output y --summary x --name x --examples -1", "--examples must be at least "
-         "1", id="negative examples"),
+    case(test_retriever, "--predictions x --output y --summary x --name x --examples -1",
+         "--examples and --captions-per-picture must be at least 1", id="negative examples"),
     case(convert, "--captions x --output y", "--tokenizer seed needs --quantizer seed_quantizer.pt and --vision "
          "eva_vit_g.pth", id="SEED without weights"),
     case(prepare_emb, "--captions x --model x --output y --batch-size 0", "--batch-size must be at least 1 and "

@@ -33,15 +33,11 @@ class Table:
 
     def __init__(self, grain: float = 1 / 1024) -> None:
         self.grain = grain
-        self.lm = SimpleNamespace(level_offsets=self)
         self.head = self
+        self.starts = STARTS
         self.prefixes: list[list[Prefix]] = []
         self.asked: list[str] = []
         self.steps = 0
-
-    def to(self, device: torch.device) -> Tensor:
-        """The tokens of the levels' first codes, which the model may keep elsewhere."""
-        return torch.tensor(STARTS, device=torch.device(device))
 
     def begin(self, memory: Any) -> "Table":
         self.prefixes = [[()] for _ in memory.states]

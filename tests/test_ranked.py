@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from retriever.beam import RankedPictures
+from retriever.rank_splits import gathered
 from tools.errors import BadInput
 from tools.files import read_json_lines
 from tools.interpolation import STEPS, Choice, choose_weights, interpolated
-from tools.ranked import NO_PICTURE, RankedLists, padded, read_lists, reordered_ranks, write_lists
+from tools.ranked import NO_PICTURE, Packed, RankedLists, read_lists, reordered_ranks, write_lists
 from tools.recall import CUTOFFS, NOT_FOUND, report
 
 LINE: dict[str, Any] = {"query": "a red car", "caption": 17, "picture": 3, "ranked": [12, 3], "scores": [-1.2, -1.5]}
@@ -25,6 +28,14 @@ def lists_of(rows: list[list[int]], scores: list[list[float]], pictures: list[in
     captions = np.arange(len(rows), dtype=np.int64) + 100
     padded_rows, padded_scores = padded(rows, NO_PICTURE, np.int64), padded(scores, -np.inf, np.float32)
     return RankedLists(texts, captions, np.array(pictures, dtype=np.int64), padded_rows, padded_scores)
+
+
+def padded(lists: Sequence[Sequence[float]], fill: float, dtype: type) -> NDArray[Any]:
+    """Lists as an array, one by one."""
+    array: NDArray[Any] = np.full((len(lists), max((len(one) for one in lists), default=0)), fill, dtype=dtype)
+    for line, one in zip(array, lists, strict=True):
+        line[: len(one)] = one
+    return array
 
 
 SOME = lists_of(
@@ -38,6 +49,33 @@ def assert_equal(one: RankedLists, other: RankedLists) -> None:
         first, second = getattr(one, name), getattr(other, name)
         assert first.dtype == second.dtype
         assert np.array_equal(first, second), name
+
+
+@given(st.lists(st.lists(st.floats(-9, 9, width=32), max_size=5), max_size=6))
+def test_packed_lists_come_out_padded(lists: list[list[float]]) -> None:
+    packed = Packed("f")
+    for one in lists:
+        packed.append(one)
+    expected = padded(lists, -np.inf, np.float32)
+    found = packed.padded(-np.inf, np.float32)
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    assert np.array_equal(found, expected)
+
+
+def test_what_is_found_is_gathered_by_query() -> None:
+    """Lists that are short, empty, or, where codes collide, longer than asked for, in the order of the search."""
+    found = [([4, 2, 9, 7], [-0.5, -1.0, -1.0, -2.0]), ([], []), ([3], [-0.25])]
+    ranking = [(place, RankedPictures(*found[place])) for place in (2, 0, 1)]
+    for most, longest in ((3, 3), (10, 4)):
+        rows, scores = gathered(ranking, 3, most)
+        assert np.array_equal(rows, padded([each[:most] for each, _ in found], NO_PICTURE, np.int64))
+        assert np.array_equal(scores, padded([each[:most] for _, each in found], -np.inf, np.float32))
+        assert rows.shape == scores.shape == (3, longest)
+        assert rows.dtype == np.int64
+        assert scores.dtype == np.float32
+    rows, scores = gathered([], 0, 5)
+    assert rows.shape == scores.shape == (0, 0)
 
 
 # Files

@@ -33,6 +33,8 @@ from transformers import (
 
 from models import cooccurrence
 from models.cooccurrence import LEAST, MOST, PRIOR, factorise
+from models.live_bytes import LiveBytes
+from models.opened_pictures import OpenedPictures
 from models.scorer import (
     CLOSE_IMAGE,
     HEAD_NAME,
@@ -44,13 +46,13 @@ from models.scorer import (
     TRAINED_WHOLE,
     ImageTokens,
     Lora,
-    OpenedPictures,
     Pairs,
     Scorer,
     build_new_scorer,
     build_scorer,
     scoring_head,
 )
+from reranker.memory import GIB, NUMBERS, costs_of
 from reranker.rerank import score_lists
 from reranker.train import listwise_loss
 from tests.tiny import t5_folder, tokenizer
@@ -328,7 +330,8 @@ def test_pictures_are_kept_while_there_is_room(folders: dict[str, str]) -> None:
         of_query = torch.arange(len(batch)) % len(queries)
         pairs = scorer.pairs(PICTURES, queries, torch.tensor(batch), of_query)
         with torch.no_grad():
-            found = scorer.close(store.gather(np.array(batch)), pairs)
+            places = store.places(np.array(batch))
+            found = scorer.close(store.layers, places, pairs)
             assert torch.allclose(found, one_at_a_time(scorer, pairs), atol=1e-5)
         assert len(store.place) <= 3
         assert len(set(store.place.values())) == len(store.place)
@@ -336,10 +339,18 @@ def test_pictures_are_kept_while_there_is_room(folders: dict[str, str]) -> None:
     assert len(store.layers[0][0]) == 3
 
 
-def test_bytes_of_a_picture(folders: dict[str, str]) -> None:
+def test_costs_are_those_of_the_model(folders: dict[str, str]) -> None:
     scorer = built(folders)
     opening = len(scorer.picture_ids(PICTURES)[0])
-    assert OpenedPictures(scorer, PICTURES).bytes_each() == 2 * 2 * 2 * opening * 4 * 4  # kinds, layers, heads, width
+    queries = scorer.query_ids(TEXTS)
+    with torch.inference_mode():
+        costs = costs_of(scorer, PICTURES, queries)
+    assert costs.picture == 2 * 2 * 2 * opening * 4 * 4  # kinds, layers, heads, width
+    assert costs.lengths == (min(map(len, queries)), max(map(len, queries)))
+    short, long = costs.lengths
+    layer = 2 * 2 * (opening + short) * 4 * 4  # keys and values of one layer, in which a pair's query stands behind
+    assert layer < costs.pair(short) < costs.pair(long)
+    assert costs.pair(short) < costs.pair(short + 1) < costs.pair(long)
 
 
 def random_lists(queries: int, longest: int, pictures: int) -> RankedLists:
@@ -352,11 +363,21 @@ def random_lists(queries: int, longest: int, pictures: int) -> RankedLists:
     return RankedLists(texts, zeros, zeros, rows, np.where(rows == NO_PICTURE, -np.inf, 0.0).astype(np.float32))
 
 
-@pytest.mark.parametrize(("pairs", "memory"), [(2048, 4.0), (7, 4.0), (1, 4.0), (2048, 1e-9), (9, 1.2e-5)])
-def test_lists_are_scored_alike_in_any_memory(pairs: int, memory: float, folders: dict[str, str]) -> None:
+def least_memory(scorer: Scorer, lists: RankedLists) -> float:
+    """GiB of one picture and one pair."""
+    with torch.inference_mode():
+        costs = costs_of(scorer, PICTURES, scorer.query_ids(lists.texts))
+    return (costs.picture + max(costs.reading, *costs.pairs)) / GIB
+
+
+@pytest.mark.parametrize(("pairs", "times"), [(2048, 1e6), (7, 1e6), (1, 1e6), (2048, 1.0), (9, 3.5), (9, 5.0)])
+def test_lists_are_scored_alike_in_any_memory(pairs: int, times: float, folders: dict[str, str]) -> None:
     scorer = built(folders, max_query=64)
     lists = random_lists(13, 4, len(PICTURES))
-    scores = score_lists(scorer, PICTURES, lists, pairs=pairs, memory=memory, quiet=True)
+    memory = times * (least_memory(scorer, lists) + 4 * 13 * NUMBERS / GIB)
+    with LiveBytes() as live:
+        scores = score_lists(scorer, PICTURES, lists, pairs=pairs, memory=memory, quiet=True)
+    assert live.peak <= memory * GIB
     assert np.array_equal(scores == -np.inf, lists.rows == NO_PICTURE)
     of_query, place = np.nonzero(lists.present)
     batch = scorer.pairs(
@@ -364,6 +385,48 @@ def test_lists_are_scored_alike_in_any_memory(pairs: int, memory: float, folders
     )
     with torch.no_grad():
         assert np.allclose(scores[lists.present], one_at_a_time(scorer, batch), atol=1e-5)
+
+
+def random_scorer(folder: Path, kind: str, **options: Any) -> Scorer:
+    """A model of many heads and layers, in which all that a layer makes is small beside what all layers keep."""
+    words = llama_tokenizer(seed_names(64))
+    words.save_pretrained(folder / "words")
+    model, config, more = MODELS[kind]
+    more = {**more, "intermediate_size": 160} if "intermediate_size" in more else more
+    sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "max_position_embeddings": 192}
+    model(config(vocab_size=len(words), initializer_range=0.2, **sizes, **more)).save_pretrained(folder / kind)
+    names: dict[str, Any] = {"tokenizer_name": str(folder / "words"), "images": ImageTokens(32, 64), "max_query": 64}
+    return build_scorer(str(folder / kind), **names, **options).eval()
+
+
+@pytest.mark.parametrize(("kind", "compat"), [("llama", None), ("bert", None), ("gpt2", None), ("llama", 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_bounds_all_that_scoring_keeps(
+    kind: str, compat: int | None, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The pictures' keys and values, the batch's copies and its forward passes; and what there is, is used."""
+    scorer = random_scorer(tmp_path, kind, compat=compat).in_precision(dtype)
+    tokens = np.random.default_rng(0).integers(0, 64, size=(40, 32))
+    lists = random_lists(8, 10, len(tokens))
+    ample = score_lists(scorer, tokens, lists, pairs=200, dtype=dtype, quiet=True)
+    for mib in (2, 4):
+        with LiveBytes() as live:
+            scores = score_lists(scorer, tokens, lists, pairs=200, memory=mib / 1024, dtype=dtype, quiet=True)
+        assert live.peak <= mib << 20
+        assert np.allclose(scores, ample, atol=1e-5 if dtype == torch.float32 else 0.1)
+    with LiveBytes() as live:
+        score_lists(scorer, tokens, lists, pairs=200, memory=4 / 1024, dtype=dtype, quiet=True)
+    assert live.peak > 2 << 20
+
+
+def test_memory_for_less_than_one_pair_is_refused(folders: dict[str, str]) -> None:
+    scorer, lists = built(folders), random_lists(5, 3, len(PICTURES))
+    least = least_memory(scorer, lists)
+    with pytest.raises(BadInput, match=r"--memory 1e-09: one picture with one query takes (.*) GiB: give more") as told:
+        score_lists(scorer, PICTURES, lists, memory=1e-9, quiet=True)
+    advised = float(str(told.value).split(" takes ")[1].split()[0])
+    assert least <= advised <= 1.1 * least
+    assert np.isfinite(score_lists(scorer, PICTURES, lists, memory=advised, quiet=True)[lists.present]).all()
 
 
 def test_scores_in_blocks_are_in_the_same_arithmetic(folders: dict[str, str], tmp_path: Path) -> None:
@@ -565,6 +628,45 @@ def test_adapters_learn_and_are_merged_when_read_back(folders: dict[str, str], t
     assert_same_scores(scorer, again)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2])
+def test_merging_rounds_once(size: float, folders: dict[str, str], tmp_path: Path) -> None:
+    """The weights are the sums in float32, cast at the end; with small updates too, of which 16 bits hold few."""
+    scorer = built(folders, lora=LORA, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for key, value in scorer.named_parameters():
+            if "lora_B" in key:
+                value.normal_(0, size, generator=torch.Generator().manual_seed(0))
+    scorer.save_pretrained(tmp_path / "saved")
+    exact = dict(Scorer.from_pretrained(tmp_path / "saved", torch.float32).model.named_parameters())
+    base = LlamaModel.from_pretrained(folders["llama"], dtype=torch.float32).state_dict()
+    found = dict(Scorer.from_pretrained(tmp_path / "saved", torch.bfloat16).model.named_parameters())
+    for key in [key for key in found if key.endswith("proj.weight")]:
+        assert found[key].dtype == torch.bfloat16
+        update = exact[key] - base[key]
+        assert 0.01 * size < update.std() < 10 * size
+        assert torch.equal(found[key], (base[key].bfloat16().float() + update).bfloat16()) or torch.allclose(
+            found[key].float(), base[key].bfloat16().float() + update, rtol=2**-8, atol=0
+        )
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_weights_are_read_in_the_arithmetic_of_the_scores(
+    lora: Lora | None, folders: dict[str, str], tmp_path: Path
+) -> None:
+    """No matrix stays wider than its products need it; a model that was trained whole gives the same scores so."""
+    built(folders, lora=lora).save_pretrained(tmp_path / "saved")
+    plain, cast = (Scorer.from_pretrained(tmp_path / "saved", dtype) for dtype in (None, torch.bfloat16))
+    matrices = [value for key, value in cast.named_parameters() if value.ndim == 2 and "embed" not in key]
+    assert {value.dtype for value in matrices} == {torch.bfloat16}
+    lists = random_lists(9, 4, len(PICTURES))
+    before, after = (score_lists(each, PICTURES, lists, dtype=torch.bfloat16, quiet=True) for each in (plain, cast))
+    if lora is None:
+        assert np.array_equal(before, after)
+    assert np.allclose(before, after, rtol=0.05, atol=0.3)
+    exact = Scorer.from_pretrained(tmp_path / "saved", torch.float32)
+    assert {value.dtype for value in exact.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("name", "targets", "whole", "layers"),
     [
@@ -675,7 +777,7 @@ def information_by_hand(
     """For each word that is said, how much more often each token stands on its pictures than on all."""
     on = np.array([[token in row for token in range(size)] for row in tokens])
     share = on.mean(axis=0)
-    found = {}
+    found: dict[int, NDArray[np.float32]] = {}
     for word in sorted(set().union(*words)):
         pictures = [picture for picture, own in enumerate(words) if word in own]
         row = np.zeros(size)

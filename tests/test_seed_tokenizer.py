@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ def golden_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     elif name in ("query_tokens", f"{VISUAL}pos_embed", f"{VISUAL}cls_token"):
         values = 0.5 * values
     elif name != "quantize.embedding.weight":
-        values = values * (3 / np.prod(shape[1:])) ** 0.5
+        values = values * (3 / math.prod(shape[1:])) ** 0.5
         if name.startswith("encode_task_layer.") or ".query.weight" in name:
             values = 3 * values
     return values.float()

@@ -11,6 +11,7 @@ from tools import tokenizer_report
 from tools.features import normalized, read_features
 from tools.recall import CUTOFFS
 from tools.tokenizer_report import make_report
+from tools.two_tower import two_tower_recall
 
 
 def test_recall_before_and_after_quantising_by_hand(chain: Chain) -> None:
@@ -33,12 +34,11 @@ def test_raw_recall_is_not_measured_again(chain: Chain, monkeypatch: pytest.Monk
     first = make_report(model, features, split="val")
     searched: list[Any] = []
 
-    def counted(queries: Any, pool: Any, targets: Any) -> Any:
-        searched.append(pool)
-        return search_recall(queries, pool, targets)
+    def counted(*args: Any, **options: Any) -> Any:
+        searched.append(options)
+        return two_tower_recall(*args, **options)
 
-    search_recall = tokenizer_report.search_recall  # type: ignore[attr-defined]
-    monkeypatch.setattr(tokenizer_report, "search_recall", counted)
+    monkeypatch.setattr(tokenizer_report, "two_tower_recall", counted)
     assert make_report(model, features, split="val", raw=first.raw_recall) == first
     assert len(searched) == 1
     assert make_report(model, features, split="val", raw={"1": 0.25, "5": 0.5, "10": 1.0}).raw_recall["1"] == 0.25

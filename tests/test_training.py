@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from models.compute import seed_everything
 from models.decoding import make_writer
 from models.pretrained import widened
-from models.training import check_launch, part_of
+from models.training import check_launch, gpu_compiles, part_of
 from models.voken_lm import Lora, VokenLM, build_causal
 from retriever import retrieve, train, train_stage2
 from retriever.data import RetrieverData, read_data
@@ -26,6 +27,7 @@ from tests.chain import TRAIN, Chain, encoder_decoder_config
 from tests.test_pipeline import interrupted, t5_config
 from tests.tiny import codebooks, llama_folder, tiny_llama, tokenizer
 from tools import runs
+from tools.curves import read_curves
 from tools.errors import BadInput
 from tools.files import hash_file, read_json, read_json_lines, write_json_lines
 from tools.logs import Tracker
@@ -298,13 +300,54 @@ def test_a_compiled_training_is_the_same_training(
     plain = encoder_decoder_config(chain, tmp_path / "plain", epochs=2, dropout=0.0)
     train.main(plain)
     assert traced == []
-    other = dataclasses.replace(plain, output=tmp_path / "compiled", compile=True)
+    other = dataclasses.replace(plain, output=tmp_path / "compiled", compile="always")
     train.main(other)
     assert traced == [{"backend": "aot_eager", "dynamic": True}]
     first, second = (load_file(config.output / "model" / "model.safetensors") for config in (plain, other))
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.allclose(value, second[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("most", [1, 5, 16, 100])
+def test_a_batch_in_pieces_is_the_same_batch(most: int, chain: Chain, tmp_path: Path) -> None:
+    sums = {"optimizer": "sgd", "lr": 0.1}  # Adam would make a step of what rounding leaves of a gradient of zero
+    whole = encoder_decoder_config(chain, tmp_path / "whole", epochs=2, dropout=0.0, **sums)
+    train.main(whole)
+    cut = dataclasses.replace(whole, output=tmp_path / "cut", at_once=most)
+    train.main(cut)
+    first, second = (load_file(config.output / "model" / "model.safetensors") for config in (whole, cut))
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-5), name
+    losses = [
+        [row["train/loss"] for row in read_curves(config.output) if "train/loss" in row] for config in (whole, cut)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_pieces_carry_the_weight_of_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    part = part_of(np.arange(15))
+    pieces = part.pieces(3)
+    assert [len(piece.own) for piece in pieces] == [3, 2, 2]
+    assert np.concatenate([piece.own for piece in pieces]).tolist() == part.own.tolist()
+    assert sum(piece.weight for piece in pieces) == pytest.approx(part.weight)
+    assert part.pieces(None) == [part]
+    assert part.pieces(7) == [part]
+
+
+def test_a_gpu_without_a_compiler_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not gpu_compiles(torch.device("cpu"))
+    monkeypatch.setattr("models.training.find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert gpu_compiles(torch.device("cuda"))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not gpu_compiles(torch.device("cuda"))
+    assert capsys.readouterr().out == "note: the model is not compiled, which takes a C compiler: a step takes longer\n"
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.MEGATRON_LM])

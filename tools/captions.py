@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .errors import BadInput
 from .files import read_json_lines, write_json_lines
 from .runs import Manifest, read_manifest
@@ -88,6 +91,18 @@ def _is_record(row: dict[str, Any]) -> bool:
 def query_owners(records: list[Record]) -> list[int]:
     """For each caption, in order, the row of its picture: the layout of every caption array."""
     return [row for row, record in enumerate(records) for _ in record.captions]
+
+
+def first_captions(pictures: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Places of the first `count` captions of each picture, sorted, where caption i is one of picture `pictures[i]`.
+
+    >>> first_captions(np.array([7, 7, 7, 2, 7, 2]), 2).tolist()
+    [0, 1, 3, 5]
+    """
+    by_picture = np.argsort(pictures, kind="stable")
+    ordered = pictures[by_picture]
+    number = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)  # of a caption among its picture's
+    return np.sort(by_picture[number < count])
 
 
 def portable(path: Path) -> str:

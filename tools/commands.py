@@ -8,18 +8,17 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-import tyro
-
-from . import processes
+from . import environment, processes
 from .arguments import check_arguments, check_numbers
 from .errors import EXIT_BAD_INPUT, BadInput
 from .failures import explain
 from .logs import end_progress
+from .sweeps import of_trial
 
 ConfigT = TypeVar("ConfigT")
 
 EXIT_BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
-HEAD_START_SECONDS = 2.0  # of the main process when several report a mistake
+GRACE_SECONDS = 2.0  # in which a launcher ends a process that has only lost another one
 TAKES_MEMORY = ("batch_size", "pairs", "search_batch", "memory", "beams", "workers")  # options that say how much
 
 
@@ -41,12 +40,15 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if not shares_work:
         processes.go_alone()
+    import tyro  # here and not above: the commands' functions are of use without it
+
     config: ConfigT | None = None
+    environment.tell_choices()
     try:
         check_arguments(config_type, sys.argv[1:])
         config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
         check_numbers(config)
-        main(config)
+        main(of_trial(config))
     except BadInput as error:
         _refuse(str(error).rpartition("BadInput: ")[2])  # of a DataLoader's worker it comes with its traceback
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -65,10 +67,10 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
 
 
 def _refuse(line: str) -> NoReturn:
-    if not processes.is_main():  # which says the same of most mistakes; the launcher then ends this one
-        time.sleep(HEAD_START_SECONDS)
+    if not processes.is_main():  # the launcher ends this one when the main one's mistake is the cause
+        time.sleep(GRACE_SECONDS)
     end_progress()
-    print(f"error: {line.strip()}", file=sys.stderr)
+    processes.say_once(f"error: {line.strip()}")
     sys.exit(EXIT_BAD_INPUT)
 
 
@@ -77,6 +79,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*nested tensors.*")
     warnings.filterwarnings("ignore", message="Detected pickle protocol.*")  # of a file that is then refused
     warnings.filterwarnings("ignore", message=".*decompression bomb DOS attack.*")  # half of what would be refused
+    warnings.filterwarnings("ignore", message="CUDA initialization.*")  # which models.compute says in one line
     for name in ("open_clip", "transformers", "httpx", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -44,11 +44,30 @@ VARIABLES = (
 )
 
 _chosen: dict[str, str] = {}
+_untold: set[str] = set()  # choices that the command's line waits for; empty when it has been said, or need not be
 
 
 def note(**choices: str) -> None:
     """Keep what this process resolved from a default, such as the device or the arithmetic behind "auto"."""
     _chosen.update(choices)
+    if _untold and _untold <= _chosen.keys():
+        say_choices()
+
+
+def tell_choices() -> None:
+    """Let the main process say on standard error where, and in which precision, it computes, once both are known."""
+    if processes.is_main():
+        _untold.update(("device", "precision"))
+
+
+def say_choices() -> None:
+    """Say what is known of the device and the precision, unless it has been said; nothing without a device."""
+    if not _untold or "device" not in _chosen:
+        return
+    _untold.clear()
+    found, device = machine(), _chosen["device"]
+    which = found["gpu"] if device.startswith("cuda") else f"{found['threads']} threads"
+    print(f"device: {device} ({which}), precision: {_chosen.get('precision', 'float32')}", file=sys.stderr, flush=True)
 
 
 def describe() -> dict[str, Any]:

@@ -78,11 +78,13 @@ def read_features(folder: Path, *, layer: str = "embedding") -> Features:
 def encoder_of(manifest: Manifest) -> list[str | None]:
     """What tells the two-tower model of a finished feature folder from others: content on disk, or name and tag."""
     places = (manifest.facts["model"], manifest.facts["pretrained"])
-    return [fingerprint(Path(place)) if place and Path(place).exists() else place for place in places]
+    found = [fingerprint(Path(place)) if place and Path(place).exists() else place for place in places]
+    of_file = found[1] != manifest.facts["pretrained"]  # which does not tell its activation; other models do
+    return [*found, "quick_gelu"] if of_file and manifest.facts.get("activation") == "quick_gelu" else found
 
 
 def normalized(vectors: Floats) -> Floats:
     """Rows divided by their L2 norm; zero rows stay zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    result: Floats = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+    result: Floats = np.divide(vectors, np.maximum(norms, np.finfo(np.float32).tiny))
     return result

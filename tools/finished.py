@@ -12,6 +12,7 @@ from pathlib import Path
 from . import runs
 from .errors import BadInput
 from .files import read_json
+from .sweeps import own_place
 
 SHOWN = "table.txt"
 
@@ -20,7 +21,7 @@ def is_finished(command: str, arguments: list[str]) -> Path | None:
     """The finished output folder of a command line, or None."""
     if arguments.count("--output") != 1 or "--overwrite" in arguments:
         return None
-    folder = Path(arguments[(arguments.index("--output") + 1) % len(arguments)])
+    folder = own_place(Path(arguments[(arguments.index("--output") + 1) % len(arguments)]))
     try:
         manifest = read_json(folder / runs.MANIFEST)
         runs.check_files(folder)

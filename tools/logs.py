@@ -5,6 +5,7 @@ switches it off, and any failure of it becomes one line on standard error.
 """
 
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from . import processes
+from . import environment, processes, runs, sweeps
 
 ItemT = TypeVar("ItemT")
 
@@ -27,6 +28,7 @@ def progress(
     items: Iterable[ItemT], label: str, *, total: int | None = None, unit: str = "batch", initial: int = 0
 ) -> "tqdm[ItemT]":
     """A progress bar over `items`: live on a terminal, a line now and then in a log file."""
+    environment.say_choices()  # a command without a choice of precision has not said its device
     interval = 0.1 if sys.stderr.isatty() else QUIET_INTERVAL_SECONDS
     return tqdm(
         items,
@@ -72,13 +74,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 class Tracker:
     """One W&B run that belongs to a run folder; a resumed run continues its curves.
 
+    The runs of one chain are a group. In a sweep all commands of a trial log into the trial's one run.
+
     Args:
-        folder: the run folder; its path names the run, and `resume/wandb_id` in it keeps the id.
+        folder: the run folder; its path names the run and its group, and `resume/wandb_id` in it keeps the id.
+        job: the kind of run, W&B's job type.
         config: shown beside the curves.
     """
 
     def __init__(self, folder: Path, *, job: str, config: dict[str, Any]) -> None:
         self._run: Any = None
+        self._folder = folder
         if os.environ.get("WANDB_MODE") == "disabled" or not processes.is_main():
             return
         try:
@@ -92,15 +98,16 @@ class Tracker:
 
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
         id_file = folder / "resume" / "wandb_id"
-        run_id = id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
+        trial = sweeps.trial()
+        run_id = trial[1] if trial else id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
         options: dict[str, Any] = {
-            "project": os.environ.get("WANDB_PROJECT", PROJECT),
-            "name": str(folder),
+            "group": os.environ.get("WANDB_RUN_GROUP") or chain_of(folder),
             "job_type": job,
             "config": config,
-            "id": run_id,
             "resume": "allow",
         }
+        if trial is None:  # the agent has chosen name, project and id of a trial
+            options |= {"name": str(folder), "project": os.environ.get("WANDB_PROJECT", PROJECT), "id": run_id}
         settings = wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS)
         try:
             run = wandb.init(mode=mode, settings=settings, **options)
@@ -139,7 +146,9 @@ class Tracker:
         self._show(name, "Html", str(path), inject=False)
 
     def finish(self) -> None:
-        """Flush and close."""
+        """Say where the run was computed and how long it took, flush and close."""
+        if self._run is not None:
+            self.summary({f"run/{name}": value for name, value in ran(self._folder).items()})
         self._call("finish")
         self._run = None
 
@@ -167,6 +176,34 @@ class Tracker:
             getattr(target, method)(*args, **options)
         except Exception as error:
             self._stop(error)
+
+
+def chain_of(folder: Path) -> str:
+    """The chain that a run folder belongs to: what lies between `output/` and the folder of its stage.
+
+    >>> chain_of(Path("retriever/output/flickr30k-better/09_train/retriever"))
+    'flickr30k-better'
+    >>> chain_of(Path("retriever/output/emoji/ablations/beam size 1/13_test/retriever"))
+    'emoji-ablations-beam size 1'
+    """
+    folder = sweeps.common_place(folder.absolute())
+    stages = [place for place in (folder, *folder.parents) if re.match(r"\d\d_", place.name)]
+    parts = (stages[-1] if stages else folder).parent.parts
+    after = [place for place, part in enumerate(parts) if part == "output"]
+    return "-".join(parts[after[-1] + 1 :] if after else parts[-1:])
+
+
+def ran(folder: Path) -> dict[str, str | float]:
+    """Device, arithmetic and hours of the run in a folder, whose process this is."""
+    found = environment.describe()
+    device, machine = str(found.get("device", "cpu")), found["machine"]
+    facts: dict[str, str | float] = {
+        "device": machine["gpu"] if device.startswith("cuda") else f"{device}, {machine['processor']}",
+        "processes": found["processes"],
+        "precision": found.get("precision", "float32"),
+    }
+    seconds = runs.seconds_so_far(folder)
+    return facts if seconds is None else {**facts, "hours": round(seconds / 3600, 4)}
 
 
 def _logged_in(wandb: Any) -> bool:

@@ -4,9 +4,14 @@ With one process everything here is free, and torch is not loaded. With several,
 opens run folders, prints, and writes results; the others share its work.
 """
 
+import fcntl
+import hashlib
 import os
+import sys
+import tempfile
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import BadInput
@@ -73,6 +78,40 @@ def collect(value: ValueT) -> list[ValueT]:
 def wait() -> None:
     """Wait until every process is here."""
     collect(None)
+
+
+def say_once(line: str) -> None:
+    """Print a line on standard error, unless another process of this launch has printed it on this machine.
+
+    Whoever comes first prints, and the others wait until it has: so the line stands there before any of them ends, and
+    a launcher ends the rest.
+    """
+    try:
+        file = _said(line).open("a") if count() > 1 else None
+    except OSError:  # a full disk, perhaps: better twice than never
+        file = None
+    if file is None:
+        print(line, file=sys.stderr, flush=True)
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_size == 0:
+            print(line, file=sys.stderr, flush=True)
+            file.write("said\n")
+            file.flush()
+
+
+def _said(line: str) -> Path:
+    """The file that tells whether a process of this launch has said a line; a launcher is its processes' parent."""
+    parent = os.getppid()
+    try:
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        began = ""
+    launch = (parent, began, *(os.environ.get(name) for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")), line)
+    return (
+        Path(tempfile.gettempdir()) / f"avg-said-{hashlib.blake2b(repr(launch).encode(), digest_size=12).hexdigest()}"
+    )
 
 
 @cache

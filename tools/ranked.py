@@ -5,9 +5,10 @@
 `caption` is the query's row in the features' texts.npy, `picture` the row of the picture it asks for.
 """
 
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,8 @@ def read_lists(path: Path) -> RankedLists:
     Raises:
         BadInput: the file has no lists, or a line is not one; the message has the line.
     """
-    lines = []
+    texts, captions, pictures = [], array("q"), array("q")
+    rows, scores = Packed("q"), Packed("f")
     for number, line in read_json_lines(path):
         if missing := [key for key in ("query", "caption", "picture", "ranked", "scores") if key not in line]:
             raise BadInput(f"{path}, line {number}: no {missing[0]!r} in it: {MADE_BY}")
@@ -80,24 +82,42 @@ def read_lists(path: Path) -> RankedLists:
             raise BadInput(
                 f"{path}, line {number}: {len(line['ranked'])} pictures, {len(line['scores'])} scores: {MADE_BY}"
             )
-        lines.append(line)
-    if not lines:
+        texts.append(line["query"])
+        captions.append(line["caption"])
+        pictures.append(line["picture"])
+        rows.append(line["ranked"])
+        scores.append(line["scores"])
+    if not texts:
         raise BadInput(f"{path} has no ranked lists: {MADE_BY}")
     return RankedLists(
-        [line["query"] for line in lines],
-        np.array([line["caption"] for line in lines], dtype=np.int64),
-        np.array([line["picture"] for line in lines], dtype=np.int64),
-        padded([line["ranked"] for line in lines], NO_PICTURE, np.int64),
-        padded([line["scores"] for line in lines], -np.inf, np.float32),
+        texts,
+        np.array(captions, dtype=np.int64),
+        np.array(pictures, dtype=np.int64),
+        rows.padded(NO_PICTURE, np.int64),
+        scores.padded(-np.inf, np.float32),
     )
 
 
-def padded(lists: Sequence[Sequence[float]], fill: float, dtype: type) -> NDArray[Any]:
-    """Lists of numbers as an array (lists, longest), short ones filled up."""
-    array: NDArray[Any] = np.full((len(lists), max((len(one) for one in lists), default=0)), fill, dtype=dtype)
-    for line, one in zip(array, lists, strict=True):
-        line[: len(one)] = one
-    return array
+class Packed:
+    """Lists of numbers behind one another, each number in a few bytes; as Python's objects they take 32."""
+
+    def __init__(self, kind: Literal["q", "f"]) -> None:
+        """
+        Args:
+            kind: of the numbers, int64 or float32, as the `array` module has it.
+        """
+        self.numbers, self.lengths = array(kind), array("q")
+
+    def append(self, numbers: Sequence[float]) -> None:
+        self.numbers.extend(numbers)  # type: ignore[arg-type]
+        self.lengths.append(len(numbers))
+
+    def padded(self, fill: float, dtype: type) -> NDArray[Any]:
+        """The lists as an array (lists, longest), short ones filled up."""
+        lengths = np.array(self.lengths, dtype=np.int64)
+        found: NDArray[Any] = np.full((len(lengths), lengths.max(initial=0)), fill, dtype=dtype)
+        found[np.arange(found.shape[1]) < lengths[:, None]] = np.array(self.numbers)
+        return found
 
 
 def reordered_ranks(lists: RankedLists, scores: NDArray[np.floating]) -> Ranks:

@@ -4,6 +4,7 @@ Command: python -m tools.results --summary retriever/output/emoji/summary.json [
 """
 
 import fcntl
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,13 @@ from .errors import BadInput
 from .files import read_json, write_json
 from .logs import table
 from .recall import CUTOFFS
+from .sweeps import own_place
 from .texts import as_markdown_cell
 
 KEY = ("system", "dataset", "split", "pool", "level")
 FIRST = "two-tower"  # systems whose names begin so stand at the head of each pool
+
+MRR_NOTE = "MRR and median rank: brute-force search counts the whole pool, a retriever what is in its list."
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,11 @@ class Config:
 
 
 def merge_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Put rows into the summary: in place of rows of the same system, split, pool and level, else at its end."""
+    """Put rows into the summary: in place of rows of the same system, split, pool and level, else at its end.
+
+    A trial of a sweep has a summary of its own.
+    """
+    path = own_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("a") as lock:  # until it is closed: other systems' tests may run
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -65,6 +73,38 @@ def ordered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         places.setdefault((row["split"], row["pool"]), len(places))
     return sorted(rows, key=lambda row: (places[row["split"], row["pool"]], not row["system"].startswith(FIRST)))
+
+
+def scalars(rows: Sequence[dict[str, Any]], *, main: str) -> dict[str, float]:
+    """The rows as flat figures that runs can be sorted by: `<system>/<queries and pool>/<figure>`.
+
+    The rows of the system `main` come without a name, too: `test/R@1` is its recall of test queries over the test
+    pool, `test-all/R@1` over all pictures, `test/code/R@1` that of codes.
+
+    >>> row = {"system": "x", "split": "test", "pool": "test", "level": "image", "recall": {"1": 0.5}, "mrr": 0.6}
+    >>> scalars([row], main="x")
+    {'x/test/R@1': 0.5, 'x/test/MRR': 0.6, 'test/R@1': 0.5, 'test/MRR': 0.6}
+    """
+    found = {f"{row['system']}/{_place(row)}/{name}": value for row in rows for name, value in _figures(row).items()}
+    own = f"{main}/"
+    return found | {name.removeprefix(own): value for name, value in found.items() if name.startswith(own)}
+
+
+def _place(row: dict[str, Any]) -> str:
+    split, pool = re.sub(r"\W+", "-", row["split"]), row["pool"]
+    place = split if row["split"].partition(",")[0] == pool else f"{split}-{pool}"
+    return place if row["level"] == "image" else f"{place}/{row['level']}"
+
+
+def _figures(row: dict[str, Any]) -> dict[str, float]:
+    names = {
+        "mrr": "MRR",
+        "median_rank": "median_rank",
+        "queries_per_second": "queries_per_second",
+        "ceiling": "ceiling",
+    }
+    recalls = {f"R@{cutoff}": value for cutoff, value in row["recall"].items()}
+    return recalls | {name: row[key] for key, name in names.items() if row.get(key) is not None}
 
 
 def printable(rows: Sequence[dict[str, Any]]) -> str:

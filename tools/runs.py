@@ -324,6 +324,14 @@ def hold(folder: Path) -> TextIO:
     return file
 
 
+def seconds_so_far(folder: Path) -> float | None:
+    """Seconds that the run under way in a folder has taken, those before it was resumed too; None without a run."""
+    started = folder / STARTED
+    if not started.is_file():
+        return None
+    return float(read_json(started).get("seconds", 0.0)) + time.time() - started.stat().st_mtime  # when they were noted
+
+
 def keep_only(folder: Path, pattern: str, kept: Path | None) -> None:
     """Remove the folders of a pattern that the saved state no longer speaks of, all but `kept`."""
     for path in folder.glob(pattern):

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .captions import Split
-from .features import Features, Floats, normalized
+from .features import Features, Floats
 from .logs import table
-from .recall import CUTOFFS, search_recall
+from .recall import CUTOFFS
+from .two_tower import two_tower_recall
 
 
 class Tokenizer(Protocol):
@@ -142,8 +143,7 @@ def make_report(
 
 def _recall(features: Features, pictures: Floats, split: Split) -> dict[str, float]:
     """Two-tower recall of a split's captions over its pictures, of all pictures' features (pictures, width)."""
-    images, texts = features.image_rows(split), features.text_rows(split)
+    texts = features.text_rows(split)
     if not len(texts):
         return {}
-    targets = np.searchsorted(images, features.owners[texts])
-    return search_recall(normalized(features.texts[texts]), normalized(pictures[images]), targets).recall()
+    return two_tower_recall(features, texts, features.image_rows(split), pictures=pictures).recall()
