@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -64,7 +65,25 @@ def load_config(name: str | Path, **options: Any) -> Any:
 
 def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a pretrained model; one that comes with code of its own is refused."""
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except OSError:
+        folder = downloaded(name)
+        if folder is None:
+            raise
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def downloaded(name: str | Path) -> Path | None:
+    """Folder of a model that was downloaded from the hub; None where it was not.
+
+    Without a network, transformers asks the hub's cache for each file, and takes one that the model has not for one
+    that could not be fetched. SEED's tokenizer has no config.json: in a folder, that is known.
+    """
+    try:
+        return Path(snapshot_download(str(name), local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def merged(
