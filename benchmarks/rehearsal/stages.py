@@ -22,17 +22,15 @@ NEAREST = ("--source", "nearest", "--captioner", "None", "--splits", "val", "--p
 SHARED = ("01_prepare_captions", "03_prepare_emb", "15_convert_voken_to_seed")  # the same in every recipe
 LLAMA = "11_finetune_retriever_llama@llama", "12_retrieve@llama", "13_test_retriever@llama"
 ON_TWO = (
-    "09_train_retriever_t5@retriever",
     "09_train_retriever_t5@retriever+pseudo",
     "10_train_retriever_t5_stage2@retriever+stage2",
     "11_finetune_retriever_llama@llama",
-    "12_retrieve@retriever+stage2",
     "16_prepare_reranker_dataset@retriever+stage2",
     "17_finetune_reranker_llama@retriever+stage2",
     "18_test_reranker_llama@retriever+stage2",
 )
 ON_ZERO: tuple[tuple[str, Launch], ...] = (
-    ("09_train_retriever_t5@retriever", "ZeRO-2"),
+    ("09_train_retriever_t5@retriever+pseudo", "ZeRO-2"),
     ("11_finetune_retriever_llama@llama", "ZeRO-2"),
     ("11_finetune_retriever_llama@llama", "ZeRO-3"),
 )
