@@ -59,7 +59,9 @@ class Counts:
     steps: int = 1
     """Steps of the optimiser in each training."""
     most_captions: int = 128
-    """Of a retriever's training."""
+    """Of a retriever's training, so that it fits into 20 GB."""
+    most_of_stage2: int = 32
+    """The same in stage 2, which writes eleven sequences for each."""
     validate_queries: int = 8
     rerank: int = 8
     """Pictures of each list that are re-ranked."""
@@ -213,7 +215,8 @@ def cuts(script: str, settings: Settings, counts: Counts) -> tuple[str, ...]:
         return rqvae_cuts(settings["TRAIN_RQVAE"])
     if script in TRAINED_WITH:
         captions = counts.steps * batch_of(settings[TRAINED_WITH[script]])
-        most, validated = counts.most_captions, counts.validate_queries
+        most = counts.most_of_stage2 if script == "10_train_retriever_t5_stage2" else counts.most_captions
+        validated = counts.validate_queries
         if script == "17_finetune_reranker_llama":
             validated //= 2
         return (
