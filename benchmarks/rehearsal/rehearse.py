@@ -77,8 +77,8 @@ class Scale:
     """Of a step."""
 
 
-SCALES = {"flickr30k": Scale(), "mscoco": Scale(counts=Counts(most_captions=32))}
-"""T5-large with the optimiser's states takes 12 GB, and COCO's batch of 128 captions most of what is left of 20."""
+SCALES = {"flickr30k": Scale(), "mscoco": Scale(counts=Counts(most_captions=32, most_of_stage2=4))}
+"""T5-large with the optimiser's states takes 12 GB, in stage 2 with its start 15: few captions fit beside that."""
 
 
 class Rehearsal:
@@ -91,6 +91,7 @@ class Rehearsal:
         self.collection = scale.collections[dataset]
         self.models = Models(self.folder / "models", scale.sizes, seed=seed)
         self.rows: list[Row] = []
+        self.again = False  # steps are run that may have left something
 
     @property
     def results(self) -> Path:
@@ -168,6 +169,7 @@ class Rehearsal:
         before = (
             {(row.recipe, row.step): row for row in self._earlier() if row.state == "ran"} if resume or only else {}
         )
+        self.again = bool(before)
         self.check_out()
         for recipe in recipes:
             if not before:
@@ -223,7 +225,8 @@ class Rehearsal:
         if step.script == "llama3":
             dataset = self.output("cut", "retriever", recipe) / "07_dataset"
             return [sys.executable, "-m", "benchmarks.rehearsal.llama3", LLAMA3, str(dataset)]
-        return ["bash", f"scripts/{step.script}.sh", *step.flags, *self._ways(step, recipe)]
+        flags = (*step.flags, *self._ways(step, recipe), *(("--overwrite",) if self.again else ()))
+        return ["bash", f"scripts/{step.script}.sh", *flags]
 
     def _ways(self, step: Step, recipe: str) -> Iterator[str]:
         """Flags of the steps that a note tells apart."""

@@ -22,17 +22,15 @@ NEAREST = ("--source", "nearest", "--captioner", "None", "--splits", "val", "--p
 SHARED = ("01_prepare_captions", "03_prepare_emb", "15_convert_voken_to_seed")  # the same in every recipe
 LLAMA = "11_finetune_retriever_llama@llama", "12_retrieve@llama", "13_test_retriever@llama"
 ON_TWO = (
-    "09_train_retriever_t5@retriever",
     "09_train_retriever_t5@retriever+pseudo",
     "10_train_retriever_t5_stage2@retriever+stage2",
     "11_finetune_retriever_llama@llama",
-    "12_retrieve@retriever+stage2",
     "16_prepare_reranker_dataset@retriever+stage2",
     "17_finetune_reranker_llama@retriever+stage2",
     "18_test_reranker_llama@retriever+stage2",
 )
 ON_ZERO: tuple[tuple[str, Launch], ...] = (
-    ("09_train_retriever_t5@retriever", "ZeRO-2"),
+    ("09_train_retriever_t5@retriever+pseudo", "ZeRO-2"),
     ("11_finetune_retriever_llama@llama", "ZeRO-2"),
     ("11_finetune_retriever_llama@llama", "ZeRO-3"),
 )
@@ -61,7 +59,9 @@ class Counts:
     steps: int = 1
     """Steps of the optimiser in each training."""
     most_captions: int = 128
-    """Of a retriever's training."""
+    """Of a retriever's training, so that it fits into 20 GB."""
+    most_of_stage2: int = 32
+    """The same in stage 2, which writes eleven sequences for each."""
     validate_queries: int = 8
     rerank: int = 8
     """Pictures of each list that are re-ranked."""
@@ -215,7 +215,8 @@ def cuts(script: str, settings: Settings, counts: Counts) -> tuple[str, ...]:
         return rqvae_cuts(settings["TRAIN_RQVAE"])
     if script in TRAINED_WITH:
         captions = counts.steps * batch_of(settings[TRAINED_WITH[script]])
-        most, validated = counts.most_captions, counts.validate_queries
+        most = counts.most_of_stage2 if script == "10_train_retriever_t5_stage2" else counts.most_captions
+        validated = counts.validate_queries
         if script == "17_finetune_reranker_llama":
             validated //= 2
         return (
