@@ -227,8 +227,8 @@ def cuts(script: str, settings: Settings, counts: Counts) -> tuple[str, ...]:
         "16_prepare_reranker_dataset": ("--train-per-picture", "1"),
         "18_test_reranker_llama": ("--top-k", str(counts.rerank)),
         "19_report": (
-            *("--queries", "8", "--beams", "1", "10"),
-            *("--speed-queries", "8", "--speed-rounds", "1", "--largest-pool", "1000"),
+            *("--queries", "4", "--beams", "10"),
+            *("--speed-queries", "4", "--speed-rounds", "1", "--largest-pool", "1000"),
         ),
     }
     return other.get(script, ())
