@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import wandb
+
 from reranker import test as rerank_test
 from retriever import rank_splits, retrieve, train
 from retriever import test as final
