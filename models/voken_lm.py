@@ -420,7 +420,7 @@ def _add_vokens(
 
     Args:
         scaled: the vokens' rows get the mean length of the other rows of their matrix. Those of LLaMA are short, and
-            codebooks as they are would begin with logits so large that the loss is 15 times that of a guess.
+            with codebooks as they are the first logits are so large that the loss is far above that of a guess.
     """
     codebooks = widened(codebooks, model.get_input_embeddings().embedding_dim, name)
     tokenizer.add_tokens(space.tokens)
