@@ -167,11 +167,18 @@ class Part(NamedTuple):
         return self.batch[self.own]
 
     def pieces(self, most: int | None) -> "list[Part]":
-        """The part in pieces of nearly equal size, at most `most` queries each, whose losses add up to the part's."""
-        if most is None or len(self.own) <= most:
+        """The part in pieces of nearly equal size, at most `most` queries each, whose losses add up to the part's.
+
+        They are as many in every process, which DeepSpeed needs to keep step: where this process has fewer queries than
+        others, a piece of its may carry no weight.
+        """
+        largest = -(-len(self.batch) // processes.count())
+        if most is None or largest <= most:
             return [self]
-        cut = np.array_split(self.own, -(-len(self.own) // most))
-        return [Part(self.batch, own, self.weight * len(own) / len(self.own)) for own in cut]
+        cut = np.array_split(self.own, -(-largest // most))
+        return [
+            Part(self.batch, own if len(own) else self.own[:1], self.weight * len(own) / len(self.own)) for own in cut
+        ]
 
 
 def part_of(batch: NDArray[np.int64]) -> Part:

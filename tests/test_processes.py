@@ -80,6 +80,7 @@ def _take_part(function: Callable[[], Any], log: Path, number: int, count: int, 
     for descriptor in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), descriptor)
     torch.cuda.is_available = lambda: False  # a copy of a process that has used a GPU cannot
+    torch.set_num_threads(1)  # as torchrun has it; threads of the process that was copied are not there
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

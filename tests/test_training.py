@@ -333,8 +333,21 @@ def test_pieces_carry_the_weight_of_their_part(monkeypatch: pytest.MonkeyPatch) 
     assert [len(piece.own) for piece in pieces] == [3, 2, 2]
     assert np.concatenate([piece.own for piece in pieces]).tolist() == part.own.tolist()
     assert sum(piece.weight for piece in pieces) == pytest.approx(part.weight)
-    assert part.pieces(None) == [part]
-    assert part.pieces(7) == [part]
+    assert part.pieces(None) == part.pieces(8) == [part]
+
+
+def test_every_process_has_as_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With five and four captions of nine, and pieces of four: DeepSpeed's processes wait for each other in each."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        parts.append(part_of(np.arange(9)).pieces(4))
+    assert [[len(piece.own) for piece in pieces] for pieces in parts] == [[3, 2], [2, 2]]
+    monkeypatch.setenv("RANK", "1")
+    first, second = part_of(np.arange(3)).pieces(1)
+    assert len(first.own) == len(second.own) == 1
+    assert [first.weight, second.weight] == pytest.approx([2 / 3, 0])
 
 
 def test_a_gpu_without_a_compiler_is_not_asked_for(

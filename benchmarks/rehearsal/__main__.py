@@ -32,9 +32,9 @@ class Config:
     """Values of RECIPE, the first of which shares features and image tokens with the others."""
     folder: Path = field(default_factory=lambda: Path(os.environ.get("REHEARSAL", "rehearsal")))
     """Where stand-ins and results go; by default what REHEARSAL names, else rehearsal/."""
-    two_processes: bool | None = None
-    """Run trainings and searches of the first recipe on two processes too; by default those of flickr30k, as two
-    T5-large take more than 20 GB."""
+    two_processes: bool = True
+    """Run trainings and searches of the first recipe on two processes too; never those of mscoco, as two T5-large take
+    more than 20 GB."""
     only: str = ""
     """Run only the steps with this in their names; the folders of an earlier rehearsal must be there."""
     resume: bool = False
@@ -51,7 +51,7 @@ def main(config: Config) -> None:
         print(markdown([Row(**row) for row in read_json(rehearsal.results)["rows"]]))
         return
     in_own_process(rehearsal.make_stand_ins)
-    two = config.dataset == "flickr30k" if config.two_processes is None else config.two_processes
+    two = config.two_processes and config.dataset == "flickr30k"
     rehearsal.run(config.recipes, two=two, only=config.only, resume=config.resume)
     print("\n" + table(facts(rehearsal.rows)) + f"\n\nresults: {rehearsal.results}")
     if any(row.state in ("failed", "left out") for row in rehearsal.rows):

@@ -166,13 +166,13 @@ class Rehearsal:
             only: a word that the names of the steps to run have in them; the others' output must be there.
             resume: steps that ran before are not run again.
         """
-        before = (
-            {(row.recipe, row.step): row for row in self._earlier() if row.state == "ran"} if resume or only else {}
-        )
-        self.again = bool(before)
+        earlier = {(row.recipe, row.step): row for row in self._earlier(needed=resume or bool(only))}
+        self.rows = [row for row in earlier.values() if row.recipe not in recipes]
+        self.again = resume or bool(only)
         self.check_out()
         for recipe in recipes:
-            if not before:
+            known = {step: row for (of, step), row in earlier.items() if of == recipe} if self.again else {}
+            if not known:
                 self.begin(recipe, first=recipes[0])
             arrays = settings.read_arrays(self.dataset, recipe)
             stages = settings.read_stages(self.dataset, recipe)
@@ -180,17 +180,14 @@ class Rehearsal:
             steps = plan(stages, arrays, self.scale.counts, first=first, two=two and first)
             shared = {row.step for row in self.rows if row.state == "ran" and row.recipe == recipes[0]}
             for step in steps:
-                done = before.get((recipe, step.name))
-                if done is not None and not (only and only in step.name):
-                    row = done
-                elif only and only not in step.name:
-                    continue
-                else:
+                row = known.get(step.name)
+                if (only in step.name) if only else (row is None or row.state != "ran"):
                     ran = {row.step for row in self.rows if row.recipe == recipe and row.state == "ran"}
                     ran |= {name for name in shared if not any(name == each.name for each in steps)}
                     row = self.run_step(step, recipe, ran)
-                self.rows.append(row)
-                self.save()
+                if row is not None:
+                    self.rows.append(row)
+                    self.save()
 
     def run_step(self, step: Step, recipe: str, ran: set[str]) -> Row:
         """Run one step, or say why not."""
@@ -283,8 +280,10 @@ class Rehearsal:
         self.results.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.results, {"dataset": self.dataset, "rows": [row._asdict() for row in self.rows]})
 
-    def _earlier(self) -> list[Row]:
+    def _earlier(self, *, needed: bool) -> list[Row]:
         if not self.results.is_file():
+            if not needed:
+                return []
             raise BadInput(f"{self.results} is not there: leave --resume and --only out")
         return [Row(**row) for row in read_json(self.results)["rows"]]
 
@@ -314,9 +313,12 @@ class Rehearsal:
         """How features differ from those of the model by its tag, where they should be alike; else nothing."""
         if step.form != "few" or step.script != "03_prepare_emb" or step.note == "model by tag":
             return ""
-        tag, other = (read_array(self._encoded(note, recipe) / "images.npy") for note in ("model by tag", step.note))
-        difference = float(np.abs(tag - other).mean() / np.abs(tag).mean())
-        return f"its features differ from the tag's by {difference:.1%}" if difference > ALIKE else ""
+        for file in ("images.npy", "texts.npy"):
+            tag, other = (read_array(self._encoded(note, recipe) / file) for note in ("model by tag", step.note))
+            difference = float(np.abs(tag - other).mean() / np.abs(tag).mean())
+            if not difference <= ALIKE:
+                return f"its {file} differs from the tag's by {difference:.1%}"
+        return ""
 
     def _check_out(self, form: Form, pictures: tuple[int, int, int] | None) -> None:
         """A form's checkout; with the captions' file and the settings of some of the pictures, where it has some."""

@@ -15,7 +15,7 @@ from tools.errors import BadInput
 
 ROOT = Path(__file__).parent.parent.parent
 ROOMS = ("RQ-VAE", "models", "reranker", "retriever", "scripts", "tools")
-PRODUCTS = ("data", "output", "__pycache__")  # of a room, not of the repository; tools/data/ is another matter
+PRODUCTS = ("data", "output", "seed", "__pycache__")  # of a room, not of the repository; tools/data/ is another matter
 ARRAYS = ("TRAIN_RQVAE", "TRAIN_RETRIEVER", "TRAIN_STAGE2", "FINETUNE_LLAMA", "TRAIN_RERANKER")
 OF_THE_CALLER = {
     *("ABLATION", "DATASET", "LAUNCH", "PICTURES", "RECIPE", "REQUIREMENTS", "SEED_WEIGHTS", "SYSTEM", "VERIFY"),
