@@ -221,14 +221,16 @@ class TrainData:
         return [(self.pictures[chosen], self.captions[chosen]) for chosen in np.split(order, cuts)]
 
     def _add_pseudo_queries(self, pseudo: PseudoPairs) -> None:
-        """Put further pairs behind those of the train split; their pictures need not be of it."""
-        texts, images = len(self.texts), len(self.images)
+        """Put further pairs behind those of the train split, and each picture once that is not of it."""
+        rows = np.union1d(self.rows, pseudo.pictures)
+        more = np.setdiff1d(rows, self.rows)
+        place = np.empty(rows.max() + 1, np.int64)
+        place[np.concatenate([self.rows, more])] = np.arange(len(rows))
         device = self.images.device
-        self.images = torch.cat([self.images, torch.from_numpy(self.features.images[pseudo.pictures]).to(device)])
+        self.images = torch.cat([self.images, torch.from_numpy(self.features.images[more]).to(device)])
+        self.captions = np.concatenate([self.captions, len(self.texts) + np.arange(len(pseudo.pictures))])
+        self.pictures = np.concatenate([self.pictures, place[pseudo.pictures]])
         self.texts = torch.cat([self.texts, pseudo.texts])
-        more = np.arange(len(pseudo.pictures))
-        self.captions = np.concatenate([self.captions, texts + more])
-        self.pictures = np.concatenate([self.pictures, images + more])
 
 
 def score(report: TokenizerReport) -> float:
@@ -252,13 +254,18 @@ def revive(model: RqVae, data: TrainData, config: Config, epoch: int) -> int:
 
 
 def start_from_kmeans(model: RqVae, data: TrainData, config: Config) -> None:
-    """Start the codebooks from the train split, from a large sample of it, or as published from the first batch."""
+    """Start the codebooks from the train split, from a large sample of it, or as published from the first batch.
+
+    Raises:
+        BadInput: it has fewer vectors than a codebook has codes.
+    """
     if config.kmeans_first_batch:
-        print("residual k-means over the first batch ...", flush=True)
-        sample, _ = next(data.batches(0))
+        what, (sample, _) = "pairs in the first batch", next(data.batches(0))
     else:
-        print("residual k-means over the train split ...", flush=True)
-        sample = data.images[torch.randperm(len(data.images))[: config.kmeans_sample]]
+        what, sample = "train pictures", data.images[torch.randperm(len(data.images))[: config.kmeans_sample]]
+    if len(sample) < config.codebook_size:
+        raise BadInput(f"--codebook-size {config.codebook_size} needs as many {what}, there are {len(sample)}")
+    print(f"residual k-means over the {'first batch' if config.kmeans_first_batch else 'train split'} ...", flush=True)
     model.start_from(
         sample,
         iterations=config.kmeans_iterations,
@@ -266,14 +273,6 @@ def start_from_kmeans(model: RqVae, data: TrainData, config: Config) -> None:
         balance=config.kmeans_balance,
         as_in_training=config.kmeans_first_batch,
     )
-
-
-def kmeans_pairs(features: Features, config: Config) -> int:
-    """How many vectors k-means starts from."""
-    if not config.kmeans_first_batch:
-        return min(len(features.captioned_rows("train")), config.kmeans_sample)
-    rows = features.text_rows("train") if config.pairs == "caption" else features.captioned_rows("train")
-    return min(len(rows), config.batch_size)
 
 
 def best_folder(run: runs.Run, best: dict[str, Any]) -> Path:
@@ -364,10 +363,6 @@ def main(config: Config) -> None:
         return
     seed_everything(config.seed)
     model = RqVae(config.model(features.images.shape[1])).to(pick_device(config.device))
-    usable = kmeans_pairs(features, config)
-    if config.kmeans_start and usable < config.codebook_size:
-        what = "pairs in the first batch" if config.kmeans_first_batch else "train pictures"
-        raise BadInput(f"--codebook-size {config.codebook_size} needs as many {what}, there are {usable}")
     best = train(model, features, run, config)
     model = RqVae.from_pretrained(best_folder(run, best))
     model.save_pretrained(run.folder)

@@ -71,7 +71,9 @@ class Time(NamedTuple):
 
 def time_of(part: Part, device: Device, devices: int) -> Time:
     """Seconds of a part on so many devices, and what bounds it."""
-    computed = part.flops / device.flops + part.moved / device.bandwidth + part.sent / device.link
+    computed = (
+        part.flops / device.flops + part.exact / device.exact + part.moved / device.bandwidth + part.sent / device.link
+    )
     times = part.times / devices if part.shared else part.times
     work = {"kernels": times * part.kernels * device.launch, "arithmetic": times * computed}
     if part.times == 1 and part.shared:  # it stands for all repetitions

@@ -26,6 +26,8 @@ class Device(NamedTuple):
     name: str
     flops: float
     """Floating-point operations a second that matrix products reach in bf16"""
+    exact: float
+    """The same in fp32, without TF32"""
     launch: float
     """Seconds from one kernel to the next where the kernels themselves take no time"""
     bandwidth: float
@@ -42,16 +44,21 @@ class Device(NamedTuple):
 
 
 ASSUMED = {
-    # 989 TFLOP/s dense in bf16 and 3.35 TB/s are the maker's. Assumed: 40 % and 80 % of them, 5 microseconds a kernel,
-    # 35 % of NVLink's 900 GB/s, 100 pictures a second on each of 16 cores.
-    "h100": Device("H100 80 GB (assumed)", 0.4 * 989e12, 5e-6, 0.8 * 3.35e12, 0.35 * 900e9, 80e9, 100, 16, False),
-    # 312 TFLOP/s and 2.04 TB/s are the maker's; assumed as above, with 600 GB/s of NVLink and 6 microseconds.
-    "a100": Device("A100 80 GB (assumed)", 0.4 * 312e12, 6e-6, 0.8 * 2.04e12, 0.35 * 600e9, 80e9, 100, 16, False),
+    # 989 TFLOP/s dense in bf16, 67 in fp32 and 3.35 TB/s are the maker's. Assumed: 40 %, 60 % and 80 % of them,
+    # 5 microseconds a kernel, 35 % of NVLink's 900 GB/s, 100 pictures a second on each of 16 cores.
+    "h100": Device(
+        "H100 80 GB (assumed)", 0.4 * 989e12, 0.6 * 67e12, 5e-6, 0.8 * 3.35e12, 0.35 * 900e9, 80e9, 100, 16, False
+    ),
+    # 312 and 19.5 TFLOP/s and 2.04 TB/s are the maker's; assumed as above, with 600 GB/s of NVLink and 6 microseconds.
+    "a100": Device(
+        "A100 80 GB (assumed)", 0.4 * 312e12, 0.6 * 19.5e12, 6e-6, 0.8 * 2.04e12, 0.35 * 600e9, 80e9, 100, 16, False
+    ),
 }
 
 
 def measure(device: torch.device | None = None, *, size: int | None = None) -> Device:
-    """Measure the device that this machine computes on; the link between devices is taken as its bandwidth.
+    """Measure the device that this machine computes on; a link between devices, which one cannot show, is taken as
+    that of an A100.
 
     Args:
         size: rows of the square matrices; by default 8192 on a GPU and 1024 on a CPU.
@@ -63,10 +70,11 @@ def measure(device: torch.device | None = None, *, size: int | None = None) -> D
     memory = torch.cuda.get_device_properties(device).total_memory if gpu else _memory_of_the_machine()
     return Device(
         machine(),
-        flops=measure_flops(device, size),
+        flops=measure_flops(device, size, torch.bfloat16),
+        exact=measure_flops(device, size, torch.float32),
         launch=measure_launch(device),
         bandwidth=bandwidth,
-        link=bandwidth,
+        link=ASSUMED["a100"].link,
         memory=memory,
         decode=measure_decode(),
         cores=len(os.sched_getaffinity(0)),
@@ -74,9 +82,9 @@ def measure(device: torch.device | None = None, *, size: int | None = None) -> D
     )
 
 
-def measure_flops(device: torch.device, size: int) -> float:
-    """Operations a second of a product of square matrices in bf16."""
-    left = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+def measure_flops(device: torch.device, size: int, dtype: torch.dtype) -> float:
+    """Operations a second of a product of square matrices."""
+    left = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / _seconds(lambda: left @ left, device)
 
 
@@ -136,10 +144,10 @@ def rates(device: Device) -> str:
     """One line with every figure of a device."""
     kind = "measured here" if device.measured else "assumed, not measured"
     figures = (
-        f"{device.flops / 1e12:.3g} TFLOP/s in bf16 products",
+        f"{device.flops / 1e12:.3g} TFLOP/s in bf16 products, {device.exact / 1e12:.3g} in fp32",
         f"{device.launch * 1e6:.2g} µs a kernel",
         f"{device.bandwidth / 1e9:.3g} GB/s",
-        f"{device.link / 1e9:.3g} GB/s between devices",
+        f"{device.link / 1e9:.3g} GB/s between devices{' (assumed)' * device.measured}",
         f"{device.memory / GIB:.3g} GiB",
         f"{device.decode:.3g} pictures a second and core on {device.cores} cores",
     )

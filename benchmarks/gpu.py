@@ -77,6 +77,7 @@ def describe(sizes: Sizes, report: Report, *, graphs: bool) -> None:
     report.add(f"bf16 matrix product, {sizes.matrix} × {sizes.matrix}", peak / 1e12, "TFLOP/s")
     counts = 1000
     small = torch.zeros(8, device=report.device)
+    small.add_(1)
     if report.device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.arithmetic import Arithmetic
 from models.compute import DTYPES, autocast
 from models.decoding import make_writer
+from models.norms import fuse_norms
 from models.rqvae import RqVae, RqVaeConfig
 from models.voken_lm import VokenLM
 from retriever.beam import Beams, beam_search
@@ -187,6 +188,7 @@ def training_step(sizes: Sizes, report: Report) -> None:
 
     for precision, goal in (("fp32", SAME), ("bf16", NEAR)):
         there = copy.deepcopy(lm).to(report.device)
+        fuse_norms(there)  # as the trainings have it on a GPU
         compute = partial(loss, dtype=DTYPES[precision])
         compare_steps(
             report,
@@ -264,6 +266,8 @@ def compare_steps(
     report.add(f"{title}: loss", relative(other, value), "relative error", goal=goal)
     norm = relative(other_gradient.norm(), gradient.norm())
     report.add(f"{title}: norm of the gradient", norm, "relative error", goal=goal)
+    whole = relative(other_gradient, gradient)
+    report.add(f"{title}: gradient", whole, "relative error", goal=goal if goal is SAME else None)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

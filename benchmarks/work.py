@@ -46,6 +46,9 @@ class Part:
     times: float
     kernels: float = 0
     flops: float = 0
+    """In bf16"""
+    exact: float = 0
+    """Floating-point operations in fp32"""
     moved: float = 0
     """Bytes that are read and written"""
     sent: float = 0
@@ -153,8 +156,8 @@ def stages_of(recipe: Recipe, counts: Counts, *, devices: int = 1) -> list[Stage
 def encode(name: str, recipe: Recipe, data: Data, counts: Counts) -> Stage:
     """Both towers over all pictures and captions."""
     config = recipe.config("CLIP", import_module("RQ-VAE.prepare_emb").Config, captions=SOME, output=SOME)
-    pictures = Part("pictures", 1, flops=CLIP_FLOPS * data.pictures, pictures=data.pictures, workers=config.workers)
-    texts = Part("captions", 1, flops=2 * 85e6 * CAPTION_TOKENS * CAPTIONS_A_PICTURE * data.pictures)
+    pictures = Part("pictures", 1, exact=CLIP_FLOPS * data.pictures, pictures=data.pictures, workers=config.workers)
+    texts = Part("captions", 1, exact=2 * 85e6 * CAPTION_TOKENS * CAPTIONS_A_PICTURE * data.pictures)
     return Stage(name, [pictures, texts], None)
 
 

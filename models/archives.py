@@ -17,6 +17,10 @@ from torch import Tensor
 from tools.errors import BadInput
 
 RECORD = "data.pkl"
+DAMAGE = (
+    *(BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, EOFError),
+    *(RuntimeError, RecursionError),  # a tensor that reaches beyond its storage, a module within itself
+)
 DTYPES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool,
@@ -42,14 +46,15 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         with ZipFile(path) as archive:
             (record,) = (name for name in archive.namelist() if name.endswith(f"/{RECORD}"))
             root = _Record(archive, record).load()
-    except (BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
+        found = dict(_tensors(root)) if isinstance(root, _Module) else None
+    except DAMAGE as error:
         reason = str(error) or type(error).__name__
         raise BadInput(
             f"{path} is no archive that can be read without running it ({reason}): download it again"
         ) from None
-    if not isinstance(root, _Module):
+    if found is None:
         raise BadInput(f"{path} holds no module: download it again")
-    return dict(_tensors(root))
+    return found
 
 
 class _Module:

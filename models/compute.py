@@ -118,7 +118,7 @@ def refuse_unknown_card(device: torch.device) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says it in many lines
         capability = torch.cuda.get_device_capability(device)
-    if built and not runs_on(capability, built):
+    if built and torch.version.hip is None and not runs_on(capability, built):
         raise BadInput(
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and torch "
             f"{torch.__version__} (CUDA {torch.version.cuda}) is built for {', '.join(built)}: set TORCH_BACKEND "

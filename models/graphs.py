@@ -20,18 +20,21 @@ ResultT = TypeVar("ResultT")
 WARM_UPS = 3  # runs before the recording, in which libraries choose their kernels and take their memory
 
 
-def record(work: Callable[[], ResultT], *, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, ResultT]:
+def record(
+    work: Callable[[], ResultT], *, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, ResultT]:
     """Record the kernels of `work` on the current GPU.
 
     Args:
         work: is called several times; its last result is what every replay fills anew.
         pool: memory that several graphs share (`torch.cuda.graph_pool_handle`); only one of them may run at a time, and
             its results must be copied before the next one runs.
+        stream: that the work is recorded on; graphs that share memory must share it too.
 
     Raises:
         RuntimeError: the work does something that no graph can hold.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream() if stream is None else stream
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):  # which is left again, too, where the recording breaks off
@@ -53,12 +56,21 @@ class Replay:
 
     @torch.inference_mode()
     def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], *, pool: Any = None
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        inputs: Sequence[Tensor],
+        *,
+        pool: Any = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         """
         Args:
-            function: takes the inputs one by one, see `record`.
+            function: takes the inputs one by one.
             inputs: examples of what it takes. Shapes, types and device are those of every call.
+            pool, stream: see `record`.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for the recording.
         """
         self.function = function
         self.inputs = [each.clone() for each in inputs]
@@ -66,7 +78,9 @@ class Replay:
         self.failures: list[str] = []
         if self.inputs[0].is_cuda:
             try:
-                self.graph, self.outputs = record(lambda: function(*self.inputs), pool=pool)
+                self.graph, self.outputs = record(lambda: function(*self.inputs), pool=pool, stream=stream)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 self.failures.append(first_line(error))
 
@@ -76,6 +90,8 @@ class Replay:
         for own, new in zip(self.inputs, inputs, strict=True):
             own.copy_(new)
         if self.graph is None:
-            return self.function(*self.inputs)
-        self.graph.replay()
-        return tuple(part.clone() for part in self.outputs)
+            outputs = self.function(*self.inputs)
+        else:
+            self.graph.replay()
+            outputs = self.outputs
+        return tuple(part.clone() for part in outputs)  # some may be the inputs themselves

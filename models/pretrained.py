@@ -93,6 +93,7 @@ def merged(
     *,
     options: Callable[[str], dict[str, Any]] = lambda name: {},
     dtype: torch.dtype | None = None,
+    whole: torch.dtype | None = None,
 ) -> Any:
     """The model that a peft folder adapts, with the adapters merged into its weights.
 
@@ -103,10 +104,12 @@ def merged(
     Args:
         options: of `loader.from_pretrained`, by the model's name.
         dtype: of the weights; by default the one that the model was published in, which may be float32.
+        whole: of the modules that were trained whole beside the adapters, in float32; by default as the weights.
     """
     from peft import PeftModel
 
-    name = read_json(folder / ADAPTER_NAME)["base_model_name_or_path"]
+    config = read_json(folder / ADAPTER_NAME)
+    name = config["base_model_name_or_path"]
     try:
         model = load_whole(loader, name, dtype=dtype or "auto", **options(name))
     except LOADING_ERRORS as error:
@@ -116,6 +119,9 @@ def merged(
         ) from None
     if tokens > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(tokens, mean_resizing=False)  # the adapters hold the new rows
+    for path, module in model.named_modules():
+        if whole is not None and any(fits(saved, [path]) for saved in config.get("modules_to_save") or ()):
+            module.to(whole)  # or peft would round what it reads to the type that is there
     with reading(folder):
         return PeftModel.from_pretrained(model, folder).merge_and_unload()
 

@@ -184,7 +184,7 @@ class Scorer(nn.Module):
         padded = torch.full((len(queries), int(lengths.max())), self.padding)
         padded[torch.arange(padded.shape[1]) < lengths[:, None]] = torch.tensor([one for ids in queries for one in ids])
         parts = (self.picture_ids(pictures), padded, lengths, of_picture, of_query)
-        return Pairs(*(part.to(self.device) for part in parts))
+        return Pairs(*(part.to(self.device, non_blocking=True) for part in parts))
 
     def forward(self, pairs: Pairs, *, share_pictures: bool = True) -> Tensor:
         """Scores (pairs,) float32.
@@ -273,7 +273,14 @@ class Scorer(nn.Module):
         with reading(folder):
             tokenizer = load_tokenizer(folder)
         if (folder / ADAPTER_NAME).is_file():
-            model = merged(AutoModel, folder, len(tokenizer), options=lambda name: _causal(name, layers), dtype=dtype)
+            model = merged(
+                AutoModel,
+                folder,
+                len(tokenizer),
+                options=lambda name: _causal(name, layers),
+                dtype=dtype,
+                whole=torch.float32,
+            )
         else:
             with reading(folder):
                 model = load_saved(AutoModel, folder, **_without_pooler(load_config(folder)))

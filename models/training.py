@@ -47,7 +47,8 @@ Compile = Literal["never", "gpu", "always"]
 SAVE_EVERY_SECONDS = 30.0
 MOST_SAVING = 0.05  # share of the time that may go into saving: a large model is saved less often
 COMPILER = "inductor"  # of torch.compile
-STEPS_UNREAD = {"cuda": 20}  # between looks at the losses: each waits until the GPU has done what it was given
+STEPS_UNREAD = {"cuda": 20}  # at most, between looks at the losses: each waits until the GPU has done what it was given
+SECONDS_UNREAD = 5.0  # or about so long: a slow step is looked at, and saved, by itself
 SHARDED = "sharded"  # folders of DeepSpeed's own checkpoints
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
 
@@ -249,7 +250,7 @@ class TrainingLoop(ABC):
         self.best: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
         self.unread: list[Step] = []
-        self.read_every = STEPS_UNREAD.get(self.device.type, 1)
+        self.read_every, self.read_at = 1, time.monotonic()
 
     def prepare(self, *, decay: Decay) -> None:
         """Make optimiser, schedule and `model`: the end of a stage's `__init__`, when `batches` can be asked.
@@ -301,6 +302,7 @@ class TrainingLoop(ABC):
         label = f"epoch {self.epoch + 1}/{config.epochs}"
         bar = progress(batches[self.batch :], label, total=len(batches), initial=self.batch)
         self.module.train()
+        self.read_at = time.monotonic()
         losses: list[Tensor] = []
         for batch in bar:
             torch.manual_seed(self._seed(1 + processes.number()))
@@ -500,7 +502,10 @@ class TrainingLoop(ABC):
         for step, loss in zip(self.unread, means.tolist(), strict=True):
             self.curves.step(step.epoch, {"train/loss": loss})
             tracker.log({"train/loss": loss, "train/lr": step.lr, "epoch": self.epoch})
-        self.unread = []
+        if (most := STEPS_UNREAD.get(self.device.type, 1)) > 1:
+            seconds = (time.monotonic() - self.read_at) / len(self.unread)
+            self.read_every = processes.share(min(most, max(1, int(SECONDS_UNREAD / seconds))))
+        self.unread, self.read_at = [], time.monotonic()
         return float(means[-1])
 
     def _step(self) -> None:

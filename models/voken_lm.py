@@ -173,7 +173,7 @@ class VokenLM(nn.Module):
         mask = torch.arange(-(-int(lengths.max()) // multiple) * multiple) < lengths[:, None]
         padded = torch.full(mask.shape, self.padding, dtype=torch.long)
         padded[mask] = torch.tensor([token for ids in token_ids for token in ids])
-        return Tokens(padded.to(self.device), mask.long().to(self.device))
+        return Tokens(*(each.to(self.device, non_blocking=True) for each in (padded, mask.long())))
 
     def encode(self, token_ids: Sequence[Sequence[int]], *, encoder: nn.Module | None = None) -> Memory:
         """Run the encoder on a batch; of a causal model only the embeddings.

@@ -243,11 +243,13 @@ class Training(TrainingLoop):
         listed = np.unique(np.concatenate([self.train.listed[query] for query in queries]))
         hard = listed[~np.isin(listed, list(right))]
         hard = generator.permutation(hard)[: self.config.negatives - random]
-        others = self.pool[~np.isin(self.pool, [*right, *hard.tolist()])]
         left = self.config.negatives - len(hard)
-        if left and not len(others):
+        if not left:
+            return hard
+        others = self.pool[~np.isin(self.pool, [*right, *hard.tolist()])]
+        if not len(others):
             raise BadInput(f"{self.config.lists}: no train picture is wrong for {self.train.texts[queries[0]]!r}")
-        return np.concatenate([hard, generator.choice(others, left, replace=left > len(others))]) if left else hard
+        return np.concatenate([hard, generator.choice(others, left, replace=left > len(others))])
 
     def validate(self) -> dict[str, float]:
         """Recall on val of the retriever's order and the reranker's interpolated; the reranker's alone is logged."""

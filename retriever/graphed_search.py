@@ -9,6 +9,7 @@ batch of a shape takes the time of its recording. Fillings are masked or cut off
 rounding that other shapes bring.
 """
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ class GraphedSearch:
 
     Attributes:
         encoders, searches: what was recorded, by the shape of its input; the least recently used go.
+        failures: why shapes run without a graph, each reason once; it is said on standard error too.
     """
 
     def __init__(
@@ -52,13 +54,10 @@ class GraphedSearch:
         self.beams, self.scoring, self.score_end = beams, scoring, score_end
         self.encoders: OrderedDict[tuple[int, ...], Replay] = OrderedDict()
         self.searches: OrderedDict[tuple[int, ...], Replay] = OrderedDict()
-        self.pool: Any = torch.cuda.graph_pool_handle() if writer.lm.device.type == "cuda" else None
-
-    @property
-    def failures(self) -> list[str]:
-        """Why shapes run without a graph."""
-        every = [*self.encoders.values(), *self.searches.values()]
-        return list(dict.fromkeys(failure for replay in every for failure in replay.failures))
+        on_gpu = writer.lm.device.type == "cuda"
+        self.pool: Any = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream = torch.cuda.Stream(writer.lm.device) if on_gpu else None
+        self.failures: list[str] = []
 
     @torch.inference_mode()
     def encode(self, token_ids: Sequence[Sequence[int]]) -> Memory:
@@ -107,7 +106,11 @@ class GraphedSearch:
             *rest, mask = (part.to(self.writer.lm.device) for part in inputs)
             mask = mask.clone()
             mask[:, -1] = 0  # libraries that skip a mask without padding see some: while recording they never skip it
-            recorded[shape] = Replay(function, [*rest, mask], pool=self.pool)
+            recorded[shape] = Replay(function, [*rest, mask], pool=self.pool, stream=self.stream)
+            for failure in recorded[shape].failures:
+                if failure not in self.failures:
+                    self.failures.append(failure)
+                    print(f"note: --graphs: some searches run without a CUDA graph: {failure}", file=sys.stderr)
         recorded.move_to_end(shape)
         return recorded[shape]
 

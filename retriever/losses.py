@@ -36,7 +36,8 @@ def soft_targets(
         book = codebooks[level % len(codebooks)]
         distances = (book * book).sum(dim=1) - 2 * residual @ book.T
         probabilities = (-distances / temperature).softmax(dim=1)
-        chosen = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        waits = torch.empty_like(probabilities).exponential_(generator=generator)
+        chosen = (probabilities / waits).argmax(dim=1)  # as torch.multinomial draws, which would wait for the GPU
         residual = residual - book[chosen]
         codes.append(chosen)
         shares.append(probabilities)

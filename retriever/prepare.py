@@ -19,6 +19,7 @@ from tools.files import read_array, replacing, write_json_lines
 from tools.logs import table
 
 from .data import ARRAYS, POOL
+from .setting import setting_of_codes
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def main(config: Config) -> None:
     write_json_lines(run.folder / POOL, rows)
     counts = {split: write_json_lines(run.folder / f"{split}.jsonl", pairs(captions, split)) for split in SPLITS}
     kept = ("levels", "codebook_size", "shared", "width", "features", "captions_fingerprint")
-    facts = {key: manifest.facts[key] for key in kept} | {"setting": manifest.facts.get("setting", "inductive")}
+    setting = setting_of_codes(manifest, [record.image for record in captions.records])
+    facts = {key: manifest.facts[key] for key in kept} | {"setting": setting}
     overlap = shared_queries(captions)
     run.finish(facts={**facts, "images": portable(captions.images), "queries": counts})
     print(table([{"split": split, "queries": counts[split]} for split in SPLITS]))

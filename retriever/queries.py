@@ -100,7 +100,7 @@ class StoredQueries:
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         rows = torch.from_numpy(self.offsets[self.places[chosen]])[:, None] + torch.arange(mask.shape[1])
         states = self.states[rows.masked_fill(~mask, 0)].float() * mask[:, :, None]
-        return Memory(states.to(self.device), mask.long().to(self.device))
+        return Memory(states.to(self.device, non_blocking=True), mask.long().to(self.device, non_blocking=True))
 
     def _make(self, lm: VokenLM, tokens: list[list[int]], path: Path, dtype: torch.dtype) -> None:
         order = np.argsort(self.distinct_lengths, kind="stable")

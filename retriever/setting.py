@@ -11,17 +11,22 @@ from tools.runs import Manifest, read_manifest, unchanged_input
 from .data import TRAINED_BY, RetrieverData
 from .pseudo_queries import FILE_NAME
 
+PSEUDO_QUERIES = "retriever.generate_pseudo_query"  # the command that makes them
 STARTS = ("start", "stage1")  # inputs that are trained retrievers, on which a training goes on
 
 
 def setting_on(trained: Manifest, data: RetrieverData) -> str:
     """The setting of a search of `data` by a trained retriever.
 
+    Pseudo queries of its pictures count wherever they were trained on: for the retriever, or for its tokenizer.
     Where the folders of pseudo queries behind it are gone, nothing says whose pictures they were. Then the setting is
     that of the training.
     """
+    if data.manifest.facts.get("setting") == "transductive":
+        return "transductive"
+    captions = data.manifest.facts.get("captions_fingerprint")
     try:
-        seen = [speaks_of(folder, data) for folder in pseudo_queries_behind(trained)]
+        seen = [speaks_of(folder, data.images, captions) for folder in pseudo_queries_behind(trained)]
     except BadInput:
         seen = []
     if not seen:
@@ -39,16 +44,33 @@ def pseudo_queries_behind(trained: Manifest) -> list[Manifest]:
         return []
     found = []
     if "pseudo_queries" in trained.inputs:
-        found.append(read_manifest(unchanged_input(trained, "pseudo_queries"), "retriever.generate_pseudo_query"))
+        found.append(read_manifest(unchanged_input(trained, "pseudo_queries"), PSEUDO_QUERIES))
     for name in STARTS:
         if name in trained.inputs:
             found += pseudo_queries_behind(read_manifest(unchanged_input(trained, name), *TRAINED_BY))
     return found
 
 
-def speaks_of(folder: Manifest, data: RetrieverData) -> bool:
-    """Whether pseudo queries are of pictures of a dataset: made from the same captions, or for a picture of that id."""
-    if folder.facts["captions_fingerprint"] == data.manifest.facts.get("captions_fingerprint"):
+def setting_of_codes(codes: Manifest, images: list[str]) -> str:
+    """The setting of the codes of pictures: whether their tokenizer was trained on pseudo queries of them.
+
+    Args:
+        codes: a `RQ-VAE.generate_codes` folder.
+    """
+    setting = str(codes.facts.get("setting", "inductive"))
+    if setting == "inductive":
+        return setting
+    try:
+        tokenizer = read_manifest(unchanged_input(codes, "rqvae"), "RQ-VAE.train")
+        folder = read_manifest(unchanged_input(tokenizer, "pseudo_queries"), PSEUDO_QUERIES)
+    except (BadInput, KeyError):  # it is gone: nothing says whose pictures they were
+        return setting
+    return "transductive" if speaks_of(folder, images, codes.facts["captions_fingerprint"]) else "inductive"
+
+
+def speaks_of(folder: Manifest, images: list[str], captions: str | None) -> bool:
+    """Whether pseudo queries are of these pictures: made from the same captions, or for a picture of such an id."""
+    if folder.facts["captions_fingerprint"] == captions:
         return True
-    known = set(data.images)
+    known = set(images)
     return any(line["image"] in known for _, line in read_json_lines(folder.folder / FILE_NAME))

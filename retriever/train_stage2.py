@@ -136,9 +136,10 @@ class Stage2(Training):
         The sequences of a caption are: what the generative loss writes, the right codes, the negatives.
         """
         config, targets = self.config, self.targets(part)
-        right = self.codes[torch.from_numpy(self.train_split.pictures[part.queries])].to(self.device)
+        right = self.codes[torch.from_numpy(self.train_split.pictures[part.queries])]
+        right = right.to(self.device, non_blocking=True)
         rows = torch.from_numpy(np.array(self.negatives[part.queries]))
-        wrong = self.codes[rows.clamp_min(0)].to(self.device)
+        wrong = self.codes[rows.clamp_min(0)].to(self.device, non_blocking=True)
         sequences = torch.cat([targets.codes.unsqueeze(1), right.unsqueeze(1), wrong], dim=1)
         with autocast(self.device, self.dtype):
             logits = self.model(self.train_split.queries.batch(part.queries), sequences.flatten(0, 1))
@@ -146,7 +147,8 @@ class Stage2(Training):
         generative = generative_loss(
             logits[:, 0], targets, self.lm, temperature=config.temperature, end=config.train_end
         )
-        rivals = self._rivals(logits[:, 1:], sequences[:, 1:], (rows >= 0).to(self.device), part.queries)
+        present = (rows >= 0).to(self.device, non_blocking=True)
+        rivals = self._rivals(logits[:, 1:], sequences[:, 1:], present, part.queries)
         discriminative = discriminative_loss(
             rivals,
             config.discriminative,
@@ -163,7 +165,8 @@ class Stage2(Training):
         parted = (codes[:, 1:] != codes[:, :1]).cumsum(dim=2) > 0
         if end:
             parted = torch.cat([parted, parted[:, :, -1:]], dim=2)
-        drawn = torch.from_numpy(queries + self.epoch).to(present.device) % present.sum(dim=1).clamp_min(1)
+        chosen = torch.from_numpy(queries + self.epoch).to(present.device, non_blocking=True)
+        drawn = chosen % present.sum(dim=1).clamp_min(1)
         return Rivals(written[:, 0], written[:, 1:], present, parted, drawn)
 
     def _search(self) -> NDArray[np.int64]:

@@ -138,9 +138,11 @@ class Training(TrainingLoop):
         self.train_split = self._encodable(self.pairs.some(self.read), "train")
         self.val_split = self._encodable(self._val_pairs(), "val")
         self.codes = torch.tensor(data.codes)
-        self.latents = torch.from_numpy(np.array(data.latents)).to(self.device)
-        self.codebooks = torch.from_numpy(np.array(data.codebooks)).to(self.device)
-        self.label_scale = float((self.latents[data.rows("train")] ** 2).sum(dim=1).mean()) * config.label_temperature
+        if config.label_temperature > 0:
+            self.latents = torch.from_numpy(np.array(data.latents)).to(self.device)
+            self.codebooks = torch.from_numpy(np.array(data.codebooks)).to(self.device)
+            squares = (self.latents[data.rows("train")] ** 2).sum(dim=1)
+            self.label_scale = float(squares.mean()) * config.label_temperature
         self.prepare(decay="linear")
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -155,11 +157,12 @@ class Training(TrainingLoop):
         pictures = torch.from_numpy(self.train_split.pictures[part.batch])
         own = torch.from_numpy(part.own)
         if self.config.label_temperature == 0:
-            return Targets(self.codes[pictures[own]].to(self.device), None)
+            return Targets(self.codes[pictures[own]].to(self.device, non_blocking=True), None)
         generator = torch.Generator(self.device).manual_seed(self._seed(0))
-        latents, levels = self.latents[pictures.to(self.device)], self.data.space.levels
+        latents = self.latents[pictures.to(self.device, non_blocking=True)]
+        levels = self.data.space.levels
         codes, shares = soft_targets(latents, self.codebooks, levels, self.label_scale, generator)
-        own = own.to(self.device)
+        own = own.to(self.device, non_blocking=True)
         return Targets(codes[own], None if shares is None else shares[own])
 
     def loss(self, part: Part) -> Tensor:

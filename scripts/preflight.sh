@@ -57,10 +57,9 @@ values() { # all words behind an option up to the next one, a line each
     done
 }
 
-at_once() { # captions or groups of a forward pass on one device: at_once DEFAULT "${ARRAY[@]}"
-    local batch most
-    batch="$(value --batch-size "$@")" most="$(value --at-once "$@")"
-    echo $((most < batch ? most : batch))
+batch_of() { # a training's batch, of all processes, and how much of it one reads at once: batch_of DEFAULT "${ARRAY[@]}"
+    echo "batch=$(value --batch-size "$@")"
+    echo "at_once=$(value --at-once 0 "${@:2}")"
 }
 
 has() { # whether an option stands among words
@@ -87,7 +86,7 @@ need_file() { # a file that no stage makes
 }
 
 need_model() { # a language model, or another one of Hugging Face: a folder or a name
-    if [ -n "$1" ] && ! made_here "$1"; then need model name="$1"; fi
+    if [ -n "$1" ] && ! made_here "$1"; then need model name="$1" "${@:2}"; fi
 }
 
 need_clip() { # the open_clip model of --model and --pretrained
@@ -108,7 +107,8 @@ needs_of_captions() {
     done < <(values --source "${CAPTIONS[@]}")
     for number in $(values --expect "${CAPTIONS[@]}"); do count=$((count + number)); done
     if [ -n "${IMAGES:-}" ] && ! made_here "$IMAGES"; then
-        need pictures path="$IMAGES" count="$count" $(if has --skip-bad "${CAPTIONS[@]}"; then echo skippable=yes; fi)
+        need pictures path="$IMAGES" count="$count" $(if has --skip-bad "${CAPTIONS[@]}"; then echo skippable=yes; fi) \
+            $(if has --follow-links "${CAPTIONS[@]}"; then echo links=yes; fi)
     fi
     need disk path="$TOKENIZER" bytes=$((count * PICTURE_BYTES))
 }
@@ -132,13 +132,13 @@ needs_of_retriever() { # of stage 1, or of a causal model: the options of its ar
     *) adapters=(tokens="$CAPTION_TOKENS") ;;
     esac
     if has --gradient-checkpointing "$@"; then adapters+=(checkpointing=1); fi
-    need_memory "$model" sequences="$(at_once 128 "$@")" new_tokens="$NEW_VOKENS" "${adapters[@]}"
+    need_memory "$model" $(batch_of 128 "$@") new_tokens="$NEW_VOKENS" "${adapters[@]}"
 }
 
 needs_of_stage2() { # it goes on from stage 1's model, a copy of which it keeps
     if [ "$(value --kind seq2seq "${TRAIN_RETRIEVER[@]}")" != seq2seq ]; then return; fi
     need_memory "$(value --language-model "" "${TRAIN_RETRIEVER[@]}")" new_tokens="$NEW_VOKENS" copies=1 \
-        sequences="$(at_once 128 "${TRAIN_STAGE2[@]}")" tokens="$CAPTION_TOKENS" \
+        $(batch_of 128 "${TRAIN_STAGE2[@]}") tokens="$CAPTION_TOKENS" \
         written=$((2 + $(value --negatives 9 "${TRAIN_STAGE2[@]}")))
 }
 
@@ -150,7 +150,7 @@ needs_of_tokens() {
             advice="hf download AILab-CVC/seed-tokenizer-2 seed_quantizer.pt --local-dir FOLDER, and SEED_WEIGHTS=FOLDER"
         case "$vision" in
         *.pth | *.pt | *.bin | *.safetensors) need_file "$vision" advice="LAVIS's eva_vit_g.pth, or --vision with a BLIP-2 model" ;;
-        *) need_model "$vision" ;;
+        *) need_model "$vision" untokenized=yes ;;
         esac
     else
         need_clip "${CONVERT[@]}"
@@ -158,26 +158,26 @@ needs_of_tokens() {
 }
 
 needs_of_reranker() {
-    local model tokenizer pairs options=(tokens="$PAIR_TOKENS")
+    local model tokenizer options=(tokens="$PAIR_TOKENS")
     model="$(value --language-model "" "${TRAIN_RERANKER[@]}")" tokenizer="$(value --tokenizer "" "${TRAIN_RERANKER[@]}")"
-    need_model "$model"
+    need_model "$model" ${tokenizer:+untokenized=yes}
     if [ -n "$tokenizer" ] && ! made_here "$tokenizer"; then need tokenizer name="$tokenizer"; fi
     if [ "$(value --new-layers 0 "${TRAIN_RERANKER[@]}")" != 0 ]; then return; fi
-    pairs=$(($(at_once 16 "${TRAIN_RERANKER[@]}") * (1 + $(value --negatives 7 "${TRAIN_RERANKER[@]}"))))
     if has --compat "${TRAIN_RERANKER[@]}"; then
         options=(tokens="$(value --max-length 64 "${TRAIN_RERANKER[@]}")")
     elif ! has --gradient-checkpointing "${TRAIN_RERANKER[@]}"; then
         options+=(shared="$SHARED_TOKENS")
     fi
     if has --gradient-checkpointing "${TRAIN_RERANKER[@]}"; then options+=(checkpointing=1); fi
-    need_memory "$model" sequences="$pairs" new_tokens=0 scored=0 whole=1 adapted=7 \
+    need_memory "$model" $(batch_of 16 "${TRAIN_RERANKER[@]}") new_tokens=0 scored=0 \
+        each=$((1 + $(value --negatives 7 "${TRAIN_RERANKER[@]}"))) whole=1 adapted=7 \
         rank="$(value --lora-rank 16 "${TRAIN_RERANKER[@]}")" "${options[@]}"
 }
 
 needs_of_reranking() { # weights in 16 bits, and the room for all that scoring keeps
     if [ "$(value --new-layers 0 "${TRAIN_RERANKER[@]}")" != 0 ]; then return; fi
     need memory model="$(value --language-model "" "${TRAIN_RERANKER[@]}")" launch="${LAUNCH:-}" weights=2 \
-        room=$(($(value --memory 4 "${TEST_RERANKER[@]}") << 30)) advice="a smaller --memory"
+        room="$(value --memory 4 "${TEST_RERANKER[@]}")" advice="a smaller --memory"
 }
 
 needs_of() { # what a stage will ask for; arrays that a dataset's file leaves out are passed over

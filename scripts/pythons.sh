@@ -30,8 +30,12 @@ check() { # a Python, of a version: what is wrong goes to standard output
 
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
-command python -m venv "$folder/uv"
-"$folder/uv/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.9
+if command -v uv >/dev/null; then
+    mkdir -p "$folder/uv/bin" && ln -s "$(command -v uv)" "$folder/uv/bin/uv"
+else
+    command python -m venv "$folder/uv"
+    "$folder/uv/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.9
+fi
 declare -A job
 failed=0
 for version in ${PYTHONS:-3.10 3.11 3.12 3.13}; do

@@ -53,6 +53,16 @@ def test_an_archives_weights_are_its_state(archive: Path) -> None:
         assert found[name].dtype == value.dtype
 
 
+def test_a_storage_that_was_cut_short_is_damage(archive: Path, tmp_path: Path) -> None:
+    shorter = tmp_path / "shorter.pt"
+    with zipfile.ZipFile(archive) as whole, zipfile.ZipFile(shorter, "w") as cut:
+        for name in whole.namelist():
+            held = whole.read(name)
+            cut.writestr(name, held[:-1] if "/data/" in name else held)
+    with pytest.raises(BadInput, match="no archive that can be read"):
+        read_archive(shorter)
+
+
 def test_other_files_are_no_archives(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "state.pt")
     (tmp_path / "text.pt").write_text("no zip")

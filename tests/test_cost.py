@@ -13,7 +13,9 @@ from benchmarks.work import Counts, Data, Kernels, Part, data_of, stages_of, tok
 from tests.tiny import rqvae_train
 from tools.training_memory import GIB
 
-DEVICE = Device("d", flops=100, launch=0.1, bandwidth=10, link=5, memory=GIB, decode=2, cores=4, measured=False)
+DEVICE = Device(
+    "d", flops=100, exact=10, launch=0.1, bandwidth=10, link=5, memory=GIB, decode=2, cores=4, measured=False
+)
 COUNTS = Counts(
     trainings={name: Kernels(1000, 10) for name in kernels.TRAININGS},
     searches={"TRAIN_RETRIEVER": 500, "FINETUNE_LLAMA": 500},

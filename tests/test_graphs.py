@@ -138,7 +138,7 @@ class RecordedOnGpu:
 
 
 def test_a_replay_fills_the_recorded_tensors_and_hands_out_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(work: Callable[[], Any], *, pool: Any = None) -> Any:
+    def record(work: Callable[[], Any], *, pool: Any = None, stream: Any = None) -> Any:
         outputs = work()
         return RecordedOnGpu(work, outputs), outputs
 
@@ -150,7 +150,7 @@ def test_a_replay_fills_the_recorded_tensors_and_hands_out_copies(monkeypatch: p
 
 
 def test_what_cannot_be_recorded_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(work: Callable[[], Any], *, pool: Any = None) -> Any:
+    def record(work: Callable[[], Any], *, pool: Any = None, stream: Any = None) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(graphs, "record", record)

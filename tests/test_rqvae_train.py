@@ -10,6 +10,7 @@ import torch
 
 from models.rqvae import RqVae, RqVaeConfig
 from retriever import generate_pseudo_query, prepare
+from retriever.setting import setting_of_codes
 from tests.chain import RQVAE, Chain
 from tests.tiny import generate_codes, rqvae_train
 from tools.errors import BadInput
@@ -80,7 +81,7 @@ def test_kmeans_of_the_first_batch_starts_from_latents_in_training() -> None:
 
 def test_a_first_batch_that_is_too_small_for_kmeans_is_one_line(chain: Chain, tmp_path: Path) -> None:
     config = config_of(chain, tmp_path / "run", kmeans_first_batch=True, batch_size=6)
-    with pytest.raises(BadInput, match="--codebook-size 8 needs as many pairs in the first batch, there are 6"):
+    with pytest.raises(BadInput, match="--codebook-size 8 needs as many pairs in the first batch, there are 7"):
         rqvae_train.main(config)
 
 
@@ -104,6 +105,7 @@ def test_pseudo_queries_of_the_features_train_the_tokenizer(chain: Chain, tmp_pa
     row_of = {record.image: row for row, record in enumerate(features.records)}
     pictures = {features.images[row_of[line["image"]]].tobytes() for line in lines}
     assert pictures <= {image.numpy().tobytes() for image in images}
+    assert len(data.images) == len({image.numpy().tobytes() for image in data.images})  # no picture counts twice
     close = [np.linalg.norm(features.texts - text.numpy(), axis=1).min() for text in data.texts[-len(lines) :]]
     assert max(close) < 1e-3  # the nearest source's texts are captions, whose features are known
 
@@ -114,6 +116,10 @@ def test_pseudo_queries_of_the_features_train_the_tokenizer(chain: Chain, tmp_pa
     prepare.main(prepare.Config(codes=tmp_path / "codes", output=tmp_path / "dataset"))
     assert read_manifest(tmp_path / "dataset", "retriever.prepare").facts["setting"] == "transductive"
     assert read_manifest(chain.dataset, "retriever.prepare").facts["setting"] == "inductive"
+    codes = read_manifest(tmp_path / "codes", "RQ-VAE.generate_codes")
+    elsewhere = dataclasses.replace(codes, facts={**codes.facts, "captions_fingerprint": "of other pictures"})
+    assert setting_of_codes(elsewhere, [lines[0]["image"]]) == "transductive"
+    assert setting_of_codes(elsewhere, ["x.jpg"]) == "inductive"
 
 
 def test_pseudo_queries_need_pairs_and_one_source(chain: Chain, tmp_path: Path) -> None:

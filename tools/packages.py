@@ -25,7 +25,8 @@ def lacking(requirements: str) -> str:
         return "Python {}.{} or newer".format(*OLDEST_PYTHON)
     files = ["requirements.txt", *({requirements} - {"requirements.txt"})]
     for module in " ".join(MODULES[file] for file in files).split():
-        if find_spec(module) is None:
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:  # or a folder of that name, as wandb/ in the root
             return module
         if module in OLDEST and version(module) < OLDEST[module]:
             return "{} {}.{} or newer".format(module, *OLDEST[module])

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from .errors import EXIT_BAD_INPUT
@@ -35,12 +36,13 @@ def check_file(need: Need) -> Iterator[Finding]:
 
 
 def check_pictures(need: Need) -> Iterator[Finding]:
-    """path: a folder; count: how many pictures it holds at least, 0 where that is not known."""
+    """path: a folder; count: how many pictures it holds at least, 0 where that is not known; links: follow those."""
     folder, expected = Path(need.values["path"]), int(need.values.get("count", 0))
     if not folder.is_dir():
         yield Finding(need.stage, str(folder), MISSING, "put the pictures there")
         return
-    files = [path for path in _files_below(folder) if path.suffix.lower() in _picture_endings()]
+    links = bool(need.values.get("links"))
+    files = [path for path in _files_below(folder, links=links) if path.suffix.lower() in _picture_endings()]
     what = f"{folder}: {len(files):,} pictures"
     if not files or len(files) < expected:
         yield Finding(need.stage, what, MISSING, f"{max(expected, 1):,} pictures belong there")
@@ -57,8 +59,8 @@ def _picture_endings() -> frozenset[str]:
     return PICTURE_ENDINGS
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return [Path(root) / name for root, _, names in os.walk(folder) for name in sorted(names)]
+def _files_below(folder: Path, *, links: bool) -> list[Path]:
+    return [Path(root) / name for root, _, names in os.walk(folder, followlinks=links) for name in sorted(names)]
 
 
 def _opens(path: Path) -> bool:
@@ -141,22 +143,22 @@ def findings(needs: Iterable[Need]) -> list[Finding]:
     for need in needs:
         if need.kind == "disk":
             continue
-        for finding in _guarded(need):
+        for finding in _guarded(need.stage, need.kind, partial(CHECKS[need.kind], need)):
             if (finding.what, finding.state) not in said:
                 said.add((finding.what, finding.state))
                 found.append(finding)
     if needs:
-        found += check_disk(needs)
+        found += _guarded("all", "disk", lambda: check_disk(needs))
     return found
 
 
-def _guarded(need: Need) -> list[Finding]:
+def _guarded(stage: str, kind: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     """A check that fails says so, and stops nothing: the stage itself will tell."""
     try:
-        return list(CHECKS[need.kind](need))
+        return list(check())
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        return [Finding(need.stage, f"{need.kind}: {reason}", UNKNOWN, "look at it yourself")]
+        return [Finding(stage, f"{kind}: {reason}", UNKNOWN, "look at it yourself")]
 
 
 def shown(found: list[Finding], *, brief: bool) -> str:

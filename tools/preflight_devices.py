@@ -18,6 +18,7 @@ from .preflight_models import shape_of
 from .training_memory import GIB, Training, need
 
 DRIVERS = {11: 450, 12: 525, 13: 580}  # the oldest that runs a major version of CUDA
+COMPATIBLE = Path("/usr/local/cuda/compat")  # NVIDIA's package for older drivers, in its containers
 QUERY = "name,memory.total,driver_version"
 NVIDIA_SMI_SECONDS = 20
 
@@ -78,11 +79,12 @@ def check_processes(wanted: Need) -> Iterator[Finding]:
 def _check_driver(stage: str, gpu: Gpu) -> Iterator[Finding]:
     cuda, major = cuda_of_torch(), gpu.driver.partition(".")[0]
     if cuda is None:
-        yield Finding(stage, "torch is built for CPUs alone", UNKNOWN, "install a build with CUDA to use the GPU")
+        advice = "TORCH_BACKEND=auto for a build with CUDA, or CUDA_VISIBLE_DEVICES= to compute on the CPU"
+        yield Finding(stage, "a GPU, and torch is built for CPUs alone", MISSING, advice)
     elif major.isdigit() and int(major) < DRIVERS.get(cuda, 0):
         what = f"driver {gpu.driver}, torch is built for CUDA {cuda}"
-        advice = f"a driver of {DRIVERS[cuda]} or newer, or a torch for an older CUDA"
-        yield Finding(stage, what, MISSING, advice)
+        advice = f"a driver of {DRIVERS[cuda]} or newer, or TORCH_BACKEND=auto for a build that fits"
+        yield Finding(stage, what, UNKNOWN if COMPATIBLE.is_dir() else MISSING, advice)
 
 
 def processes_here(launch: str) -> int:
@@ -91,16 +93,33 @@ def processes_here(launch: str) -> int:
     >>> processes_here("accelerate launch --multi_gpu --num_processes 16 --num_machines 2"), processes_here("")
     (8, 1)
     """
-    counts = {"num_processes": 1, "nproc_per_node": 0, "num_machines": 1}
-    for name in counts:
-        if found := re.search(rf"--{name.replace('_', '[-_]')}[= ]+(\d+)", launch):
-            counts[name] = int(found[1])
+    counts = _counts(launch)
     return counts["nproc_per_node"] or max(1, counts["num_processes"] // max(1, counts["num_machines"]))
 
 
+def processes_in_all(launch: str) -> int:
+    """Processes that a launcher starts on all machines together.
+
+    >>> processes_in_all("torchrun --nnodes 2 --nproc-per-node 8"), processes_in_all("")
+    (16, 1)
+    """
+    counts = _counts(launch)
+    return counts["nproc_per_node"] * max(1, counts["nnodes"]) or max(1, counts["num_processes"])
+
+
+def _counts(launch: str) -> dict[str, int]:
+    """The numbers that the options of accelerate and torchrun give."""
+    counts = {"num_processes": 1, "nproc_per_node": 0, "num_machines": 1, "nnodes": 1}
+    for name in counts:
+        if found := re.search(rf"--{name.replace('_', '[-_]')}[= ]+(\d+)", launch):
+            counts[name] = int(found[1])
+    return counts
+
+
 def check_memory(wanted: Need) -> Iterator[Finding]:
-    """model: a language model; launch; weights: bytes a weight where it is only read, with room: bytes beside them;
-    or the fields of `Training`, of which `sequences` counts all processes."""
+    """model: a language model; launch; weights: bytes a weight where it is only read, with room: GiB beside them;
+    or the fields of `Training`, with batch: texts or groups of a batch of all processes, at_once: how many of them a
+    process reads in one pass (0: its whole part), and each: sequences of a group, in the place of `sequences`."""
     shape, gpus = shape_of(wanted.values["model"]), gpus_here()
     if shape is None or not gpus:
         return
@@ -117,7 +136,7 @@ def check_memory(wanted: Need) -> Iterator[Finding]:
 
 def _read_only(wanted: Need, parameters: int) -> tuple[int, int]:
     least = parameters * int(wanted.values["weights"])
-    return least, least + int(wanted.values.get("room", 0))
+    return least, least + int(float(wanted.values.get("room", 0)) * GIB)
 
 
 def _trained(wanted: Need) -> tuple[int, int]:
@@ -139,6 +158,7 @@ def _training(wanted: Need) -> Training | None:
     if shape is None:
         return None
     numbers = {name: int(value) for name, value in wanted.values.items() if name in Training._fields}
-    processes = processes_here(wanted.values.get("launch", ""))
-    numbers["sequences"] = -(-numbers["sequences"] // processes)
+    part = -(-int(wanted.values["batch"]) // processes_in_all(wanted.values.get("launch", "")))
+    most = int(wanted.values.get("at_once", 0)) or part
+    numbers["sequences"] = min(part, most) * int(wanted.values.get("each", 1))
     return Training(shape, **numbers)  # type: ignore[arg-type]

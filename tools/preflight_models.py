@@ -54,12 +54,14 @@ def has_weights(locate: Locate, names: tuple[str, ...] = WEIGHTS) -> bool:
 
 
 def check_model(need: Need) -> Iterator[Finding]:
-    """name: a Hugging Face model's folder or name."""
-    yield from _check(need, need.values["name"], lambda locate: _has_config(locate) and has_weights(locate))
+    """name: a Hugging Face model's folder or name; untokenized: no tokenizer of its own is needed."""
+    tokenizers = () if need.values.get("untokenized") else TOKENIZERS
+    yield from _check(need, need.values["name"], lambda locate: _is_whole(locate, tokenizers))
 
 
-def _has_config(locate: Locate) -> bool:
-    return bool(locate("config.json") or locate("adapter_config.json"))
+def _is_whole(locate: Locate, tokenizers: tuple[str, ...]) -> bool:
+    config = locate("config.json") or locate("adapter_config.json")
+    return bool(config) and has_weights(locate) and (not tokenizers or any(map(locate, tokenizers)))
 
 
 def check_tokenizer(need: Need) -> Iterator[Finding]:
@@ -144,7 +146,7 @@ def _clip_tag(stage: str, name: str, tag: str) -> Finding:
     if not tags:
         near = did_you_mean(name, open_clip.list_models())
         return Finding(stage, f"open_clip has no {name}", MISSING, f"correct the name{near}")
-    if tag not in tags:
+    if not open_clip.get_pretrained_cfg(name, tag):
         advice = f"a file, or one of {', '.join(tags)}{did_you_mean(tag, tags)}"
         return Finding(stage, f"open_clip has no {tag or 'untagged'} weights of {name}", MISSING, advice)
     config = open_clip.get_pretrained_cfg(name, tag)

@@ -29,24 +29,26 @@ class Shape(NamedTuple):
     vocabulary: int
     heads: int
     kv_width: int
-    """Of keys and of values; the width unless heads share them"""
+    """Of keys and of values: the width, unless heads share them or are of another width"""
     gated: bool
     """Whether the feed-forward has a third matrix, a gate"""
     encoder: bool
     """Whether there is an encoder, which the decoder's cross-attention reads"""
     tied: bool
     """Whether input and output share one matrix of the vocabulary"""
+    query_width: int | None = None
+    """Of queries: the width, unless the heads together are wider or narrower"""
 
     @property
     def layer_parameters(self) -> int:
         """Matrices of one layer, without cross-attention."""
-        attention = 2 * self.width * (self.width + self.kv_width)
+        attention = 2 * self.width * ((self.query_width or self.width) + self.kv_width)
         return attention + (3 if self.gated else 2) * self.width * self.feed_forward
 
     @property
     def cross_parameters(self) -> int:
         """Matrices of one layer's cross-attention."""
-        return 4 * self.width**2 if self.encoder else 0
+        return 4 * self.width * (self.query_width or self.width) if self.encoder else 0
 
     @property
     def body_parameters(self) -> int:
@@ -80,6 +82,7 @@ def shape_from(config: dict[str, Any]) -> Shape | None:
         width = int(config.get("d_model") or config["hidden_size"])
         heads = int(config.get("num_heads") or config["num_attention_heads"])
         shared = int(config.get("num_key_value_heads") or heads)
+        head = int(config.get("d_kv") or config.get("head_dim") or width // heads)
         encoder = config["model_type"] in ("t5", "mt5")
         return Shape(
             layers=int(config.get("num_layers") or config["num_hidden_layers"]),
@@ -87,10 +90,11 @@ def shape_from(config: dict[str, Any]) -> Shape | None:
             feed_forward=int(config.get("d_ff") or config["intermediate_size"]),
             vocabulary=int(config["vocab_size"]),
             heads=heads,
-            kv_width=width * shared // heads,
+            kv_width=head * shared,
             gated=not encoder or str(config.get("feed_forward_proj", "")).startswith("gated"),
             encoder=encoder,
             tied=bool(config.get("tie_word_embeddings", encoder)),
+            query_width=head * heads,
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
