@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # Give every picture its codes.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
-python -m RQ-VAE.generate_codes --features "$FEATURES" --rqvae "$RQVAE" "${GENERATE_CODES[@]}" --output "$CODES" "$@"
+run RQ-VAE.generate_codes --features "$FEATURES" --rqvae "$RQVAE" "${GENERATE_CODES[@]}" --output "$CODES" "$@"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # Fine-tune a causal model (LLaMA) with LoRA to write a caption's vokens.
 SYSTEM="${SYSTEM:-llama}" source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
-python -m retriever.train --dataset "$RETRIEVER/07_dataset" "${FINETUNE_LLAMA[@]}" "${PSEUDO[@]}" --output "$FINETUNED" "$@"
+run retriever.train --dataset "$RETRIEVER/07_dataset" "${FINETUNE_LLAMA[@]}" "${PSEUDO[@]}" --output "$OWN" "$@"

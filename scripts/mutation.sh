@@ -4,6 +4,6 @@ REQUIREMENTS=requirements-dev.txt
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
 export WANDB_MODE=disabled HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 if [ ! -d .venv/mutation/mutmut ]; then # beside the pinned packages, not among them
-    install_packages --no-deps --target .venv/mutation mutmut==3.8.1 libcst==1.9.0
+    bash scripts/install.sh --no-deps --target .venv/mutation mutmut==3.8.1 libcst==1.9.0
 fi
-PYTHONPATH=.venv/mutation command python -m tests.mutation "$@"
+PYTHONPATH=.venv/mutation python -m tests.mutation "$@"

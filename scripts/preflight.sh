@@ -217,4 +217,4 @@ large() { # whether some training is of a size that wants a GPU: those that say 
 }
 
 OUTPUTS=()
-all_needs | command python -m tools.preflight "$@"
+all_needs | python -m tools.preflight "$@"

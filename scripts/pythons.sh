@@ -24,8 +24,8 @@ check() { # a Python, of a version: what is wrong goes to standard output
     grep -hE "^(${MATTERS// /|})==" requirements*.txt >"$here/matters.txt"
     "$folder/uv/bin/uv" pip install --quiet --python "$here/bin/python" --no-deps -r "$here/matters.txt"
     site="$("$here/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-    command python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/of_the_tests.pth"
-    command python -m mypy --python-version "$2" --python-executable "$here/bin/python" --cache-dir "$here/mypy"
+    python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/of_the_tests.pth"
+    python -m mypy --python-version "$2" --python-executable "$here/bin/python" --cache-dir "$here/mypy"
 }
 
 folder="$(mktemp -d)"
@@ -33,14 +33,14 @@ trap 'rm -rf "$folder"' EXIT
 if command -v uv >/dev/null; then
     mkdir -p "$folder/uv/bin" && ln -s "$(command -v uv)" "$folder/uv/bin/uv"
 else
-    command python -m venv "$folder/uv"
+    python -m venv "$folder/uv"
     "$folder/uv/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.9
 fi
 declare -A job
 failed=0
 for version in ${PYTHONS:-3.10 3.11 3.12 3.13}; do
     found="$(find_python "$version" || true)"
-    if command python -c 'import sys; sys.exit(sys.version.startswith(sys.argv[1] + ".") - 1)' "$version"; then
+    if python -c 'import sys; sys.exit(sys.version.startswith(sys.argv[1] + ".") - 1)' "$version"; then
         echo "Python $version: the one of the tests"
     elif [ -z "$found" ]; then
         echo "Python $version: not here, not checked"

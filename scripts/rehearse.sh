@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # Rehearse the published recipe of flickr30k or mscoco: all scripts on stand-ins for data and models (docs/rehearsal.md).
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
-command python -m benchmarks.rehearsal "$@"
+python -m benchmarks.rehearsal "$@"

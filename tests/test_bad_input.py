@@ -491,8 +491,8 @@ def test_what_the_parser_finds_is_named(
     ("variables", "message"),
     [
         ({"DATASET": "emojy"}, "error: DATASET=emojy: there is no scripts/datasets/emojy.sh; did you mean emoji?\n"),
-        ({"SYSTEM": "retreiver"}, "llama or llama+pseudo; did you mean retriever?\n"),
-        ({"SYSTEM": "retriever+psuedo"}, "llama or llama+pseudo; did you mean retriever+pseudo?\n"),
+        ({"SYSTEM": "retreiver"}, "llama+pseudo or best; did you mean retriever?\n"),
+        ({"SYSTEM": "retriever+psuedo"}, "llama+pseudo or best; did you mean retriever+pseudo?\n"),
         (
             {"DATASET": "flickr30k", "RECIPE": "fathful"},
             "error: RECIPE=fathful: write better, faithful or large-batch; did you mean faithful?\n",

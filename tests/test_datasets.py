@@ -190,16 +190,20 @@ def variables(system: str, *names: str, **environment: str) -> list[str]:
 def test_a_system_names_its_folders_and_its_setting() -> None:
     output = "retriever/output/emoji"
     pseudo = f"--pseudo-queries {output}/08_pseudo_queries"
-    for system, stage1, trained, flags in (
-        ("retriever", "09_train/retriever", "09_train/retriever", ""),
-        ("retriever+pseudo", "09_train/retriever+pseudo", "09_train/retriever+pseudo", pseudo),
-        ("inductive+stage2", "09_train/retriever", "10_stage2/inductive+stage2", ""),
-        ("retriever+stage2", "09_train/retriever+pseudo", "10_stage2/retriever+stage2", pseudo),
-        ("llama+pseudo", "09_train/retriever+pseudo", "11_llama/llama+pseudo", pseudo),
+    for system, trained, start, flags in (
+        ("retriever", "09_train/retriever", "", ""),
+        ("retriever+pseudo", "09_train/retriever+pseudo", "09_train/retriever", pseudo),
+        ("inductive+stage2", "10_stage2/inductive+stage2", "09_train/retriever", ""),
+        ("retriever+stage2", "10_stage2/retriever+stage2", "09_train/retriever+pseudo", pseudo),
+        ("llama", "11_llama/llama", "", ""),
+        ("llama+pseudo", "11_llama/llama+pseudo", "", pseudo),
     ):
-        assert variables(system, "STAGE1", "TRAINED", "PSEUDO") == [f"{output}/{stage1}", f"{output}/{trained}", flags]
+        started = f"--start {output}/{start}" if start else ""
+        folder = f"{output}/{trained}"
+        assert variables(system, "OWN", "TRAINED", "START", "PSEUDO") == [folder, folder, started, flags]
+    assert variables("retriever+pseudo", "START", DATASET="flickr30k") == [""]  # it begins anew there
     assert variables("best", "TRAINED") == [f"{output}/10_stage2/retriever+stage2"]
-    ablation = variables("retriever", "RQVAE", "CODES", "STAGE1", "SUMMARY", ABLATION="x")
+    ablation = variables("retriever", "RQVAE", "CODES", "OWN", "SUMMARY", ABLATION="x")
     folder = f"{output}/ablations/x"
     assert ablation == [
         f"{folder}/05_train_rqvae", f"{folder}/06_generate_codes", f"{folder}/09_train/retriever",
@@ -224,21 +228,22 @@ def test_settings_that_cannot_be_are_one_clear_line(environment: dict[str, str],
 
 
 @pytest.mark.parametrize(
-    ("script", "environment"),
+    ("script", "environment", "message"),
     [
-        ("train_retriever_t5", {"SYSTEM": "retriever+stage2"}),
-        ("09_train_retriever_t5", {"SYSTEM": "llama"}),
-        ("10_train_retriever_t5_stage2", {"SYSTEM": "retriever+pseudo"}),
-        ("finetune_retriever_llama", {"SYSTEM": "retriever"}),
-        ("08_generate_pseudo_query", {"ABLATION": "x"}),
+        ("train_retriever_t5", {"SYSTEM": "retriever+stage2"}, "trained by scripts/10_train_retriever_t5_stage2.sh"),
+        ("09_train_retriever_t5", {"SYSTEM": "llama"}, "trained by scripts/11_finetune_retriever_llama.sh"),
+        ("10_train_retriever_t5_stage2", {"SYSTEM": "retriever+pseudo"}, "trained by scripts/09_train_retriever_t5.sh"),
+        ("finetune_retriever_llama", {"SYSTEM": "retriever"}, "trained by scripts/09_train_retriever_t5.sh"),
+        ("08_generate_pseudo_query", {"ABLATION": "x"}, "the same in every ABLATION"),
     ],
 )
-def test_a_script_refuses_what_it_does_not_make(script: str, environment: dict[str, str]) -> None:
+def test_a_script_refuses_what_it_does_not_make(script: str, environment: dict[str, str], message: str) -> None:
     done = subprocess.run(
         ["bash", f"scripts/{script}.sh"], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith("error: ")
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("dataset", ["emoji", "flickr30k", "mscoco"])

@@ -59,9 +59,9 @@ def run_script(name: str, arguments: list[str]) -> None:
     """What a script's last line runs, with the sample's settings."""
     settings = "; ".join(f"{name}={shlex.quote(value)}" for name, value in VARIABLES.items())
     last = (ROOT / "scripts" / name).read_text().splitlines()[-1]
-    program = f"python() {{ printf '%s\\0' \"$@\"; }}; {settings}; set -- {shlex.join(arguments)}; {last}"
+    program = f"run() {{ printf '%s\\0' \"$@\"; }}; {settings}; set -- {shlex.join(arguments)}; {last}"
     words = subprocess.run(["bash", "-uc", program], capture_output=True, text=True, check=True).stdout.split("\0")
-    run_module(words[1], words[2:-1])
+    run_module(words[0], words[1:-1])
 
 
 def run_module(name: str, arguments: list[str]) -> None:

@@ -51,7 +51,7 @@ def test_each_script_runs_a_command() -> None:
     root = Path(runs.__file__).parent.parent
     for command, script in runs.MADE_BY.items():
         assert (root / f"{command.replace('.', '/')}.py").is_file()
-        assert f"python -m {command} " in (root / script).read_text()
+        assert f"run {command} " in (root / script).read_text()
 
 
 # Records

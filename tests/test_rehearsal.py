@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from benchmarks.rehearsal import data, models, settings, stages, usage, weights, words
 from benchmarks.rehearsal.__main__ import Config
-from benchmarks.rehearsal.rehearse import Rehearsal, Row, Scale, markdown
+from benchmarks.rehearsal.rehearse import Rehearsal, Row, Scale, failure, markdown
 from benchmarks.rehearsal.stages import Counts, Step, plan
 from tools.errors import BadInput
 
@@ -207,6 +207,18 @@ def test_steps_run_through_the_real_scripts(rehearsal: Rehearsal) -> None:
         stages.make("07_prepare_retriever_dataset", "cut", "retriever", arrays, Counts()), "better", ran
     )
     assert (row.state, row.reason) == ("left out", "it needs cut: 06_generate_codes")
+
+
+def test_why_a_step_failed_is_one_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for text, told in (
+        ("reading ...\nerror: --lr is 0\n", "error: --lr is 0"),
+        ("Traceback\nValueError: no\n=====\n", "ValueError: no"),
+        ("Root Cause:\n  exitcode  : -9 (pid: 7)\n=====\n", "it was killed, as when memory runs out"),
+    ):
+        log.write_text(text)
+        found = failure(usage.Usage(status=1, seconds=1.0, peak=1.0, timed_out=False), log)
+        assert found == f"status 1: {told} ({log})"
 
 
 def test_memory_of_children_counts(tmp_path: Path) -> None:

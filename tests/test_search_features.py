@@ -340,7 +340,7 @@ def test_the_index_says_who_encodes_queries(chain: Chain, index: Path) -> None:
 def test_scripts_search_reads_the_weights_of_the_system_only_where_there_is_a_reranker() -> None:
     """The last line of scripts/search.sh, with and without RERANKER, spaces included, under `set -u`."""
     line = (ROOT / "scripts" / "search.sh").read_text().splitlines()[-1]
-    shown = 'set -euo pipefail; python() { printf "%s\\n" "$@"; }; RETRIEVER=r TRAINED=t SYSTEM=retriever+stage2; '
+    shown = 'set -euo pipefail; run() { printf "%s\\n" "$@"; }; RETRIEVER=r TRAINED=t SYSTEM=retriever+stage2; '
     for setting, expected in (
         ("RERANKER='a b'; ", ["--weights", "a b/18_test/retriever+stage2", "the words"]),
         ("", ["r/search.png", "the words"]),

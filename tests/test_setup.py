@@ -3,6 +3,7 @@
 Stand-ins for uv and Python write down how they were called, and install nothing.
 """
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,8 +28,11 @@ echo "uv $*" >>"$CALLS"
 case "$1" in
 venv) mkdir -p .venv/bin; cp "$STAND_INS/python" .venv/bin/python; echo -n "$VENV_LACKS" >.venv/bin/lacks ;;
 pip)
-    cat .venv/pins.txt 2>/dev/null >>"$PINS"
-    if [ -n "$UV_FAILS" ] && grep -q '^torch==' .venv/pins.txt; then exit "$UV_FAILS"; fi ;;
+    case "$*" in *"--torch-backend"*) ;; *) exit 0 ;; esac
+    pins="${*: -1}"
+    if [ "$pins" = --dry-run ]; then pins="${*: -2:1}"; fi
+    cat "$pins" >>"$PINS"
+    if [ -n "$UV_FAILS" ] && grep -q '^torch==' "$pins"; then exit "$UV_FAILS"; fi ;;
 esac
 exit 0
 """
@@ -54,7 +58,12 @@ class Checkout(NamedTuple):
         )
 
     def called(self) -> list[str]:
-        return self.calls.read_text().splitlines()
+        """Lines of what was called, with PINS for the file of chosen pins."""
+        return re.sub(r"-r /tmp/\S+", "-r PINS", self.calls.read_text()).splitlines()
+
+    def chosen(self) -> list[str]:
+        """The pins that uv was given, of each call."""
+        return self.pins.read_text().splitlines()
 
 
 def program(path: Path, text: str) -> None:
@@ -67,7 +76,8 @@ def program(path: Path, text: str) -> None:
 def checkout(tmp_path: Path) -> Checkout:
     """With a Python that has every package, and uv."""
     root, programs = tmp_path / "avg", tmp_path / "programs"
-    for name in ("scripts/env.sh", "scripts/datasets/emoji.sh", "requirements.txt", "requirements-dev.txt"):
+    scripts = [f"scripts/{name}.sh" for name in ("env", "venv", "install", "systems", "datasets/emoji")]
+    for name in (*scripts, "requirements.txt", "requirements-dev.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     for name, text in (("python", PYTHON), ("uv", UV)):
@@ -92,8 +102,8 @@ def test_an_active_environment_that_lacks_a_package_is_passed_over(checkout: Che
     done = checkout.source(**{variable: "/opt/mine"})
     assert done.returncode == 0
     said = done.stderr.splitlines()
-    assert said[0] == "Python: .venv; /opt/mine is active but lacks peft"
-    assert said[1].startswith("Setting up .venv with requirements.txt")
+    assert said[0].startswith("Setting up .venv with requirements.txt")
+    assert said[1] == "Python: .venv; /opt/mine is active but lacks peft"
     assert len(said) == 2
     python = checkout.root / ".venv" / "bin" / "python"
     assert checkout.called() == [
@@ -109,15 +119,20 @@ def test_a_build_of_torch_is_chosen_and_kept(checkout: Checkout) -> None:
     (checkout.programs / "lacks").write_text("torch\n")
     assert checkout.source(TORCH_BACKEND="cu126").returncode == 0
     python = checkout.root / ".venv" / "bin" / "python"
-    install = f"uv pip install --quiet --python {python} --torch-backend cu126 -r .venv/pins.txt"
-    assert checkout.called() == ["uv venv --quiet .venv", install]
-    names = {line.partition("==")[0] for line in checkout.pins.read_text().splitlines()}
+    install = f"uv pip install --quiet --python {python} --torch-backend cu126 -r PINS"
+    assert checkout.called() == ["uv venv --quiet .venv", f"{install} --dry-run", install]
+    names = {line.partition("==")[0] for line in checkout.chosen()}
     assert {"torch", "torchvision", "numpy", "transformers"} <= names
     assert not any(name.startswith(("nvidia", "cuda", "triton", "-r", "pytest")) for name in names)
     assert checkout.source().returncode == 0  # unset: the build that is there
     assert checkout.called() == []
     assert checkout.source(TORCH_BACKEND="cpu").returncode == 0  # another one, from nothing
-    assert checkout.called() == ["uv venv --quiet .venv", install.replace("cu126", "cpu")]
+    install = install.replace("cu126", "cpu")
+    assert checkout.called() == [
+        f"{install} --dry-run",
+        "uv venv --quiet .venv",
+        install,
+    ]
     assert checkout.source(TORCH_BACKEND="").returncode == 0  # empty: PyPI's
     assert checkout.called() == [
         "uv venv --quiet .venv",
@@ -128,26 +143,38 @@ def test_a_build_of_torch_is_chosen_and_kept(checkout: Checkout) -> None:
 def test_tests_get_their_packages_with_a_build_of_torch_too(checkout: Checkout) -> None:
     (checkout.programs / "lacks").write_text("torch\n")
     assert checkout.source(TORCH_BACKEND="cpu", REQUIREMENTS="requirements-dev.txt").returncode == 0
-    assert {"torch", "pytest", "numpy"} <= {line.partition("==")[0] for line in checkout.pins.read_text().splitlines()}
+    assert {"torch", "pytest", "numpy"} <= {line.partition("==")[0] for line in checkout.chosen()}
 
 
 def test_a_build_without_the_pinned_torch_gets_its_newest(checkout: Checkout) -> None:
     (checkout.programs / "lacks").write_text("torch\n")
     done = checkout.source(TORCH_BACKEND="cu126", UV_FAILS="1")
     assert done.returncode == 0
-    assert "TORCH_BACKEND=cu126: the pinned torch did not install; trying the newest torch of this build" in done.stderr
-    assert len(checkout.called()) == 3
-    pins = (checkout.root / ".venv" / "pins.txt").read_text().splitlines()
-    assert {"torch", "torchvision"} <= set(pins)
-    assert not any(line.startswith(("torch=", "torchvision=")) for line in pins)
+    assert "TORCH_BACKEND=cu126: no such build of the pinned torch; taking the newest torch that has one" in done.stderr
+    assert len(checkout.called()) == 4
+    torch = [line for line in checkout.chosen() if re.match("torch(=|$)", line)]
+    assert torch[0].startswith("torch==")
+    assert set(torch[-2:]) == {"torch"}  # installed
 
 
-def test_a_build_that_uv_does_not_know_ends_the_set_up(checkout: Checkout) -> None:
+def test_a_build_that_uv_does_not_know_costs_nothing(checkout: Checkout) -> None:
     (checkout.programs / "lacks").write_text("torch\n")
+    assert checkout.source().returncode == 0
+    (checkout.root / ".venv" / "bin" / "mine").touch()
     assert checkout.source(TORCH_BACKEND="cu1", UV_FAILS="2").returncode == 2
-    assert len(checkout.called()) == 2
-    assert checkout.source(TORCH_BACKEND="cu1").returncode == 0  # nothing passes for installed that is not
     assert len(checkout.called()) == 1
+    assert (checkout.root / ".venv" / "bin" / "mine").exists()
+    assert checkout.source().returncode == 0
+    assert checkout.called() == []  # the environment that was there
+
+
+def test_the_environment_may_be_a_link(checkout: Checkout) -> None:
+    (checkout.programs / "lacks").write_text("torch\n")
+    (checkout.root.parent / "volume" / "lost+found").mkdir(parents=True)
+    (checkout.root / ".venv").symlink_to(checkout.root.parent / "volume")
+    assert checkout.source().returncode == 0
+    assert (checkout.root / ".venv").is_symlink()
+    assert sorted(path.name for path in (checkout.root.parent / "volume").iterdir())[-1] == "torch-backend"
 
 
 def test_uv_comes_from_pypi_where_a_build_of_torch_asks_for_it(checkout: Checkout) -> None:

@@ -340,7 +340,10 @@ def failure(usage: Usage, log: Path) -> str:
         return ""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("error:")]
-    return f"status {usage.status}: {(told or lines or ['no output'])[-1]} ({log})"
+    if usage.status == -9 or any(line.startswith("exitcode") and " -9 " in line for line in lines):
+        told.append("it was killed, as when memory runs out")
+    words = [line for line in lines if any(map(str.isalpha, line))]
+    return f"status {usage.status}: {(told or words or ['no output'])[-1]} ({log})"
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -2,4 +2,4 @@
 # Print the table of the ablations that have been run.
 ABLATION=
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/stages.sh"
-python -m tools.results --summary "$ABLATIONS/summary.json" --levels image "$@"
+run tools.results --summary "$ABLATIONS/summary.json" --levels image "$@"

