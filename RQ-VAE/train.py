@@ -89,8 +89,8 @@ class Config:
     """What an epoch passes over: each picture once, with one of its captions, drawn anew; or each caption once, with
     its picture. Published: caption, which is as many times more steps as a picture has captions."""
     pseudo_queries: Path | None = None
-    """Run folder of retriever.generate_pseudo_query: with --pairs caption, train on these captions of pool pictures too
-    (transductive)."""
+    """Run folder of retriever.pseudo_queries.generate: with --pairs caption, train on these captions of pool pictures
+    too (transductive)."""
     epochs: int = 3000
     """Passes over the train pictures, or over their captions."""
     batch_size: int = 16384
@@ -170,7 +170,7 @@ def read_pseudo_pairs(folder: Path, features: Features, device: torch.device) ->
     """
     from models.clip import encode_texts, load_recorded  # slow to load, and needed for nothing else here
 
-    manifest = runs.read_manifest(folder, "retriever.generate_pseudo_query")
+    manifest = runs.read_manifest(folder, "retriever.pseudo_queries.generate")
     if manifest.facts["captions_fingerprint"] != features.manifest.facts["captions_fingerprint"]:
         raise BadInput(f"{folder} was made from other captions than {features.manifest.folder}: make it again")
     row_of = {record.image: row for row, record in enumerate(features.records)}

@@ -50,7 +50,7 @@ class Config:
     seconds: float = 60.0
     """How long they ask, after five seconds that do not count."""
     index: Path = Path("retriever/output/emoji/14_index")
-    """Run folder of retriever.build_index."""
+    """Run folder of retriever.gallery.build."""
     retriever: Path = Path("retriever/output/emoji/10_stage2/retriever+stage2")
     """Run folder of retriever.train or retriever.train_stage2."""
     weights: Path | None = Path("reranker/output/emoji/18_test/retriever+stage2")

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from reranker import convert
 from reranker import test as reranker_test
 from reranker import train as reranker_train
-from retriever import generate_pseudo_query, rank_splits, retrieve, train, train_stage2
+from retriever import rank_splits, retrieve, train, train_stage2
+from retriever.pseudo_queries import generate as generate_pseudo_query
 from retriever.training import TrainingConfig
 from tools import prepare_captions
 from tools.training_memory import GIB, SHAPES, Shape, Training, layer_bytes, need

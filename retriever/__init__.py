@@ -8,7 +8,7 @@ Retriever.load(folder).search(["a dog"], k=10)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Found, Retriever
+    from .gallery.api import Found, Retriever
 
 __all__ = ["Found", "Retriever"]
 
@@ -16,7 +16,7 @@ __all__ = ["Found", "Retriever"]
 def __getattr__(name: str) -> Any:
     """`Retriever` and `Found` on first use: a command that needs neither does not load what they need."""
     if name in __all__:
-        from . import api
+        from .gallery import api
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,9 @@ pool.jsonl                    {"image", "file", "split"} a line a picture, in th
 train.jsonl, val.jsonl, test.jsonl  {"query", "picture", "caption"} a line a caption; `picture` is a row of the pool,
                               `caption` the row of that text in the features' texts.npy
 codes.npy, latents.npy, codebooks.npy  as RQ-VAE.generate_codes wrote them
+
+Pseudo queries, captions that were generated for pictures of the pool, lie in a folder of their own:
+pseudo.jsonl                  {"image", "query", "source", "similarity"} a line a pseudo query
 """
 
 from pathlib import Path
@@ -19,6 +22,7 @@ from tools.runs import Manifest, read_manifest
 from tools.vokens import VokenSpace
 
 POOL = "pool.jsonl"
+PSEUDO_QUERIES = "pseudo.jsonl"
 TRAINED_BY = ("retriever.train", "retriever.train_stage2")
 ARRAYS = ("codes.npy", "latents.npy", "codebooks.npy")
 UNKNOWN = -1  # datasets of earlier versions do not say which row a caption has; all but pseudo queries do without
@@ -141,3 +145,31 @@ def read_retriever(folder: Path, data: Coded, *commands: str) -> Manifest:
             "the retriever was trained with (scripts/06_generate_codes.sh), or train a retriever on them"
         )
     return trained
+
+
+def read_pseudo_queries(folder: Path, data: RetrieverData) -> Pairs:
+    """Read a finished folder of pseudo queries.
+
+    Raises:
+        BadInput: it is not finished, is empty, was made from other captions (whose splits may be others: a caption of a
+            train picture of theirs may be one of test here), or names a picture that the dataset does not have.
+    """
+    manifest = read_manifest(folder, "retriever.pseudo_queries.generate")
+    if manifest.facts["captions_fingerprint"] != data.manifest.facts.get("captions_fingerprint"):
+        raise BadInput(
+            f"{folder} was made from other captions than {data.folder}: run scripts/08_generate_pseudo_query.sh "
+            "--overwrite"
+        )
+    row_of = {image: row for row, image in enumerate(data.images)}
+    texts, pictures = [], []
+    for number, line in read_json_lines(folder / PSEUDO_QUERIES):
+        if line["image"] not in row_of:
+            raise BadInput(
+                f"{folder / PSEUDO_QUERIES}, line {number}: {data.folder} has no picture {line['image']}: make the "
+                "pseudo queries for this dataset (scripts/08_generate_pseudo_query.sh)"
+            )
+        texts.append(line["query"])
+        pictures.append(row_of[line["image"]])
+    if not texts:
+        raise BadInput(f"{folder} holds no pseudo queries: generate some, or train without --pseudo-queries")
+    return Pairs(texts, np.array(pictures, dtype=np.int64))

@@ -8,10 +8,9 @@ from tools.errors import BadInput
 from tools.files import read_json_lines
 from tools.runs import Manifest, read_manifest, unchanged_input
 
-from .data import TRAINED_BY, RetrieverData
-from .pseudo_queries import FILE_NAME
+from .data import PSEUDO_QUERIES, TRAINED_BY, RetrieverData
 
-PSEUDO_QUERIES = "retriever.generate_pseudo_query"  # the command that makes them
+GENERATED_BY = "retriever.pseudo_queries.generate"  # of pseudo queries
 STARTS = ("start", "stage1")  # inputs that are trained retrievers, on which a training goes on
 
 
@@ -44,7 +43,7 @@ def pseudo_queries_behind(trained: Manifest) -> list[Manifest]:
         return []
     found = []
     if "pseudo_queries" in trained.inputs:
-        found.append(read_manifest(unchanged_input(trained, "pseudo_queries"), PSEUDO_QUERIES))
+        found.append(read_manifest(unchanged_input(trained, "pseudo_queries"), GENERATED_BY))
     for name in STARTS:
         if name in trained.inputs:
             found += pseudo_queries_behind(read_manifest(unchanged_input(trained, name), *TRAINED_BY))
@@ -62,7 +61,7 @@ def setting_of_codes(codes: Manifest, images: list[str]) -> str:
         return setting
     try:
         tokenizer = read_manifest(unchanged_input(codes, "rqvae"), "RQ-VAE.train")
-        folder = read_manifest(unchanged_input(tokenizer, "pseudo_queries"), PSEUDO_QUERIES)
+        folder = read_manifest(unchanged_input(tokenizer, "pseudo_queries"), GENERATED_BY)
     except (BadInput, KeyError):  # it is gone: nothing says whose pictures they were
         return setting
     return "transductive" if speaks_of(folder, images, codes.facts["captions_fingerprint"]) else "inductive"
@@ -73,4 +72,4 @@ def speaks_of(folder: Manifest, images: list[str], captions: str | None) -> bool
     if folder.facts["captions_fingerprint"] == captions:
         return True
     known = set(images)
-    return any(line["image"] in known for _, line in read_json_lines(folder.folder / FILE_NAME))
+    return any(line["image"] in known for _, line in read_json_lines(folder.folder / PSEUDO_QUERIES))

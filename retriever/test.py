@@ -18,6 +18,7 @@ from models.rqvae import RqVae
 from tools import runs
 from tools.captions import first_captions
 from tools.commands import run_command
+from tools.contact_sheet import SheetRow, draw_sheet
 from tools.errors import BadInput
 from tools.features import Features, Floats, read_features
 from tools.files import read_json_lines, replacing
@@ -26,7 +27,6 @@ from tools.recall import Ranks, Report, code_rank, image_rank, report
 from tools.results import MRR_NOTE, merge_summary, printable, scalars
 from tools.two_tower import two_tower_recall
 
-from .contact_sheet import SheetRow, draw_sheet
 from .data import UNKNOWN, RetrieverData, read_data
 from .two_tower import queries_per_second
 

@@ -21,9 +21,8 @@ from tools.errors import BadInput
 from tools.logs import Tracker
 from tools.recall import CUTOFFS, report
 
-from .data import Pairs, RetrieverData
+from .data import Pairs, RetrieverData, read_pseudo_queries
 from .losses import Targets, generative_loss, soft_targets
-from .pseudo_queries import read_pseudo_queries
 from .queries import LiveQueries, StoredQueries
 from .retrieve import ranks_of, search_queries
 
@@ -37,7 +36,7 @@ class TrainingConfig:
     output: Path
     """Run folder to write."""
     pseudo_queries: Path | None = None
-    """Run folder of retriever.generate_pseudo_query: train on these captions of pool pictures too (transductive)."""
+    """Run folder of retriever.pseudo_queries.generate: train on these captions of pool pictures too (transductive)."""
     epochs: int = 100
     """Passes over the train captions."""
     queries_per_epoch: int | None = None

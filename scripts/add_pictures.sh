@@ -2,4 +2,4 @@
 # Add a folder of pictures to the index, without training: bash scripts/add_pictures.sh ~/new_photos
 if [ -d "${1:-}" ]; then set -- "$(realpath "$1")" "${@:2}"; fi # as seen from where the user stands
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
-run retriever.add_pictures --index "$RETRIEVER/14_index" "$@"
+run retriever.gallery.add --index "$RETRIEVER/14_index" "$@"

@@ -3,4 +3,4 @@
 if [[ "${1:-}" != -* ]]; then set -- "$(realpath -m "${1:?name the folder to write}")" "${@:2}"; fi # as seen from where the user stands
 SYSTEM="${SYSTEM:-best}"
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
-run retriever.export --index "$RETRIEVER/14_index" --retriever "$TRAINED" --summary "$SUMMARY" --system "${ABLATION:+$ABLATION, }$SYSTEM" ${RERANKER:+--weights "$RERANKER/18_test/$SYSTEM"} "$@"
+run retriever.gallery.export --index "$RETRIEVER/14_index" --retriever "$TRAINED" --summary "$SUMMARY" --system "${ABLATION:+$ABLATION, }$SYSTEM" ${RERANKER:+--weights "$RERANKER/18_test/$SYSTEM"} "$@"

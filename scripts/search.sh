@@ -2,4 +2,4 @@
 # Search the pictures with words: bash scripts/search.sh "outlined drawing of a turtle"
 SYSTEM="${SYSTEM:-best}"
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
-run retriever.search --index "$RETRIEVER/14_index" --retriever "$TRAINED" --sheet "$RETRIEVER/search.png" ${RERANKER:+--weights "$RERANKER/18_test/$SYSTEM"} "$@"
+run retriever.gallery.search --index "$RETRIEVER/14_index" --retriever "$TRAINED" --sheet "$RETRIEVER/search.png" ${RERANKER:+--weights "$RERANKER/18_test/$SYSTEM"} "$@"

@@ -39,7 +39,7 @@ def retriever(chain: Chain) -> Path:
 @pytest.fixture(scope="session")
 def index(chain: Chain) -> Path:
     """The index of the chain's 48 pictures."""
-    from retriever import build_index
+    from retriever.gallery import build as build_index
 
     config = build_index.Config(dataset=chain.dataset, rqvae=chain.rqvae, output=chain.root / "index")
     build_index.main(config)

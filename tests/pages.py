@@ -7,10 +7,10 @@ from pathlib import Path
 
 import uvicorn
 
-from retriever.api import Retriever
-from retriever.serve import listen
-from retriever.service import Service
-from retriever.web import make_app
+from retriever.gallery.api import Retriever
+from retriever.serve.serve import listen
+from retriever.serve.service import Service
+from retriever.serve.web import make_app
 
 
 def make_service(index: Path, retriever: Path, *, batch: int = 64, waiting: int = 512) -> Service:

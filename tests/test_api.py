@@ -22,9 +22,11 @@ from PIL import Image
 from models.clip import encode_tokens, load_clip
 from models.decoding import make_writer
 from models.voken_lm import Lora, VokenLM, build_causal
-from retriever import Found, Retriever, build_index, card, export, exported
-from retriever.api import chosen_share
-from retriever.gallery import read_gallery
+from retriever import Found, Retriever
+from retriever.gallery import build as build_index
+from retriever.gallery import card, export, exported
+from retriever.gallery.api import chosen_share
+from retriever.gallery.gallery import read_gallery
 from tests.chain import Chain, files_of
 from tests.oracle import exhaustive
 from tests.tiny import codebooks, draw_picture, llama_folder
@@ -630,7 +632,7 @@ def test_the_command_writes_the_card_from_the_manifests(
     assert f"| {trained['commit'][:12]} |" in line
     assert [stage["command"] for stage in read_json(tmp_path / "toy" / "config.json")["card"]["stages"]] == [
         "tools.prepare_captions", "RQ-VAE.prepare_emb", "RQ-VAE.train_heads", "RQ-VAE.train",
-        "RQ-VAE.generate_codes", "retriever.prepare", "retriever.build_index", "retriever.train",
+        "RQ-VAE.generate_codes", "retriever.prepare", "retriever.gallery.build", "retriever.train",
     ]  # fmt: skip
     assert "share of 0.30" in text
 

@@ -30,22 +30,15 @@ from models.voken_lm import VokenLM, build_causal, build_seq2seq
 from reranker import convert
 from reranker import test as test_reranker
 from reranker import train as train_reranker
-from retriever import (
-    add_pictures,
-    build_index,
-    generate_pseudo_query,
-    prepare,
-    rank_splits,
-    retrieve,
-    search,
-    train,
-    train_stage2,
-)
+from retriever import prepare, rank_splits, retrieve, train, train_stage2
 from retriever import test as test_retriever
-from retriever.api import Found, Retriever
-from retriever.contact_sheet import SheetRow, draw_sheet
 from retriever.data import read_data
-from retriever.endpoint import data_url
+from retriever.gallery import add as add_pictures
+from retriever.gallery import build as build_index
+from retriever.gallery import search
+from retriever.gallery.api import Found, Retriever
+from retriever.pseudo_queries import generate as generate_pseudo_query
+from retriever.pseudo_queries.endpoint import data_url
 from retriever.queries import LONGEST_QUERY, read_query
 from tests import folders, tiny
 from tests.tiny import assemble_clip as assemble_clip_command
@@ -62,6 +55,7 @@ from tests.tiny import (
 from tools import fetch_emoji, prepare_captions, results, runs
 from tools.captions import Record, read_captions, read_records
 from tools.commands import run_command
+from tools.contact_sheet import SheetRow, draw_sheet
 from tools.errors import BadInput
 from tools.files import read_array, read_json
 from tools.pictures import find_unreadable, open_picture
@@ -605,7 +599,7 @@ FOLDERS: list[Any] = [
          r"b/lists ranks pictures of other captions than the image tokens are of: make both from one set",
          id="another dataset's lists"),
     case(lambda made, new: trained(made / "a/dataset", new, pseudo_queries=folders.finished(
-             new.parent / "pseudo", "retriever.generate_pseudo_query", lambda here: None,
+             new.parent / "pseudo", "retriever.pseudo_queries.generate", lambda here: None,
              facts={"captions_fingerprint": "another"})),
          r"pseudo was made from other captions than .*a/dataset: run scripts/08_generate_pseudo_query\.sh --overwrite",
          id="another dataset's pseudo queries"),

@@ -13,7 +13,9 @@ from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora
 from reranker import convert
 from reranker import test as test_reranker
 from reranker import train as train_reranker
-from retriever import generate_pseudo_query, rank_splits, report, retrieve, train, train_stage2
+from retriever import rank_splits, retrieve, train, train_stage2
+from retriever.pseudo_queries import generate as generate_pseudo_query
+from retriever.report import report
 from tests.tiny import assemble_clip, generate_codes, prepare_emb, rqvae_train, train_heads
 from tools import fetch_emoji, prepare_captions
 

@@ -29,6 +29,7 @@ from tests.faults.zygote import zygote
 from tests.test_commands import PROGRAM, ROOT
 from tests.test_runs import Config, begin, config, finish
 from tools import runs
+from tools.command_names import scripts_of_commands
 from tools.errors import BadInput
 from tools.failures import explain, why_not_written
 from tools.files import new_array, read_json, replacing, verified_hash, write_array, write_json
@@ -64,7 +65,7 @@ def test_the_long_part_strikes_every_stage_with_every_fault() -> None:
     assert plan(240, 0, STAGES) == pairs != plan(240, 1, STAGES)
     scripts = {stage.script for stage in STAGES}
     left_out = {"scripts/00_fetch_emoji.sh", "scripts/11_finetune_retriever_llama.sh", "scripts/19_report.sh"}
-    assert scripts == set(runs.MADE_BY.values()) - left_out
+    assert scripts == set(scripts_of_commands().values()) - left_out
 
 
 def test_the_page_has_the_counts_of_the_long_part() -> None:

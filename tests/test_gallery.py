@@ -17,8 +17,12 @@ import torch
 
 from models.clip import Pictures, encode_images, load_clip
 from models.rqvae import RqVae, tokenize
-from retriever import add_pictures, build_index, gallery, index, prepare, remove_pictures, search
-from retriever.gallery import Gallery, Picture, changing, read_gallery, replace_pictures
+from retriever import index, prepare
+from retriever.gallery import add as add_pictures
+from retriever.gallery import build as build_index
+from retriever.gallery import gallery, search
+from retriever.gallery import remove as remove_pictures
+from retriever.gallery.gallery import Gallery, Picture, changing, read_gallery, replace_pictures
 from tests.chain import Chain, files_of
 from tests.tiny import draw_picture, generate_codes
 from tools import finished, runs
@@ -364,7 +368,7 @@ def test_a_changed_index_is_still_finished(
     monkeypatch.setattr("sys.argv", ["x", *arguments])
     build_index.main(config)
     remove(config.output, "red-ring.png")
-    assert finished.main(["-m", "retriever.build_index", *arguments]) == 0
+    assert finished.main(["-m", "retriever.gallery.build", *arguments]) == 0
     build_index.main(config)
     assert capsys.readouterr().out.count("is finished; nothing to do.") == 2
     assert len(read_gallery(config.output)) == 47

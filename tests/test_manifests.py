@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests.folders import Config as Plain
+from tests.folders import finished
 from tests.test_runs import Config, begin, finish
 from tools import environment, processes, runs
+from tools.command_names import EARLIER, scripts_of_commands
 from tools.errors import BadInput
 from tools.files import hash_file, read_json, verified_hash
 
@@ -49,9 +52,19 @@ def refusal(call: Any, *arguments: Any, **options: Any) -> str:
 
 def test_each_script_runs_a_command() -> None:
     root = Path(runs.__file__).parent.parent
-    for command, script in runs.MADE_BY.items():
-        assert (root / f"{command.replace('.', '/')}.py").is_file()
+    assert len(scripts_of_commands()) == 19  # stages 09 and 11 are one command
+    for command, script in scripts_of_commands().items():
+        path = root / command.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
         assert f"run {command} " in (root / script).read_text()
+        assert runs.source_of(command)
+
+
+def test_a_run_of_an_earlier_name_is_read_and_not_made_again(tmp_path: Path) -> None:
+    for earlier, name in EARLIER.items():
+        folder = finished(tmp_path / earlier, earlier, lambda here: None, facts={})
+        assert runs.read_manifest(folder, name).command == runs.read_manifest(folder, earlier).command == name
+        assert runs.begin(name, Plain(folder), inputs={}) is None
 
 
 # Records

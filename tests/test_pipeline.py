@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from models import training
 from models.clip import Pictures, encode_images, encode_tokens, load_clip
-from retriever import build_index, prepare, retrieve, search, train
+from retriever import prepare, retrieve, train
 from retriever import test as final
 from retriever.data import Queries, RetrieverData
+from retriever.gallery import build as build_index
+from retriever.gallery import search
 from tests.chain import RQVAE, TRAIN, Chain, encode_config, encoder_decoder_config, files_of
 from tests.tiny import (
     assemble_clip,

@@ -23,12 +23,12 @@ from PIL import Image
 from models import captioner
 from models.captioner import Sampling, load_captioner, write_captions
 from models.clip import encode_tokens, load_clip
-from retriever import generate_pseudo_query, text_tower
-from retriever.candidates import Candidates
-from retriever.data import read_data
-from retriever.endpoint import data_url, parse_captions
-from retriever.generate_pseudo_query import Config, make_requests, read_pool, select
-from retriever.pseudo_queries import read_pseudo_queries
+from retriever.data import read_data, read_pseudo_queries
+from retriever.pseudo_queries import generate as generate_pseudo_query
+from retriever.pseudo_queries import text_tower
+from retriever.pseudo_queries.candidates import Candidates
+from retriever.pseudo_queries.endpoint import data_url, parse_captions
+from retriever.pseudo_queries.generate import Config, make_requests, read_pool, select
 from tests.captioners import blip2_folder, blip_folder, encoder_decoder_folder, llava_folder
 from tests.chain import Chain, files_of
 from tests.test_pipeline import PowerCut, cut_power_at, interrupted
@@ -90,7 +90,7 @@ def test_nearest_takes_the_captions_of_the_most_similar_train_pictures(
     rows = rows_of(config.output)
     assert [(row["image"], row["query"]) for row in rows] == [(image, text) for image, text, _ in expected]
     assert [row["similarity"] for row in rows] == pytest.approx([cosine for *_, cosine in expected], abs=1e-4)
-    manifest = runs.read_manifest(config.output, "retriever.generate_pseudo_query")
+    manifest = runs.read_manifest(config.output, "retriever.pseudo_queries.generate")
     assert manifest.facts == {
         "source": "nearest", "splits": ["val", "test"], "pictures": 16, "queries": 64,
         "captions_fingerprint": data.manifest.facts["captions_fingerprint"],
@@ -374,7 +374,7 @@ def test_an_endpoint_is_sent_every_picture_once_and_asked_again_after_failures(
     rows = rows_of(config.output)
     assert len(rows) == 16 * 2
     assert {row["query"] for row in rows} <= {"a red circle", "drawing of a blue ring", "small green square"}
-    assert runs.read_manifest(config.output, "retriever.generate_pseudo_query").metrics["candidates"] == 16 * 3
+    assert runs.read_manifest(config.output, "retriever.pseudo_queries.generate").metrics["candidates"] == 16 * 3
     assert not any(KEY in path.read_text() for path in config.output.rglob("*") if path.is_file())
     generate_pseudo_query.main(endpoint_config(chain, endpoint.url, tmp_path / "run", parallel=1))  # finished
     assert len(endpoint.calls) == 16 + 2
@@ -452,7 +452,7 @@ def test_refused_pictures_may_be_skipped(chain: Chain, endpoint: Endpoint, tmp_p
     endpoint.script = [400, ""]
     config = endpoint_config(chain, endpoint.url, tmp_path / "run", skip_refused=True)
     generate_pseudo_query.main(config)
-    metrics = runs.read_manifest(config.output, "retriever.generate_pseudo_query").metrics
+    metrics = runs.read_manifest(config.output, "retriever.pseudo_queries.generate").metrics
     assert (metrics["queries"], metrics["pictures_with_none"]) == (28, 2)
 
 

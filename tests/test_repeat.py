@@ -15,8 +15,10 @@ import tyro
 from models.compute import seed_everything
 from reranker import convert
 from reranker import train as train_reranker
-from retriever import build_index, generate_pseudo_query, rank_splits, retrieve, train, train_stage2
+from retriever import rank_splits, retrieve, train, train_stage2
 from retriever import test as final
+from retriever.gallery import build as build_index
+from retriever.pseudo_queries import generate as generate_pseudo_query
 from tests.chain import RQVAE, Chain, encoder_decoder_config, run_chain
 from tests.test_pipeline import retrieve_config
 from tests.test_reranker import Stages, convert_config, lists_config, train_config

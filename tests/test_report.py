@@ -18,16 +18,18 @@ from PIL import Image
 from models.decoding import make_writer
 from models.voken_lm import VokenLM
 from reranker import test as reranked
-from retriever import rank_splits, report, retrieve
+from retriever import rank_splits, retrieve
 from retriever import test as final
 from retriever.data import read_data
-from retriever.report_codes import health, paths, prefix_groups
-from retriever.report_examples import Lists, choose, explain, read_found, step_log_probabilities, steps, typical_rank
-from retriever.report_measures import drawn, enlarged, growing_pools, speed_sizes, timed
-from retriever.report_sections import Styles
+from retriever.report import report
+from retriever.report.codes import health, paths, prefix_groups
+from retriever.report.examples import Lists, choose, explain, read_found, step_log_probabilities, steps, typical_rank
+from retriever.report.measures import drawn, enlarged, growing_pools, speed_sizes, timed
+from retriever.report.sections import Styles
 from tests.chain import Chain, files_of
 from tests.test_pipeline import retrieve_config
 from tools import curves, plots, runs
+from tools.command_names import script_of
 from tools.curves import Curves, read_curves
 from tools.errors import BadInput
 from tools.features import normalized, read_features
@@ -570,7 +572,7 @@ def test_a_picture_that_has_gone_is_a_grey_square(tmp_path: Path) -> None:
 
 def test_the_script_has_its_plain_name_and_comes_last() -> None:
     assert (ROOT / "scripts" / "report.sh").resolve() == ROOT / "scripts" / "19_report.sh"
-    assert runs.MADE_BY[report.COMMAND] == "scripts/19_report.sh"
+    assert script_of(report.COMMAND) == "scripts/19_report.sh"
     for dataset in ("emoji", "flickr30k", "mscoco"):
         text = (ROOT / "scripts" / "datasets" / f"{dataset}.sh").read_text()
         assert text.split('STAGES="')[1].split('"')[0].split()[-1] == "19_report"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from models.rqvae import RqVae, RqVaeConfig
-from retriever import generate_pseudo_query, prepare
+from retriever import prepare
+from retriever.pseudo_queries import generate as generate_pseudo_query
 from retriever.setting import setting_of_codes
 from tests.chain import RQVAE, Chain
 from tests.tiny import generate_codes, rqvae_train

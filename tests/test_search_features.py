@@ -16,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.clip import encode_tokens, load_clip
-from retriever import add_pictures, api, build_index, remove_pictures, search
 from retriever.beam import RankedPictures
-from retriever.gallery import Gallery, read_gallery
-from retriever.query_encoder import QueryEncoder
+from retriever.gallery import add as add_pictures
+from retriever.gallery import api, search
+from retriever.gallery import build as build_index
+from retriever.gallery import remove as remove_pictures
+from retriever.gallery.gallery import Gallery, read_gallery
+from retriever.gallery.query_encoder import QueryEncoder
 from tests.chain import Chain
 from tools import runs
 from tools.errors import BadInput
@@ -172,7 +175,7 @@ def test_the_share_is_what_val_chose(
     ):
         [found] = answers(config_of(index, retriever, tmp_path / "x.png", **options), capsys)
         assert found.head.partition(" pictures, ")[2].lstrip("0123456789.") == said
-    with pytest.raises(BadInput, match=r"made by retriever\.build_index, not by reranker\.test"):
+    with pytest.raises(BadInput, match=r"made by retriever\.gallery\.build, not by reranker\.test"):
         search.main(config_of(index, retriever, tmp_path / "x.png", weights=index))
 
 

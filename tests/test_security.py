@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from retriever import generate_pseudo_query, prepare, text_tower
-from retriever.candidates import Candidates
-from retriever.uploads import safe_name
+from retriever import prepare
+from retriever.pseudo_queries import generate as generate_pseudo_query
+from retriever.pseudo_queries import text_tower
+from retriever.pseudo_queries.candidates import Candidates
+from retriever.serve.uploads import safe_name
 from tests import folders
 from tests.test_pseudo_queries import Endpoint
 from tools import arguments, environment, logs, prepare_captions, report_page, results, runs

@@ -25,12 +25,14 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from benchmarks import serve as bench
-from retriever import add_pictures, build_index, serve, uploads
-from retriever import service as services
-from retriever.batching import Batcher, Busy
-from retriever.guard import Guard
-from retriever.service import Service
-from retriever.web import MOST_PICTURES, PAGE, make_app
+from retriever.gallery import add as add_pictures
+from retriever.gallery import build as build_index
+from retriever.serve import serve, uploads
+from retriever.serve import service as services
+from retriever.serve.batching import Batcher, Busy
+from retriever.serve.guard import Guard
+from retriever.serve.service import Service
+from retriever.serve.web import MOST_PICTURES, PAGE, make_app
 from tests.chain import Chain
 from tests.pages import make_service, served
 from tests.tiny import draw_picture
@@ -662,14 +664,16 @@ def test_what_the_benchmark_takes_for_an_error() -> None:
     assert bench.problem_of(200, answer.replace(b"{}", b""), "a") == "no pictures"
 
 
-@pytest.mark.parametrize("name", ["search", "serve", "export"])
-def test_scripts_take_the_datasets_best_system(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "module"), [("search", "gallery.search"), ("serve", "serve"), ("export", "gallery.export")]
+)
+def test_scripts_take_the_datasets_best_system(name: str, module: str) -> None:
     """Where no SYSTEM is set, under `set -u`; LAUNCH prints the command in the place of running it."""
     path = f"{Path(sys.executable).parent}:/bin:/usr/bin"
     environment = {"PATH": path, "CONDA_PREFIX": "here", "LAUNCH": "echo", "HOME": "/"}
     command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), "words"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    assert printed.startswith(f"-m retriever.{name} --index retriever/output/emoji/14_index")
+    assert printed.startswith(f"-m retriever.{module} --index retriever/output/emoji/14_index")
     assert "--retriever retriever/output/emoji/10_stage2/retriever+stage2 " in printed
     assert "--weights reranker/output/emoji/18_test/retriever+stage2 " in printed
     assert printed.endswith("words\n")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from retriever.service import Service
+from retriever.serve.service import Service
 from tests.chain import Chain
 from tests.pages import make_service, served
 from tests.tiny import draw_picture

@@ -9,8 +9,8 @@ import pytest
 
 from retriever import retrieve
 from retriever import test as final
-from retriever.card import setting_of as setting_of_card
 from retriever.data import RetrieverData, read_data
+from retriever.gallery.card import setting_of as setting_of_card
 from retriever.setting import setting_on
 from tests.chain import Chain
 from tests.folders import finished
@@ -22,7 +22,7 @@ def pseudo(folder: Path, images: list[str], *, captions: str) -> Path:
     """Pseudo queries of pictures."""
     lines = [{"image": image, "query": "a round thing"} for image in images]
     facts = {"captions_fingerprint": captions}
-    command = "retriever.generate_pseudo_query"
+    command = "retriever.pseudo_queries.generate"
     return finished(folder, command, lambda here: write_json_lines(here / "pseudo.jsonl", lines), facts=facts)
 
 
@@ -74,7 +74,7 @@ def test_without_the_pseudo_queries_a_search_keeps_the_setting_of_the_training(
 
 
 def test_the_card_of_a_gallery_says_it_too(chain: Chain, data: RetrieverData, index: Path, tmp_path: Path) -> None:
-    gallery = runs.read_manifest(index, "retriever.build_index")
+    gallery = runs.read_manifest(index, "retriever.gallery.build")
     for images, expected in ((data.images[:1], "transductive"), (["x.jpg"], "inductive")):
         told = pseudo(tmp_path / f"pseudo-{expected}", images, captions="a")
         run = trained(tmp_path / f"run-{expected}", "transductive", pseudo_queries=told)

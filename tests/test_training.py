@@ -502,7 +502,7 @@ def pseudo_folder(chain: Chain, folder: Path, lines: list[dict[str, Any]]) -> Pa
     write_json_lines(folder / "pseudo.jsonl", lines)
     manifest = read_json(chain.dataset / "manifest.json")
     outputs = {"pseudo.jsonl": hash_file(folder / "pseudo.jsonl")}
-    manifest.update(command="retriever.generate_pseudo_query", outputs=outputs)
+    manifest.update(command="retriever.pseudo_queries.generate", outputs=outputs)
     runs.write_manifest(folder, manifest)
     return folder
 

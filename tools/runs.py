@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TextIO
 
 from . import environment, processes
+from .command_names import current_name, script_of, scripts_of_commands
 from .errors import EXIT_BAD_INPUT, BadInput
 from .files import hash_file, read_json, remove_torn, verified_hash, write_json
 
@@ -43,30 +44,6 @@ RUNTIME_FIELDS = frozenset(  # these do not change what is computed: a run may g
     {"output", "overwrite", "workers", "device"}
     | {"api_key_variable", "requests_per_minute", "parallel", "retries", "skip_refused"}
 )
-
-# Which script makes the folder of which command: the answer to "there is no manifest".
-MADE_BY = {
-    "tools.fetch_emoji": "scripts/00_fetch_emoji.sh",
-    "tools.prepare_captions": "scripts/01_prepare_captions.sh",
-    "RQ-VAE.assemble_clip": "scripts/02_assemble_clip.sh",
-    "RQ-VAE.prepare_emb": "scripts/03_prepare_emb.sh",
-    "RQ-VAE.train_heads": "scripts/04_train_heads.sh",
-    "RQ-VAE.train": "scripts/05_train_rqvae.sh",
-    "RQ-VAE.generate_codes": "scripts/06_generate_codes.sh",
-    "retriever.prepare": "scripts/07_prepare_retriever_dataset.sh",
-    "retriever.generate_pseudo_query": "scripts/08_generate_pseudo_query.sh",
-    "retriever.train": "scripts/09_train_retriever_t5.sh",
-    "retriever.train_stage2": "scripts/10_train_retriever_t5_stage2.sh",
-    "retriever.retrieve": "scripts/12_retrieve.sh",
-    "retriever.test": "scripts/13_test_retriever.sh",
-    "retriever.build_index": "scripts/14_build_index.sh",
-    "reranker.convert": "scripts/15_convert_voken_to_seed.sh",
-    "retriever.rank_splits": "scripts/16_prepare_reranker_dataset.sh",
-    "reranker.train": "scripts/17_finetune_reranker_llama.sh",
-    "reranker.test": "scripts/18_test_reranker_llama.sh",
-    "retriever.report": "scripts/19_report.sh",
-}
-
 
 _HELD: "weakref.WeakSet[TextIO]" = weakref.WeakSet()  # locks of this process
 os.register_at_fork(after_in_child=lambda: [file.close() for file in _HELD])  # a child does not hold what it outlives
@@ -249,7 +226,8 @@ def read_manifest(folder: Path, *commands: str) -> Manifest:
         BadInput: there is no manifest, another command made the folder, or a file in it is damaged; the message names
             the script to run.
     """
-    scripts = " or ".join(MADE_BY.get(command, command) for command in commands)
+    commands = tuple(map(current_name, commands))
+    scripts = " or ".join(map(script_of, commands))
     if not (folder / MANIFEST).is_file():
         state = "was not finished" if (folder / STARTED).is_file() else "has no manifest.json"
         raise BadInput(f"{folder} {state}: run {scripts} first")
@@ -259,7 +237,7 @@ def read_manifest(folder: Path, *commands: str) -> Manifest:
     while damage := _damage(folder, values["outputs"]):
         newer = _manifest_values(folder, *commands)
         if newer == values:
-            raise BadInput(f"{damage}: run {_script(values['command'])} --overwrite")
+            raise BadInput(f"{damage}: run {script_of(values['command'])} --overwrite")
         values = newer  # the folder's content was replaced in the meantime
     return Manifest(folder=folder, **values)
 
@@ -278,7 +256,7 @@ def check_files(path: Path) -> None:
     values = _manifest_values(folder)
     own = {name: content for name, content in values["outputs"].items() if _lies_in(folder / name, path)}
     if damage := _damage(folder, own):
-        raise BadInput(f"{damage}: run {_script(values['command'])} --overwrite")
+        raise BadInput(f"{damage}: run {script_of(values['command'])} --overwrite")
 
 
 def unchanged_input(manifest: Manifest, name: str) -> Path:
@@ -290,7 +268,7 @@ def unchanged_input(manifest: Manifest, name: str) -> Path:
     recorded = manifest.inputs[name]
     path = Path(recorded["path"])
     if fingerprint(path, recorded["by"]) != recorded["fingerprint"]:
-        script = MADE_BY.get(manifest.command, manifest.command)
+        script = script_of(manifest.command)
         raise BadInput(f"{path} has changed since {manifest.folder} was made: run {script} --overwrite")
     return path
 
@@ -361,10 +339,11 @@ def fingerprint(path: Path, by: str = "content") -> str:
 
 def source_of(command: str) -> str:
     """Hash of the files beside a command, which hold its configuration's defaults; empty when there is no such file."""
-    path = Path(__file__).parent.parent / f"{command.replace('.', '/')}.py"
-    if not path.is_file():
+    path = Path(__file__).parent.parent / command.replace(".", "/")
+    folder = path if path.is_dir() else path.parent
+    if not path.is_dir() and not path.with_suffix(".py").is_file():
         return ""
-    return _hash_value([[file.name, hash_file(file)] for file in sorted(path.parent.glob("*.py")) if file.is_file()])
+    return _hash_value([[file.name, hash_file(file)] for file in sorted(folder.glob("*.py")) if file.is_file()])
 
 
 def current_commit() -> str:
@@ -393,7 +372,8 @@ def _found(folder: Path, command: str) -> dict[str, Any] | None:
     if (folder / MANIFEST).is_file():
         return _manifest_values(folder, command)
     if (folder / STARTED).is_file():
-        return _record(folder / STARTED, {"command", "arguments", "source", "config", "inputs"}, [command])
+        values = _record(folder / STARTED, {"command", "arguments", "source", "config", "inputs"}, [command])
+        return {**values, "command": current_name(values["command"])}
     return None
 
 
@@ -410,7 +390,7 @@ def _manifest_values(folder: Path, *commands: str) -> dict[str, Any]:
     checksum = values.pop(CHECKSUM, None)
     if (checksum is not None and checksum != _hash_value(values)) or not needed <= values.keys() <= wanted:
         raise _damaged_record(path, "its checksum is another", commands)
-    return values
+    return {**values, "command": current_name(values["command"])}
 
 
 def _record(path: Path, wanted: set[str], commands: Iterable[str]) -> dict[str, Any]:
@@ -451,12 +431,8 @@ def _damaged_record(path: Path, reason: str, commands: Iterable[str]) -> BadInpu
 
 def _scripts(path: Path, commands: Iterable[str]) -> list[str]:
     """Which scripts may have made the folder of a record."""
-    by_name = [script for script in MADE_BY.values() if Path(script).stem == path.parent.name]
-    return [_script(command) for command in commands] or by_name or [f"the command that made {path.parent}"]
-
-
-def _script(command: str) -> str:
-    return MADE_BY.get(command, command)
+    by_name = [script for script in scripts_of_commands().values() if Path(script).stem == path.parent.name]
+    return [script_of(command) for command in commands] or by_name or [f"the command that made {path.parent}"]
 
 
 def _damage(folder: Path, outputs: dict[str, str]) -> str:

@@ -74,7 +74,7 @@ STAGES = (
         script="06_generate_codes", reader="07"),
     _stage("07", "retriever.prepare", "--codes", "@06", script="07_prepare_retriever_dataset", reader="08"),
     _stage(
-        "08", "retriever.generate_pseudo_query", "--dataset", "@07", "--source", "nearest", "--per-picture", "3",
+        "08", "retriever.pseudo_queries.generate", "--dataset", "@07", "--source", "nearest", "--per-picture", "3",
         "--neighbours", "2", script="08_generate_pseudo_query", reader="09",
     ),
     _stage(
@@ -94,12 +94,14 @@ STAGES = (
         "13", "retriever.test", "--predictions", "@12", "--rqvae", "@05", "--name", "faults", "--summary",
         "summary.json", "--device", "cpu", script="13_test_retriever", summary=True,
     ),
-    _stage("14", "retriever.build_index", "--dataset", "@07", "--rqvae", "@05", script="14_build_index", reader="14+"),
+    _stage(
+        "14", "retriever.gallery.build", "--dataset", "@07", "--rqvae", "@05", script="14_build_index", reader="14+",
+    ),
     Stage(
-        "14+", "retriever.add_pictures", ("new", "--index", "@14", "--skip-known", "--workers", "1", "--batch-size",
+        "14+", "retriever.gallery.add", ("new", "--index", "@14", "--skip-known", "--workers", "1", "--batch-size",
         "2", *EXACT), "14_build_index", "scripts/14_build_index.sh", "14-",
     ),
-    Stage("14-", "retriever.remove_pictures", ("new0.png", "new1.png", "--index", "@14"), "14_build_index",
+    Stage("14-", "retriever.gallery.remove", ("new0.png", "new1.png", "--index", "@14"), "14_build_index",
         "scripts/14_build_index.sh", "search"),
     _stage(
         "15", "reranker.convert", "--captions", "@01", "--tokenizer", "patches", "--model", "@04/clip", "--image-size",
@@ -121,8 +123,8 @@ STAGES = (
     ),
 )  # fmt: skip
 SEARCH = Stage(  # reads the index, and leaves nothing that is compared
-    "search", "retriever.search", ("a red circle", "--index", "@14", "--retriever", "@10", "--sheet", "search.png",
-    "--no-rerank", *EXACT), "search", "",
+    "search", "retriever.gallery.search", ("a red circle", "--index", "@14", "--retriever", "@10", "--sheet",
+    "search.png", "--no-rerank", *EXACT), "search", "",
 )  # fmt: skip
 BY_NAME = {stage.name: stage for stage in (*STAGES, SEARCH)}
 

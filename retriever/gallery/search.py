@@ -1,9 +1,9 @@
 """Search pictures with words: load the trained retriever once, answer each query, draw the answers.
 
-In:  a `retriever.train` folder, a `retriever.build_index` folder, and queries on the command line, or one a line on
+In:  a `retriever.train` folder, a `retriever.gallery.build` folder, and queries on the command line, or one a line on
      standard input.
 Out: ranked pictures on standard output, and a contact sheet of the last answer.
-Command: python -m retriever.search --retriever DIR --index DIR "outlined drawing of a turtle"
+Command: python -m retriever.gallery.search --retriever DIR --index DIR "outlined drawing of a turtle"
 
 Where the index keeps the pictures' features, a wider search finds the pictures and an interpolation orders them: of the
 retriever's scores and the cosines between the pictures' features and the query's (tools/interpolation.py).
@@ -21,11 +21,11 @@ import tyro
 from models.arithmetic import Arithmetic
 from models.decoding import Scoring
 from tools.commands import run_command
+from tools.contact_sheet import SheetRow, draw_sheet
 from tools.errors import BadInput
 from tools.texts import clean, printable, shortened
 
 from .api import Found, Retriever, check_queries
-from .contact_sheet import SheetRow, draw_sheet
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config:
     queries: tyro.conf.Positional[tuple[str, ...]]
     """Texts to search for; none: read from standard input, one a line."""
     index: Path
-    """Run folder of retriever.build_index: the pictures that can be found."""
+    """Run folder of retriever.gallery.build: the pictures that can be found."""
     retriever: Path
     """Run folder of retriever.train."""
     sheet: Path

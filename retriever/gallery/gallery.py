@@ -1,6 +1,6 @@
 """The gallery: the pictures that search finds. They come and go without any training.
 
-It is a run folder of `retriever.build_index` whose manifest points at one complete version of the content:
+It is a run folder of `retriever.gallery.build` whose manifest points at one complete version of the content:
 
 version-000007/     the arrays of the tree (retriever/index.py)
     codes.npy       (pictures, levels), in the order of rows
@@ -32,13 +32,13 @@ from tools.errors import BadInput
 from tools.features import Floats, Rows, normalized
 from tools.files import read_array, remove_torn, replacing, write_array
 
-from .index import VokenIndex, build_index, load_index, save_index
+from ..index import VokenIndex, build_index, load_index, save_index
 
-COMMAND = "retriever.build_index"
+COMMAND = "retriever.gallery.build"
 CODES, PICTURES, LINES, FEATURES = "codes.npy", "pictures.jsonl", "lines.npy", "features.npy"
 KEEPS_FEATURES = "keeps_features"  # the manifest's fact; indexes of earlier versions have neither it nor features
 FEATURE_BLOCK = 65_536  # rows that are normalised at a time
-EXPORTED = "exported"  # the manifest's fact of an index inside an exported folder (retriever/exported.py)
+EXPORTED = "exported"  # the manifest's fact of an index inside an exported folder (retriever/gallery/exported.py)
 EXPORTED_PICTURES = "pictures"  # the folder beside such an index where its pictures lie
 VERSION = "version-{:06d}"
 HISTORY = 100  # changes that the manifest remembers

@@ -1,8 +1,8 @@
 """Remove pictures from the index; their files stay where they are.
 
-In:  a `retriever.build_index` folder, and names of pictures in it: ids, or files.
-Out: the index's next version (retriever/gallery.py).
-Command: python -m retriever.remove_pictures --index DIR NAME [NAME ...]
+In:  a `retriever.gallery.build` folder, and names of pictures in it: ids, or files.
+Out: the index's next version (retriever/gallery/gallery.py).
+Command: python -m retriever.gallery.remove --index DIR NAME [NAME ...]
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Config:
     names: tyro.conf.Positional[tuple[str, ...]]
     """Pictures to remove: each an id, or the path of a file."""
     index: Path
-    """Run folder of retriever.build_index."""
+    """Run folder of retriever.gallery.build."""
 
     def __post_init__(self) -> None:
         if not self.names:

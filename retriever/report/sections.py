@@ -29,9 +29,9 @@ from tools.report_page import (
 from tools.results import MRR_NOTE, ordered
 from tools.runs import Manifest
 
-from . import report_codes
-from .data import RetrieverData
-from .report_measures import TWO_TOWER, Figure, Speed
+from ..data import RetrieverData
+from . import codes as code_pictures
+from .measures import TWO_TOWER, Figure, Speed
 
 Rows = list[dict[str, Any]]
 
@@ -139,8 +139,8 @@ def _recall_cells(row: dict[str, Any], group: Rows) -> dict[str, Any]:
 
 def tokenizer_part(data: RetrieverData, codes: Manifest | None, folder: Path) -> Part:
     """Use of the codes, collisions, and what quantising costs."""
-    found = report_codes.health(data.codes, data.space)
-    images = draw(folder / "tokenizer", partial(line_figure, panels=report_codes.panels(found)))
+    found = code_pictures.health(data.codes, data.space)
+    images = draw(folder / "tokenizer", partial(line_figure, panels=code_pictures.panels(found)))
     levels = [
         {
             "level": use.level + 1,
@@ -191,21 +191,21 @@ def _quantised_recall(metrics: dict[str, Any]) -> Rows:
 
 def codes_part(data: RetrieverData, folder: Path, thumbnails: Thumbnails, *, count: int, seed: int) -> Part:
     """Pictures behind a code, from coarse to fine."""
-    found = report_codes.paths(data.codes, count=count, seed=seed)
+    found = code_pictures.paths(data.codes, count=count, seed=seed)
     files = [data.image_folder / file for file in data.files]
     drawn = folder / "codes.png"
-    report_codes.draw_paths(drawn, found, files, data.space)
+    code_pictures.draw_paths(drawn, found, files, data.space)
     parts = [
         paragraph(
             "Each block follows one picture, drawn at random. A row holds pictures that share its first codes, up to "
-            f"{report_codes.SHOWN} of them at random, the picture itself first: the more codes, the more alike."
+            f"{code_pictures.SHOWN} of them at random, the picture itself first: the more codes, the more alike."
         )
     ]
     for levels in found:
         rows = [
             Html(
-                f'<div class="level"><p><code>{escape(report_codes.names(level.codes, data.space))}</code><br>'
-                f'<span class="faint">{report_codes.pictures(level.pictures)}</span></p><ul class="pictures">'
+                f'<div class="level"><p><code>{escape(code_pictures.names(level.codes, data.space))}</code><br>'
+                f'<span class="faint">{code_pictures.pictures(level.pictures)}</span></p><ul class="pictures">'
                 + "".join(f"<li>{thumbnails.image(files[row], data.images[row])}</li>" for row in level.rows)
                 + "</ul></div>"
             )

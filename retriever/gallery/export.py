@@ -1,8 +1,8 @@
 """Write a trained retriever with its pictures into one folder that can be copied or put on a model hub.
 
-In:  a `retriever.build_index` folder, a trained retriever, and the figures of the results.
-Out: the folder (retriever/exported.py), which `Retriever.load` reads.
-Command: python -m retriever.export FOLDER --index DIR --retriever DIR --weights DIR --summary FILE
+In:  a `retriever.gallery.build` folder, a trained retriever, and the figures of the results.
+Out: the folder (retriever/gallery/exported.py), which `Retriever.load` reads.
+Command: python -m retriever.gallery.export FOLDER --index DIR --retriever DIR --weights DIR --summary FILE
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Config:
     folder: tyro.conf.Positional[Path]
     """Folder to write."""
     index: Path
-    """Run folder of retriever.build_index: the pictures that can be found."""
+    """Run folder of retriever.gallery.build: the pictures that can be found."""
     retriever: Path
     """Run folder of retriever.train or retriever.train_stage2."""
     weights: Path | None = None

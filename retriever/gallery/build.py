@@ -1,8 +1,8 @@
-"""Build the index that search reads, from the dataset's pictures (retriever/gallery.py).
+"""Build the index that search reads, from the dataset's pictures (retriever/gallery/gallery.py).
 
 In:  a `retriever.prepare` folder, and the `RQ-VAE.train` folder that coded its pictures.
-Out: `<output>/version-000000/`; later versions come from retriever.add_pictures and retriever.remove_pictures.
-Command: python -m retriever.build_index --dataset DIR --rqvae DIR --output DIR
+Out: `<output>/version-000000/`; later versions come from retriever.gallery.add and retriever.gallery.remove.
+Command: python -m retriever.gallery.build --dataset DIR --rqvae DIR --output DIR
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tools.commands import run_command
 from tools.errors import BadInput
 from tools.features import Floats, read_features
 
-from .data import RetrieverData, read_data
+from ..data import RetrieverData, read_data
 from .gallery import (
     KEEPS_FEATURES,
     Picture,
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
         raise BadInput(f"{config.dataset} has no pictures: an index holds at least one")
     encoder = encoder_facts(data, config.rqvae)
     features = dataset_features(data) if config.keep_features else None
-    run = runs.begin("retriever.build_index", config, inputs={"dataset": config.dataset, "rqvae": config.rqvae})
+    run = runs.begin("retriever.gallery.build", config, inputs={"dataset": config.dataset, "rqvae": config.rqvae})
     if run is None:
         return
     keep_versions(run.folder, latest=-1)  # what a killed run left

@@ -1,6 +1,6 @@
 """The search page: a web server that answers queries, takes new pictures and lets go of old ones.
 
-In:  a `retriever.build_index` folder and the retriever's run folder, or a folder that `retriever.export` wrote.
+In:  a `retriever.gallery.build` folder and the retriever's run folder, or a folder of `retriever.gallery.export`.
 Out: http://127.0.0.1:7860 until it is stopped (Ctrl-C); pictures that are inserted lie in a folder beside the index.
 Command: python -m retriever.serve --index DIR --retriever DIR [--weights DIR]
          python -m retriever.serve --folder DIR
@@ -16,10 +16,9 @@ import uvicorn
 
 from models.arithmetic import Arithmetic
 from models.decoding import Scoring
-from tools.commands import run_command
 from tools.errors import BadInput
 
-from .api import Retriever
+from ..gallery.api import Retriever
 from .guard import is_loopback
 from .service import Service
 from .web import make_app
@@ -34,13 +33,13 @@ class Config:
     """What is served, and where."""
 
     index: Path | None = None
-    """Run folder of retriever.build_index: the pictures that can be found."""
+    """Run folder of retriever.gallery.build: the pictures that can be found."""
     retriever: Path | None = None
     """Run folder of retriever.train or retriever.train_stage2."""
     weights: Path | None = None
     """Run folder of reranker.test, which chose the features' share on val; passed over while there is none."""
     folder: Path | None = None
-    """In the place of these: a folder that retriever.export wrote."""
+    """In the place of these: a folder that retriever.gallery.export wrote."""
     uploads: Path | None = None
     """Folder for pictures that are inserted; by default "uploads" beside the index."""
     host: str = "127.0.0.1"
@@ -144,7 +143,3 @@ def main(config: Config) -> None:
             server.run(sockets=[taken])
         except KeyboardInterrupt:
             print("stopped")
-
-
-if __name__ == "__main__":
-    run_command(main, Config)

@@ -12,9 +12,9 @@ from tools.files import read_json
 from tools.results import FIRST, markdown
 from tools.texts import as_markdown_cell
 
-from .data import read_data
+from ..data import read_data
+from ..setting import setting_on
 from .gallery import Gallery
-from .setting import setting_on
 
 FRONT_MATTER = """---
 license: cc-by-nc-4.0

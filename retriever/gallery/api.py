@@ -29,9 +29,11 @@ from tools.errors import BadInput
 from tools.features import Floats
 from tools.interpolation import COSINE_SCALE, interpolated
 
-from . import remove_pictures
-from .beam import RankedPictures, beam_search, expand
-from .data import read_retriever
+from ..beam import RankedPictures, beam_search, expand
+from ..data import read_retriever
+from ..index import to_device
+from ..queries import read_query
+from . import remove
 from .exported import (
     HUB_NAME,
     Results,
@@ -43,8 +45,6 @@ from .exported import (
     write_exported,
 )
 from .gallery import FEATURE_BLOCK, Gallery, read_gallery, refreshed
-from .index import to_device
-from .queries import read_query
 from .query_encoder import QueryEncoder, cosines
 
 BEAMS, RERANKED_BEAMS = 10, 50  # by default: of the order by the retriever alone, of one that looks at features too
@@ -189,7 +189,7 @@ class Retriever:
         """Put one together from the chain's run folders.
 
         Args:
-            index: of retriever.build_index.
+            index: of retriever.gallery.build.
             retriever: of retriever.train or retriever.train_stage2.
             weights: of reranker.test, which chose the features' share on val; passed over while there is no finished
                 one.
@@ -346,11 +346,11 @@ class Retriever:
             BadInput: a file is no picture or in the index already, another process changes the index, or the models
                 that made it cannot be loaded; nothing has been added.
         """
-        from . import add_pictures  # needs open_clip, as a search by codes does not
+        from . import add  # needs open_clip, as a search by codes does not
 
         if not files:
             raise BadInput("no picture is named: give files or folders")
-        options = add_pictures.Options(
+        options = add.Options(
             prefix=prefix,
             replace=replace,
             skip_known=skip_known,
@@ -360,8 +360,8 @@ class Retriever:
             workers=0,
         )
         with self._changing() as index:
-            source = remove_pictures.shortened([str(file) for file in files])
-            return add_pictures.add(index, [Path(file) for file in files], options, source=source).images
+            source = remove.shortened([str(file) for file in files])
+            return add.add(index, [Path(file) for file in files], options, source=source).images
 
     def remove(self, images: Sequence[str]) -> int:
         """Remove pictures, by id or file, from the index and return how many; their files stay.
@@ -373,7 +373,7 @@ class Retriever:
         if not images:
             raise BadInput("no picture is named: give ids or files")
         with self._changing() as index:
-            return remove_pictures.remove(index, images).pictures
+            return remove.remove(index, images).pictures
 
     def refresh(self) -> bool:
         """Search what the index holds now; whether that is another content than before.

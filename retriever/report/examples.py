@@ -15,7 +15,7 @@ from tools.ranked import read_lists
 from tools.recall import NOT_FOUND, Ranks, image_rank
 from tools.runs import Manifest
 
-from .data import RetrieverData
+from ..data import RetrieverData
 
 Kind = Literal["best", "typical", "worst"]
 Codes = NDArray[np.int64]

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from tools.errors import BadInput
 
-from .api import BEAMS, RERANKED_BEAMS, Found, Likeness, Voken
+from ..gallery.api import BEAMS, RERANKED_BEAMS, Found, Likeness, Voken
 from .batching import Busy
 from .guard import Guard
 from .service import Failed, Service, Unknown

@@ -1,8 +1,8 @@
 """Add a folder of pictures to the index, without training: the next search finds them.
 
-In:  a `retriever.build_index` folder, and any folder; every picture below it is added.
-Out: the index's next version (retriever/gallery.py). An added picture's id is its path below the folder.
-Command: python -m retriever.add_pictures --index DIR ~/new_photos
+In:  a `retriever.gallery.build` folder, and any folder; every picture below it is added.
+Out: the index's next version (retriever/gallery/gallery.py). An added picture's id is its path below the folder.
+Command: python -m retriever.gallery.add --index DIR ~/new_photos
 """
 
 import time
@@ -68,7 +68,7 @@ class Config(Options):
     folder: tyro.conf.Positional[Path]
     """Folder of the new pictures; folders below it are read too."""
     index: Path
-    """Run folder of retriever.build_index."""
+    """Run folder of retriever.gallery.build."""
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():

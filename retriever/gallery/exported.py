@@ -1,11 +1,11 @@
 """A retriever as one folder, which can be copied, archived, or put on a model hub:
 
 config.json       what it is, the features' share in the final order, and what the card says
-README.md         the model card (retriever/card.py)
+README.md         the model card (retriever/gallery/card.py)
 language_model/   a Hugging Face folder with vokens.json
 clip/             the two-tower model that encodes queries and new pictures, an open_clip folder
 rqvae/            the tokenizer that codes new pictures
-index/            ids, codes and features of the pictures: a run folder that retriever.add_pictures changes, too
+index/            ids, codes and features of the pictures: a run folder that retriever.gallery.add changes, too
 pictures/         the picture files, where they were included
 
 Nothing in it says where it lies or lay. It is written under another name beside its place, and config.json comes last.
@@ -224,7 +224,7 @@ def write_index(folder: Path, gallery: Gallery, *, include_pictures: bool) -> No
         **version_facts(0, len(gallery)),
         "clip": {"model": CLIP, "pretrained": None, "content": model_content(str(folder.parent / CLIP))},
         "rqvae": {"path": RQVAE, "content": runs.fingerprint(folder.parent / RQVAE)},
-        "history": [entry(added=len(gallery), removed=0, source="retriever.export")],
+        "history": [entry(added=len(gallery), removed=0, source="retriever.gallery.export")],
         EXPORTED: {"pictures": place if below.is_dir() and not Path(place).is_absolute() else None},
     }
     write_manifest(folder, gallery.manifest, facts)

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.contact_sheet import SheetRow, draw_sheet
 from tools.recall import NOT_FOUND
 from tools.report_page import Html, Part, Section, Thumbnails, details, escape, heading, joined, paragraph, table
 from tools.vokens import VokenSpace
 
-from .contact_sheet import SheetRow, draw_sheet
-from .data import RetrieverData
-from .report_examples import Example, Explained, Step, Voken
+from ..data import RetrieverData
+from .examples import Example, Explained, Step, Voken
 
 FEWEST_SHOWN, MOST_SHOWN = 6, 12  # pictures of a query's list; all that lie above the right one, if they are no more
 

@@ -21,7 +21,6 @@ from models.compute import machine, pick_device
 from models.decoding import make_writer
 from models.voken_lm import VokenLM
 from tools import runs
-from tools.commands import run_command
 from tools.errors import BadInput
 from tools.features import Features, Rows, read_features
 from tools.files import read_json, replacing, write_json
@@ -29,10 +28,11 @@ from tools.logs import Tracker
 from tools.report_page import Html, Page, Part, Section, Thumbnails, escape, joined, paragraph
 from tools.results import printable, read_rows
 
-from .data import TRAINED_BY, Queries, RetrieverData, read_data, read_retriever
-from .report_examples import choose, explain, read_found, reordered_ranks
-from .report_gallery import gallery_part
-from .report_measures import (
+from ..data import TRAINED_BY, Queries, RetrieverData, read_data, read_retriever
+from ..two_tower import QueryTower
+from .examples import choose, explain, read_found, reordered_ranks
+from .gallery import gallery_part
+from .measures import (
     Figure,
     Searching,
     Speed,
@@ -45,7 +45,7 @@ from .report_measures import (
     speed_sizes,
     two_tower_figure,
 )
-from .report_sections import (
+from .sections import (
     TRAININGS,
     Styles,
     beams_part,
@@ -57,7 +57,6 @@ from .report_sections import (
     speed_part,
     tokenizer_part,
 )
-from .two_tower import QueryTower
 
 COMMAND = "retriever.report"
 STAGES = ("[0-9][0-9]_*", "[0-9][0-9]_*/*")  # where run folders lie: a stage's own, or one a system
@@ -389,7 +388,3 @@ def main(config: Config) -> None:
     sections = [part.section.name for part in parts if part.section is not None]
     run.finish(facts={"dataset": str(config.dataset), "sections": sections, "absent": absent})
     print("".join(f"not in the report: {each}\n" for each in absent) + text, end="")
-
-
-if __name__ == "__main__":
-    run_command(main, Config)

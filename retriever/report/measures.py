@@ -20,13 +20,13 @@ from tools.recall import CUTOFFS
 from tools.recall import report as summarize
 from tools.two_tower import two_tower_recall
 
-from .beam import beam_search, expand
-from .data import UNKNOWN, Queries, RetrieverData
-from .flat_index import flat_index
-from .index import build_index, to_device
-from .queries import LiveQueries
-from .retrieve import ranks_of, search_queries
-from .two_tower import QueryTower
+from ..beam import beam_search, expand
+from ..data import UNKNOWN, Queries, RetrieverData
+from ..flat_index import flat_index
+from ..index import build_index, to_device
+from ..queries import LiveQueries
+from ..retrieve import ranks_of, search_queries
+from ..two_tower import QueryTower
 
 SIZES = tuple(number * 10**power for power in range(2, 8) for number in (1, 3))  # 100, 300, 1,000, ...
 BATCH = 64

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from tools.errors import BadInput
 
+from ..gallery.api import BEAMS, RERANKED_BEAMS, Found, Likeness, Retriever, Step
 from . import uploads
-from .api import BEAMS, RERANKED_BEAMS, Found, Likeness, Retriever, Step
 from .batching import Answer, Batcher, Busy
 from .uploads import Upload
 

@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from tools.contact_sheet import BACKGROUND, FAINT, GAP, INK, TEXT_HEIGHT, THUMBNAIL, paste
 from tools.files import replacing
 from tools.plots import Line, Panel
 from tools.tokenizer_report import CodeUse, code_use
 from tools.vokens import VokenSpace
-
-from .contact_sheet import BACKGROUND, FAINT, GAP, INK, TEXT_HEIGHT, THUMBNAIL, paste
 
 SHOWN = 8  # pictures of a level
 

@@ -10,7 +10,7 @@ import numpy as np
 from tools.features import Floats, Rows, normalized
 from tools.runs import Manifest
 
-from .data import Queries
+from ..data import Queries
 
 COMPARE_BLOCK = 256  # pictures that are compared with the train pictures at a time
 

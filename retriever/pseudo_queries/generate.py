@@ -2,9 +2,9 @@
 
 In:  a `retriever.prepare` folder and the features it was made from, or these features alone, before there are codes;
      of the captions those of train pictures alone are used.
-Out: `<output>/pseudo.jsonl` (retriever/pseudo_queries.py), grouped by picture, the best first; answers are kept as they
+Out: `<output>/pseudo.jsonl` (retriever/data.py), grouped by picture, the best first; answers are kept as they
      come: a killed run goes on where it was.
-Command: python -m retriever.generate_pseudo_query --dataset DIR --source nearest --output DIR
+Command: python -m retriever.pseudo_queries.generate --dataset DIR --source nearest --output DIR
 
 Candidates come from the nearest train pictures, from an image-to-text model, or from an HTTP endpoint. The two-tower
 model then decides: a picture keeps the candidates whose text features are nearest to its own.
@@ -32,10 +32,9 @@ from tools.files import read_array, read_json, write_json, write_json_lines
 from tools.logs import progress
 from tools.pictures import open_picture
 
+from ..data import PSEUDO_QUERIES, Queries, read_data
 from .candidates import Candidates, Pool, TrainCaptions
-from .data import Queries, read_data
 from .endpoint import Endpoint, Request, ask_all, make_prompt
-from .pseudo_queries import FILE_NAME
 
 Source = Literal["nearest", "model", "endpoint"]
 
@@ -362,14 +361,14 @@ def main(config: Config) -> None:
         inputs["dataset"] = config.dataset
     if config.captioner is not None and Path(config.captioner).is_dir():
         inputs["captioner"] = Path(config.captioner)
-    run = runs.begin("retriever.generate_pseudo_query", config, inputs=inputs)
+    run = runs.begin("retriever.pseudo_queries.generate", config, inputs=inputs)
     if run is None:
         return
     selected = select_all(run, pool, config)
     found = figures(selected, config.per_picture)
     if processes.is_main():
         write_json_lines(
-            run.folder / FILE_NAME,
+            run.folder / PSEUDO_QUERIES,
             (
                 {"image": row["image"], "query": query, "source": config.source, "similarity": similarity}
                 for row in selected

@@ -1,0 +1,1 @@
+"""One page about everything that has been run; `python -m retriever.report` is its door."""

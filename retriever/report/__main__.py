@@ -1,0 +1,5 @@
+from tools.commands import run_command
+
+from .report import Config, main
+
+run_command(main, Config)
