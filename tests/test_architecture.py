@@ -57,6 +57,19 @@ def test_the_rule_is_seen_when_broken() -> None:
     }
 
 
+def test_the_method_is_read_in_sixteen_files_and_knows_nothing_of_the_wings() -> None:
+    """The wings import from the method, and not the other way; the package's door to `Retriever` is the exception."""
+    room = ROOT / "retriever"
+    method = [path for path in room.glob("*.py") if path.name != "__init__.py"]
+    wings = {path.parent.name for path in room.glob("*/__init__.py")}
+    assert len(method) <= 16
+    assert wings == {"gallery", "pseudo_queries", "report", "serve"}
+    for path in method:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not wings & set((node.module or "").split(".")), path.name
+
+
 def test_rq_vae_is_a_folder_of_commands() -> None:
     assert not (ROOT / "RQ-VAE" / "__init__.py").exists()
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.commands import help_text
+
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 '''A command.'''
@@ -46,3 +48,14 @@ def test_a_command_ends_without_a_traceback(body: str, status: int, errors: str)
     process.stdout.close()  # as `| head` does
     assert process.stderr.read() == errors
     assert process.wait() == status
+
+
+def test_help_names_the_command_and_keeps_its_paragraphs_apart() -> None:
+    for name in ("tools.results", "retriever.serve"):
+        done = subprocess.run(
+            [sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith(f"usage: python -m {name} [-h] [OPTIONS]\n")
+    written = "One thing.\n\nIn:  a folder,\n     whole.\nOut: a file.\nCommand: python -m a\n         python -m b\n"
+    shown = ["One thing.", "In:  a folder, whole.", "Out: a file.", "Command: python -m a", "python -m b"]
+    assert help_text(written).split("\n\n") == shown

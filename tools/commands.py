@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -46,7 +47,8 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
     environment.tell_choices()
     try:
         check_arguments(config_type, sys.argv[1:])
-        config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
+        description = help_text(sys.modules[main.__module__].__doc__ or "")
+        config = tyro.cli(config_type, prog=command_line(), description=description)
         check_numbers(config)
         main(of_trial(config))
     except BadInput as error:
@@ -64,6 +66,27 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
         if line is None:
             raise
         _refuse(line)
+
+
+def command_line() -> str:
+    """How the running command is started, as it is typed."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return f"python {sys.argv[0]}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def help_text(documentation: str) -> str:
+    """A module's docstring as its command's help shows it: paragraphs, "In:", "Out:" and each command line apart."""
+    paragraphs: list[str] = []
+    apart = True
+    for line in map(str.strip, documentation.splitlines()):
+        if apart or re.match(r"(In|Out|Command): |python -m ", line):
+            paragraphs.append(line)
+        else:
+            paragraphs[-1] += f" {line}"
+        apart = not line
+    return "\n\n".join(filter(None, map(str.strip, paragraphs)))
 
 
 def _refuse(line: str) -> NoReturn:
