@@ -83,7 +83,7 @@ def choose_linear(arithmetic: Arithmetic, device: torch.device) -> tuple[MakeLin
     """
     if arithmetic == "int8":
         if device.type != "cpu":
-            raise BadInput("--precision int8 runs on the CPU only: take bf16 on a GPU")
+            raise BadInput("`precision` int8 runs on the CPU only: take bf16 on a GPU")
         environment.note(precision="int8")
         return Int8Linear, torch.float32
     dtype = pick_dtype(arithmetic, device)

@@ -108,7 +108,7 @@ def _inputs(captioner: Captioner, pictures: Sequence[Image.Image], prompt: str |
     elif prompt is not None and hasattr(processor, "image_processor"):
         found = processor(images=list(pictures), text=[prompt] * len(pictures), padding=True, return_tensors="pt")
     elif prompt is not None:
-        raise BadInput(f"{type(captioner.model).__name__} reads no text beside the picture: leave --prompt out")
+        raise BadInput(f"{type(captioner.model).__name__} reads no text beside the picture: leave `prompt` out")
     else:
         found = processor(images=list(pictures), return_tensors="pt")
     device, dtype = captioner.model.device, captioner.model.dtype

@@ -12,7 +12,7 @@ from torch import nn
 from tools.errors import BadInput
 
 READ_ERRORS = (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError)
-ANEW = "run the script that made it with --overwrite"
+ANEW = "let the script that made it overwrite it"
 
 
 def read_state(path: Path, *, prefix: str = "", advice: str = "download it again") -> dict[str, Any]:

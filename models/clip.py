@@ -105,7 +105,7 @@ def load_clip(name: str, pretrained: str | None = None, *, activation: Activatio
         if not (folder / CONFIG_NAME).is_file():
             raise BadInput(f"{folder} has no {CONFIG_NAME}: not an open_clip model folder")
         if pretrained is not None:
-            raise BadInput(f"--pretrained {pretrained} is for models by name, {folder} has weights: leave it out")
+            raise BadInput(f"`pretrained` {pretrained} is for models by name, {folder} has weights: leave it out")
         check_files(folder)
         config = _read_config(folder / CONFIG_NAME)
         name, options = f"local-dir:{folder}", _local_text_tower(config, folder)
@@ -113,11 +113,11 @@ def load_clip(name: str, pretrained: str | None = None, *, activation: Activatio
         if name not in open_clip.list_models():
             near = did_you_mean(name, open_clip.list_models())
             raise BadInput(
-                f"--model {name} is neither a folder nor an open_clip model name (open_clip.list_models()){near}"
+                f"`model` {name} is neither a folder nor an open_clip model name (open_clip.list_models()){near}"
             )
         if not pretrained:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-            raise BadInput(f"--model {name} needs --pretrained: a checkpoint file or one of {tags}")
+            raise BadInput(f"`model` {name} needs `pretrained`: a checkpoint file or one of {tags}")
         if not (open_clip.get_pretrained_cfg(name, pretrained) or Path(pretrained).is_file()):
             raise BadInput(f"open_clip cannot load {name} ({pretrained}): that is neither a file nor one of its tags")
         config = open_clip.get_model_config(name)
@@ -164,7 +164,7 @@ def recorded_activation(facts: Mapping[str, Any]) -> Activation:
     if _told_activation(name, pretrained) == "quick_gelu":
         raise BadInput(
             f"an earlier version encoded with {name} ({pretrained}) without its QuickGELU, so the features are worse "
-            "than the model's: encode again with --overwrite"
+            "than the model's: encode again with `overwrite`"
         )
     return "gelu"
 
@@ -190,15 +190,15 @@ def trained_with(name: str, pretrained: str, wanted: Activation = "auto") -> Act
     """
     known = _told_activation(name, pretrained)
     if known is not None and wanted not in ("auto", known):
-        raise BadInput(f"--activation {wanted}: {name} ({pretrained}) was trained with {known}: leave it out")
+        raise BadInput(f"`activation` {wanted}: {name} ({pretrained}) was trained with {known}: leave it out")
     if known is not None or wanted != "auto":
         return known or wanted
     tags = open_clip.list_pretrained_tags_by_model(name)
     kinds = {_activation_of(open_clip.get_pretrained_cfg(name, tag)) for tag in tags}
     if len(kinds) > 1:
         raise BadInput(
-            f"{pretrained} does not tell with which activation {name} was trained: add --activation quick_gelu for "
-            "weights of OpenAI, DFN or MetaCLIP, --activation gelu for those of LAION and DataComp"
+            f"{pretrained} does not tell with which activation {name} was trained: add `activation` quick_gelu for "
+            "weights of OpenAI, DFN or MetaCLIP, `activation` gelu for those of LAION and DataComp"
         )
     return kinds.pop() if kinds else "gelu"
 
@@ -245,7 +245,7 @@ def assemble_clip(
     try:
         positions = load_config(text_tower).max_position_embeddings
     except (*LOADING_ERRORS, AttributeError) as error:
-        raise BadInput(f"--text-tower {text_tower} is no text encoder's folder: {first_line(error)}") from None
+        raise BadInput(f"`text_tower` {text_tower} is no text encoder's folder: {first_line(error)}") from None
     context_length = min(CONTEXT_LENGTH, positions)
     config = {
         "embed_dim": width,
@@ -275,7 +275,7 @@ def assemble_clip(
     try:
         model = open_clip.CustomTextCLIP(**custom)
     except (*LOADING_ERRORS, AssertionError, KeyError, AttributeError) as error:
-        raise BadInput(f"--image-tower {image_tower} or --text-tower {text_tower}: {first_line(error)}") from None
+        raise BadInput(f"`image_tower` {image_tower} or `text_tower` {text_tower}: {first_line(error)}") from None
     weights = _read_weights(image_weights)
     if "_conv_stem.weight" in weights:
         weights = rename_efficientnet_lite(weights)
@@ -351,7 +351,7 @@ def with_image_size(clip: Clip, size: int) -> Clip:
     if clip.image_size == (size, size):
         return clip
     if not hasattr(visual, "trunk") or hasattr(visual.trunk, "patch_embed"):
-        raise BadInput(f"--image-size {size}: the image tower takes pictures of {clip.image_size[0]} pixels alone")
+        raise BadInput(f"`image_size` {size}: the image tower takes pictures of {clip.image_size[0]} pixels alone")
     preprocess = {**open_clip.get_model_preprocess_cfg(clip.model), "size": size}
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), is_train=False)
     return clip._replace(preprocess=transform)

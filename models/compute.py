@@ -45,22 +45,22 @@ def pick_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise BadInput(f"--device {name} is not a torch device: write cpu, cuda or cuda:N") from None
+        raise BadInput(f"`device` {name} is not a torch device: write cpu, cuda or cuda:N") from None
     if device.type == "meta":
-        raise BadInput("--device meta computes nothing: write cpu, cuda or cuda:N")
+        raise BadInput("`device` meta computes nothing: write cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"--device {name}: torch sees no CUDA GPU; leave the option out to use the CPU")
+        raise BadInput(f"`device` {name}: torch sees no CUDA GPU; leave the option out to use the CPU")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0")
+        raise BadInput(f"`device` {name}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0")
     if device.type == "cuda" and device.index is not None:
         if processes.count() > 1:
-            raise BadInput(f"--device {name} would be every process's: write cuda, and each gets its own")
+            raise BadInput(f"`device` {name} would be every process's: write cuda, and each gets its own")
         torch.cuda.set_device(device)  # accelerate goes to the current one
     if name == "cuda" and processes.count() > 1:
         own, there = processes.on_this_machine(), torch.cuda.device_count()
         if own >= there:
             raise BadInput(
-                f"each process needs a GPU, this machine has {there}: start fewer processes, or name a --device"
+                f"each process needs a GPU, this machine has {there}: start fewer processes, or name a `device`"
             )
         device = torch.device("cuda", own)
         torch.cuda.set_device(device)
@@ -93,7 +93,7 @@ def refuse_unseen_gpu() -> None:
         way = f"set TORCH_BACKEND=auto and start the script again{newer}"
     raise BadInput(
         f"nvidia-smi sees {card} with driver {driver}, but torch {torch.__version__} sees no GPU, it {built}: "
-        f"{way}; --device cpu computes without it"
+        f"{way}; `device` cpu computes without it"
     )
 
 
@@ -122,7 +122,7 @@ def refuse_unknown_card(device: torch.device) -> None:
         raise BadInput(
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and torch "
             f"{torch.__version__} (CUDA {torch.version.cuda}) is built for {', '.join(built)}: set TORCH_BACKEND "
-            "to a build for this card, such as cu126 for Volta, and start the script again; --device cpu computes "
+            "to a build for this card, such as cu126 for Volta, and start the script again; `device` cpu computes "
             "without it"
         )
 
@@ -185,20 +185,20 @@ def check_optimization(config: Any) -> None:
     """
     check_optimizer(config.optimizer)
     if not 0 < config.lr < float("inf") or not 0 <= config.weight_decay < float("inf"):
-        raise BadInput("--lr must be above 0, --weight-decay at least 0, and both finite")
+        raise BadInput("`lr` must be above 0, `weight_decay` at least 0, and both finite")
     if not 0 <= getattr(config, "warmup", 0.0) <= 1:
-        raise BadInput(f"--warmup is a share of the steps, 0 to 1, not {config.warmup}")
+        raise BadInput(f"`warmup` is a share of the steps, 0 to 1, not {config.warmup}")
     if not getattr(config, "max_grad_norm", 1.0) > 0:
-        raise BadInput("--max-grad-norm must be above 0")
+        raise BadInput("`max_grad_norm` must be above 0")
     if config.seed < 0:
-        raise BadInput("--seed must be at least 0")
+        raise BadInput("`seed` must be at least 0")
 
 
 def check_optimizer(name: str) -> None:
     """Refuse what is no optimiser of torch.optim."""
     if name.lower() not in OPTIMIZERS:
         near = did_you_mean(name.lower(), OPTIMIZERS)
-        raise BadInput(f"--optimizer {name} is not in torch.optim; it has {', '.join(sorted(OPTIMIZERS))}{near}")
+        raise BadInput(f"`optimizer` {name} is not in torch.optim; it has {', '.join(sorted(OPTIMIZERS))}{near}")
 
 
 def make_optimizer(
@@ -272,7 +272,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
         generators = state.pop("generators")
     except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
-        raise BadInput(f"{path} is damaged ({reason}): start the training again with --overwrite") from None
+        raise BadInput(f"{path} is damaged ({reason}): start the training again with `overwrite`") from None
     torch.set_rng_state(generators["torch"])
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(generators["cuda"][: torch.cuda.device_count()])

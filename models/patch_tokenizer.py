@@ -94,11 +94,11 @@ class PatchTokenizer(nn.Module):
         """
         config = self.config
         if patches.shape[1] < config.width:
-            raise BadInput(f"--patch-width {config.width}: the image tower's features are {patches.shape[1]} wide")
+            raise BadInput(f"`patch_width` {config.width}: the image tower's features are {patches.shape[1]} wide")
         if len(patches) < max(config.codebook_size, config.width):
             raise BadInput(
                 f"{len(patches)} patches are too few for {config.codebook_size} codes of width {config.width}: lower "
-                "--codebook-size and --patch-width, or give more --fit-pictures"
+                "`codebook_size` and `patch_width`, or give more `fit_pictures`"
             )
         generator = torch.Generator().manual_seed(seed)
         some = patches[torch.randperm(len(patches), generator=generator)[:MOST_VECTORS]]

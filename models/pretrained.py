@@ -34,7 +34,7 @@ def load_whole(loader: Any, name: str, **options: Any) -> Any:
 
 
 def cannot_load(name: str, error: Exception) -> BadInput:
-    return BadInput(f"--language-model {name} cannot be loaded: {first_line(error)}")
+    return BadInput(f"`language_model` {name} cannot be loaded: {first_line(error)}")
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def fits(name: str, paths: Iterable[str]) -> bool:
 
 
 def check_names(
-    name: str, model: nn.Module, wanted: Sequence[str], *, flag: str, published: Sequence[str] = ()
+    name: str, model: nn.Module, wanted: Sequence[str], *, argument: str, published: Sequence[str] = ()
 ) -> None:
     """Whether a model has modules of the names that are wanted, where peft would pass over those it has not.
 
@@ -157,7 +157,7 @@ def check_names(
     own = sorted({path[-1] for path in weights if path and not path[-1].isdigit()})
     wrong = (misspelt or unknown)[0]
     near = did_you_mean(wrong, own)
-    raise BadInput(f"{flag} {wrong}: {name} has no module of that name, it has {', '.join(own)}{near}")
+    raise BadInput(f"`{argument}` {wrong}: {name} has no module of that name, it has {', '.join(own)}{near}")
 
 
 def widened(codebooks: NDArray[np.float32], width: int, name: str) -> NDArray[np.float32]:
@@ -170,10 +170,7 @@ def widened(codebooks: NDArray[np.float32], width: int, name: str) -> NDArray[np
     if own == width:
         return codebooks
     if own > width:
-        raise BadInput(
-            f"the codebooks are {own} wide, {name} is {width}: "
-            f"train the RQ-VAE with --width {width} (scripts/05_train_rqvae.sh)"
-        )
+        raise BadInput(f"the codebooks are {own} wide, {name} is {width}: train the RQ-VAE with a width of {width}")
     rows, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(width, own)))
     turned: NDArray[np.float32] = (codebooks @ rows.T).astype(np.float32)
     return turned

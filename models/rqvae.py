@@ -62,7 +62,7 @@ class RqVaeConfig:
     def __post_init__(self) -> None:
         if self.align_at == "before" and self.alignment != "none" and self.width != self.features:
             raise BadInput(
-                f"--align-at before compares latents with captions: --width {self.width} must equal the features' "
+                f"`align_at` before compares latents with captions: `width` {self.width} must equal the features' "
                 f"width {self.features}"
             )
 

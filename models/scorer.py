@@ -361,7 +361,7 @@ def build_new_scorer(
         BadInput: the model cannot be loaded, has image tokens of its own, or the width does not divide into heads.
     """
     if width % (2 * heads) or width % 4:
-        raise BadInput(f"--new-width {width} must divide into --new-heads {heads} of even width, and by 4")
+        raise BadInput(f"`new_width` {width} must divide into `new_heads` {heads} of even width, and by 4")
     try:
         tokenizer = load_tokenizer(name)
         lender = load_whole(AutoModel, name, **_without_pooler(load_config(name)))
@@ -435,7 +435,7 @@ def _image_tokens(
     if more or known.get(names[-1]) != first + images.size - 1 or not {OPEN_IMAGE, CLOSE_IMAGE} <= known.keys():
         raise BadInput(
             f"the tokenizer of {name} has other image tokens than {names[0]} to {names[-1]}, {OPEN_IMAGE} and "
-            f"{CLOSE_IMAGE}: give the pictures the tokens it was made for, or another --language-model"
+            f"{CLOSE_IMAGE}: give the pictures the tokens it was made for, or another `language_model`"
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -446,7 +446,7 @@ def _image_tokens(
         if starts is not None and starts.shape[1] > table.shape[1]:
             raise BadInput(
                 f"the image tokens' codebook is {starts.shape[1]} wide, {name} is {table.shape[1]}: make the tokens "
-                f"with --patch-width {table.shape[1]} (scripts/15_convert_voken_to_seed.sh)"
+                f"with a patch width of {table.shape[1]}"
             )
         if starts is not None:
             rows = widened(starts - starts.mean(axis=0), table.shape[1], name)
@@ -470,7 +470,7 @@ def refuse_both_ways(name: str, model: Any) -> None:
     except (TypeError, ValueError):  # it wants a decoder's input too
         states = torch.tensor([0.0, 1.0])
     if not torch.allclose(states[0], states[1], rtol=1e-2, atol=1e-3):
-        raise BadInput(f"--language-model {name} does not read from left to right: give a causal model")
+        raise BadInput(f"`language_model` {name} does not read from left to right: give a causal model")
 
 
 def _adapt(name: str, model: Any, lora: Lora) -> "PeftModel":
@@ -481,8 +481,8 @@ def _adapt(name: str, model: Any, lora: Lora) -> "PeftModel":
     from peft import LoraConfig, get_peft_model
 
     there = module_names(model)
-    check_names(name, model, lora.targets, flag="--lora-targets", published=LORA_TARGETS)
-    check_names(name, model, lora.whole, flag="--lora-whole", published=(*TRAINED_WHOLE, "lm_head"))
+    check_names(name, model, lora.targets, argument="lora_targets", published=LORA_TARGETS)
+    check_names(name, model, lora.whole, argument="lora_whole", published=(*TRAINED_WHOLE, "lm_head"))
     config = LoraConfig(
         task_type="FEATURE_EXTRACTION",
         r=lora.rank,
@@ -494,4 +494,4 @@ def _adapt(name: str, model: Any, lora: Lora) -> "PeftModel":
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise BadInput(f"--lora-targets do not fit {name}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"`lora_targets` do not fit {name}: {str(error).splitlines()[0]}") from None

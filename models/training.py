@@ -1,6 +1,6 @@
 """The training loop that stages share, on one process or many: a stage says what a batch and its loss are.
 
-A batch is `--batch-size` captions of all processes together, each of which takes its part; draws depend on seed, epoch
+A batch is `batch_size` captions of all processes together, each of which takes its part; draws depend on seed, epoch
 and batch alone. So the number of processes changes the speed, and dropout's masks, but nothing else; and a training
 that was killed goes on as if it had not been.
 
@@ -125,7 +125,7 @@ def check_launch(kind: DistributedType) -> None:
     if kind not in PLAIN:
         raise BadInput(
             f"accelerate launch was told to share the model by {kind.value}, which is not supported: write "
-            "--multi_gpu for whole copies, or --config_file scripts/accelerate/zero3.yaml for weights in parts"
+            "--multi_gpu for whole copies, or use DeepSpeed's ZeRO-3 for weights in parts (docs/scale.md)"
         )
 
 
@@ -137,8 +137,8 @@ def check_batch_size(batch_size: int) -> None:
     """
     if batch_size < processes.count():
         raise BadInput(
-            f"--batch-size {batch_size} counts the captions of all {processes.count()} processes: raise it to "
-            f"{processes.count()} or more, and lower --accumulate as much"
+            f"`batch_size` {batch_size} counts the captions of all {processes.count()} processes: raise it to "
+            f"{processes.count()} or more, and lower `accumulate` as much"
         )
 
 
@@ -239,12 +239,12 @@ class TrainingLoop(ABC):
         check_launch(self.accelerator.distributed_type)
         self.sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.sharded and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
-            raise BadInput("DeepSpeed does not train with --precision fp16: write bf16 or fp32")
+            raise BadInput("DeepSpeed does not train with `precision` fp16: write bf16 or fp32")
         self.module = module.to(self.device)
         if self.device.type == "cuda":
             fuse_norms(self.module)
         if config.compile == "always" and self.sharded:
-            raise BadInput("--compile is for whole models, DeepSpeed shares this one: leave one of the two out")
+            raise BadInput("`compile` is for whole models, DeepSpeed shares this one: leave one of the two out")
         if config.compile == "always" or (config.compile == "gpu" and not self.sharded and gpu_compiles(self.device)):
             self.module.compile(backend=COMPILER, dynamic=True)
         self.best: dict[str, Any] = {}

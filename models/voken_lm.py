@@ -296,7 +296,7 @@ def build_seq2seq(
     try:
         config = load_config(name, dropout_rate=dropout)
         if config.model_type not in T5_FAMILY:
-            raise BadInput(f"--language-model {name} is a {config.model_type}, seq2seq takes {', '.join(T5_FAMILY)}")
+            raise BadInput(f"`language_model` {name} is a {config.model_type}, seq2seq takes {', '.join(T5_FAMILY)}")
         model = load_whole(AutoModelForSeq2SeqLM, name, config=config, dtype=torch.float32)
         tokenizer = load_tokenizer(name)
     except LOADING_ERRORS as error:
@@ -373,7 +373,7 @@ def _adapt(name: str, model: Any, lora: Lora) -> "PeftModel":
     """Put adapters into a causal model, in place: they, its embeddings and its head are what is trained."""
     from peft import LoraConfig, get_peft_model
 
-    check_names(name, model, lora.targets, flag="--lora-targets")
+    check_names(name, model, lora.targets, argument="lora_targets")
     whole = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -387,7 +387,7 @@ def _adapt(name: str, model: Any, lora: Lora) -> "PeftModel":
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise BadInput(f"--lora-targets do not fit {name}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"`lora_targets` do not fit {name}: {str(error).splitlines()[0]}") from None
 
 
 def refuse_unsearchable(name: str, config: Any, longest: int) -> None:
@@ -407,10 +407,10 @@ def refuse_unsearchable(name: str, config: Any, longest: int) -> None:
     elif scaled:
         reason = f"scales its logits ({scaled[0]}), which is not supported"
     elif window is not None and window <= longest:
-        reason = f"sees {window} tokens back, prompt and vokens have up to {longest}: shorten --max-source"
+        reason = f"sees {window} tokens back, prompt and vokens have up to {longest}: shorten `max_source`"
     else:
         return
-    raise BadInput(f"--language-model {name} ({config.model_type}) {reason}")
+    raise BadInput(f"`language_model` {name} ({config.model_type}) {reason}")
 
 
 def _add_vokens(
@@ -467,7 +467,7 @@ def build_encoder_decoder(
     """
     width = codebooks.shape[-1]
     if width % heads:
-        raise BadInput(f"--decoder-heads {heads} does not divide the codebooks' width {width}")
+        raise BadInput(f"`decoder_heads` {heads} does not divide the codebooks' width {width}")
     try:
         text_encoder = load_whole(AutoModel, encoder, add_pooling_layer=False, dtype=torch.float32)
         tokenizer = load_tokenizer(encoder)

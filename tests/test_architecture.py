@@ -70,6 +70,15 @@ def test_the_method_is_read_in_sixteen_files_and_knows_nothing_of_the_wings() ->
                 assert not wings & set((node.module or "").split(".")), path.name
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*.py")), ids=lambda path: path.stem)
+def test_models_speak_of_arguments_and_not_of_options_or_scripts(path: Path) -> None:
+    """The commands put their options in the place of `arguments`; the programs that are called are another matter."""
+    of_others = {"--query-gpu", "--format", "--multi_gpu"}
+    text = path.read_text()
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= of_others
+    assert "scripts/" not in text
+
+
 def test_rq_vae_is_a_folder_of_commands() -> None:
     assert not (ROOT / "RQ-VAE" / "__init__.py").exists()
 

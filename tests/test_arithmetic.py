@@ -52,5 +52,5 @@ def test_fused_layers_give_what_each_gives() -> None:
 
 
 def test_int8_on_a_gpu_is_refused() -> None:
-    with pytest.raises(BadInput, match="--precision int8 runs on the CPU only"):
+    with pytest.raises(BadInput, match="`precision` int8 runs on the CPU only"):
         choose_linear("int8", torch.device("cuda"))

@@ -785,7 +785,7 @@ def change(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Non
     save_file(state, path)
 
 
-OVERWRITE = "run the script that made it with --overwrite"
+OVERWRITE = "let the script that made it overwrite it"
 DAMAGED: list[Any] = [
     case("rqvae", lambda folder: shorten(folder / "model.safetensors"), r"model\.safetensors is not a readable file of "
          rf"tensors \(.*\): {OVERWRITE}", id="truncated safetensors"),
@@ -831,8 +831,8 @@ def test_a_damaged_checkpoint_is_one_line(
 @pytest.mark.parametrize(
     ("name", "pretrained", "message"),
     [
-        ("ViT-B-23", "openai", r"--model ViT-B-23 is neither a folder .*; did you mean ViT-B-32\?$"),
-        ("ViT-B-32", None, r"--model ViT-B-32 needs --pretrained: a checkpoint file or one of openai"),
+        ("ViT-B-23", "openai", r"`model` ViT-B-23 is neither a folder .*; did you mean ViT-B-32\?$"),
+        ("ViT-B-32", None, r"`model` ViT-B-32 needs `pretrained`: a checkpoint file or one of openai"),
         ("ViT-B-32", "opnai", r"open_clip cannot load ViT-B-32 \(opnai\): .*"),
     ],
     ids=["misspelt name", "no tag", "misspelt tag"],
@@ -846,9 +846,9 @@ def test_a_misspelt_two_tower_model(name: str, pretrained: str | None, message: 
 @pytest.mark.parametrize(
     ("flag", "names", "message"),
     [
-        ("targets", ("q_proj", "v_prj"), r"--lora-targets v_prj: .*llama has no module of that name, it has .*v_proj; "
+        ("targets", ("q_proj", "v_prj"), r"`lora_targets` v_prj: .*llama has no module of that name, it has .*v_proj; "
          r"did you mean v_proj\?$"),
-        ("whole", ("embed_tokens", "norms"), r"--lora-whole norms: .*llama has no module of that name, it has .*; did "
+        ("whole", ("embed_tokens", "norms"), r"`lora_whole` norms: .*llama has no module of that name, it has .*; did "
          r"you mean norm\?$"),
         ("targets", (), None),
         ("whole", (), None),

@@ -233,12 +233,12 @@ def assert_gives(clip: Clip, published: Published, activation: str) -> None:
 def test_openais_files_get_quick_gelu(published: Published) -> None:
     for file in (published.archive, published.state):
         assert_gives(load_clip("ViT-both", file), published, "quick_gelu")
-        with pytest.raises(BadInput, match=r"--activation gelu: ViT-both \(.*\) was trained with quick_gelu: leave it"):
+        with pytest.raises(BadInput, match=r"`activation` gelu: ViT-both \(.*\) was trained with quick_gelu: leave it"):
             load_clip("ViT-both", file, activation="gelu")
 
 
 def test_a_file_that_does_not_tell_is_asked_about(published: Published) -> None:
-    with pytest.raises(BadInput, match="does not tell with which activation ViT-both was trained: add --activation"):
+    with pytest.raises(BadInput, match="does not tell with which activation ViT-both was trained: add `activation`"):
         load_clip("ViT-both", published.plain)
     for activation in ("gelu", "quick_gelu"):
         assert_gives(load_clip("ViT-both", published.plain, activation=activation), published, activation)
@@ -267,7 +267,7 @@ def test_lengths_count_padding_ids_inside_a_text(tiny: Path) -> None:
 def test_unknown_models_are_one_clear_line(tmp_path: Path) -> None:
     for name, pretrained, message in (
         ("ViT-L-14-337", None, "neither a folder nor an open_clip model name"),
-        ("ViT-B-32", None, "needs --pretrained: a checkpoint file or one of openai"),
+        ("ViT-B-32", None, "needs `pretrained`: a checkpoint file or one of openai"),
         ("ViT-B-32", "no-such-file.pt", "cannot load ViT-B-32"),
         (str(tmp_path), None, r"has no open_clip_config\.json"),
     ):

@@ -158,10 +158,10 @@ def timm_features(tokenizer: PatchTokenizer, pixels: Tensor) -> Tensor:
 def test_a_transformer_takes_its_own_size_alone(vit: str, tmp_path: Path) -> None:
     clip = load_clip(vit)
     assert with_image_size(clip, 32) is clip
-    with pytest.raises(BadInput, match="--image-size 64: the image tower takes pictures of 32 pixels alone"):
+    with pytest.raises(BadInput, match="`image_size` 64: the image tower takes pictures of 32 pixels alone"):
         PatchTokenizer(PatchConfig(vit, image_size=64))
     timm_vit = timm_folder(tmp_path / "vit", "test_vit", 160)
-    with pytest.raises(BadInput, match="--image-size 64: the image tower takes pictures of 160 pixels alone"):
+    with pytest.raises(BadInput, match="`image_size` 64: the image tower takes pictures of 160 pixels alone"):
         PatchTokenizer(PatchConfig(timm_vit, image_size=64))
     tokenizer = PatchTokenizer(PatchConfig(timm_vit, grid=10, width=8)).eval()
     pixels = pixels_of(tokenizer, 2)
@@ -174,10 +174,10 @@ def test_a_transformer_takes_its_own_size_alone(vit: str, tmp_path: Path) -> Non
 def test_too_little_to_fit_on_is_one_clear_line(vit: str) -> None:
     tokenizer = PatchTokenizer(PatchConfig(vit, grid=2, width=8, levels=1, codebook_size=81)).eval()
     patches = tokenizer.patches(pixels_of(tokenizer)).flatten(0, 1)
-    with pytest.raises(BadInput, match="80 patches are too few for 81 codes of width 8: lower --codebook-size and"):
+    with pytest.raises(BadInput, match="80 patches are too few for 81 codes of width 8: lower `codebook_size` and"):
         tokenizer.fit(patches, seed=0)
     wide = PatchTokenizer(PatchConfig(vit, grid=2, width=33, levels=1, codebook_size=4))
-    with pytest.raises(BadInput, match="--patch-width 33: the image tower's features are 32 wide"):
+    with pytest.raises(BadInput, match="`patch_width` 33: the image tower's features are 32 wide"):
         wide.fit(patches, seed=0)
     few = PatchTokenizer(PatchConfig(vit, grid=2, width=30, levels=1, codebook_size=4))
     with pytest.raises(BadInput, match="20 patches are too few for 4 codes of width 30"):

@@ -468,7 +468,7 @@ def test_each_process_gets_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     own = torch.device("cuda", 1)
     assert [pick_device(), pick_device("cuda"), *taken] == [own] * 4
     assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(BadInput, match="--device cuda:0 would be every process's: write cuda"):
+    with pytest.raises(BadInput, match="`device` cuda:0 would be every process's: write cuda"):
         pick_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(BadInput, match="each process needs a GPU, this machine has 2"):

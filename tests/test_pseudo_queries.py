@@ -218,7 +218,7 @@ def test_any_image_to_text_model_writes_captions(make: Callable[[Path], Path], t
         assert texts != write_captions(model, pictures, sampling, seed=2)
         asked = sampling._replace(prompt="a picture of")
         if make is encoder_decoder_folder:
-            with pytest.raises(BadInput, match="leave --prompt out"):
+            with pytest.raises(BadInput, match="leave `prompt` out"):
                 write_captions(model, pictures, asked, seed=1)
         else:
             texts = write_captions(model, pictures, asked, seed=1)

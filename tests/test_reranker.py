@@ -744,7 +744,7 @@ def test_contradictions_are_named_before_any_work(
             build(**options)
         assert "\n" not in str(raised.value)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(BadInput, match="--batch-size 1 counts the captions of all 8 processes"):
+    with pytest.raises(BadInput, match="`batch_size` 1 counts the captions of all 8 processes"):
         learning(batch_size=1)
     assert not out.exists()
 

@@ -268,7 +268,7 @@ def test_other_image_tokens_are_refused(folders: dict[str, str], tmp_path: Path)
         llama_tokenizer(tokens).save_pretrained(folder)
         with pytest.raises(BadInput, match=r"has other image tokens than <img_00000> to <img_00011>, <img> and </img>"):
             built(folders, tokenizer_name=str(folder))
-    with pytest.raises(BadInput, match=r"codebook is 17 wide, .*llama is 16: make the tokens with --patch-width 16"):
+    with pytest.raises(BadInput, match=r"codebook is 17 wide, .*llama is 16: make the tokens with a patch width of 16"):
         built(folders, starts=np.zeros((12, 17), dtype=np.float32))
 
 
@@ -477,9 +477,9 @@ def test_compat_reads_as_published(folders: dict[str, str]) -> None:
 
 def test_a_model_that_reads_both_ways_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
     for name in (folders["distilbert"], str(t5_folder(tmp_path / "t5"))):
-        with pytest.raises(BadInput, match=f"--language-model {name} does not read from left to right: give a causal"):
+        with pytest.raises(BadInput, match=f"`language_model` {name} does not read from left to right: give a causal"):
             build_scorer(name, images=IMAGES, tokenizer_name=folders["words"])
-    with pytest.raises(BadInput, match=r"--language-model .*nowhere cannot be loaded"):
+    with pytest.raises(BadInput, match=r"`language_model` .*nowhere cannot be loaded"):
         build_scorer(str(tmp_path / "nowhere"), images=IMAGES)
 
 
@@ -718,7 +718,7 @@ def test_the_first_layers_alone_are_used(folders: dict[str, str]) -> None:
 
 
 def test_adapters_that_do_not_fit_are_one_clear_line(folders: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"--lora-targets no_proj: .*llama has no module of that name") as raised:
+    with pytest.raises(BadInput, match=r"`lora_targets` no_proj: .*llama has no module of that name") as raised:
         built(folders, lora=LORA._replace(targets=("no_proj",)))
     assert "\n" not in str(raised.value)
     scorer = built(folders, lora=LORA)
@@ -764,7 +764,7 @@ def test_a_new_models_shape_is_checked(lender: dict[str, str]) -> None:
     scorer = new_scorer(lender, layers=3, heads=4)
     assert (len(scorer.model.layers), scorer.model.config.num_attention_heads) == (3, 4)
     for width, heads in ((16, 3), (12, 4), (6, 1)):
-        with pytest.raises(BadInput, match=f"--new-width {width} must divide into --new-heads {heads}"):
+        with pytest.raises(BadInput, match=f"`new_width` {width} must divide into `new_heads` {heads}"):
             new_scorer(lender, width=width, heads=heads)
     wide = new_scorer(lender, width=64)  # more directions than there are tokens: the others are empty
     assert wide.model.embed_tokens.weight.isfinite().all()

@@ -281,7 +281,7 @@ def test_a_model_that_cannot_encode_queries_is_one_clear_line(
     for other, message in (
         ({"content": ["another"]}, r"clip is not the model that made the features of .*index any more: search with"),
         ({"model": str(tmp_path / "gone")}, "gone is not the model that made the features of .*index any more"),
-        ({"model": "no-such-model", "content": []}, r"cannot be loaded \(--model no-such-model is neither"),
+        ({"model": "no-such-model", "content": []}, r"cannot be loaded \(`model` no-such-model is neither"),
     ):
         manifest["facts"]["clip"] = {**made_by, **other}
         runs.write_manifest(folder, manifest)

@@ -433,7 +433,7 @@ def test_a_base_model_that_moved_is_one_clear_line(chain: Chain, tmp_path: Path)
     (tmp_path / "llama").rename(tmp_path / "elsewhere")
     with pytest.raises(BadInput, match=r"adapts .*llama, which cannot be loaded.*correct base_model_name_or_path"):
         VokenLM.from_pretrained(tmp_path / "saved")
-    with pytest.raises(BadInput, match=r"--lora-targets no_proj: .* no module of that name, .*; did you mean o_proj"):
+    with pytest.raises(BadInput, match=r"`lora_targets` no_proj: .* no module of that name, .*; did you mean o_proj"):
         build_causal(
             str(tmp_path / "elsewhere"), space=SPACE, codebooks=codebooks(SPACE, 16), max_source=8,
             lora=Lora(2, 4.0, 0.0, ("no_proj",)),
@@ -570,7 +570,7 @@ def test_pseudo_queries_from_other_captions_are_refused(chain: Chain, tmp_path: 
 
 def test_more_processes_than_captions_in_a_batch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(BadInput, match=r"--batch-size 1 counts the captions of all 8 processes: raise it to 8"):
+    with pytest.raises(BadInput, match=r"`batch_size` 1 counts the captions of all 8 processes: raise it to 8"):
         train.Config(dataset=tmp_path, language_model="x", output=tmp_path / "x", batch_size=1, accumulate=16)
 
 

@@ -5,6 +5,7 @@ key.
 """
 
 import dataclasses
+import re
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -57,6 +58,15 @@ def option(name: str) -> str:
     '--batch-size'
     """
     return f"--{name.replace('_', '-')}"
+
+
+def with_options(message: str, config_type: type[Any]) -> str:
+    """A message that speaks of `arguments`, as the functions of models/ do, with options in their place.
+
+    Words in backquotes that are no fields of the configuration stay as they are.
+    """
+    known = {field.name for field in dataclasses.fields(config_type)}
+    return re.sub(r"`(\w+)`", lambda found: option(found[1]) if found[1] in known else found[0], message)
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from . import environment, processes
-from .arguments import check_arguments, check_numbers
+from .arguments import check_arguments, check_numbers, with_options
 from .errors import EXIT_BAD_INPUT, BadInput
 from .failures import explain
 from .logs import end_progress
@@ -52,7 +52,8 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
         check_numbers(config)
         main(of_trial(config))
     except BadInput as error:
-        _refuse(str(error).rpartition("BadInput: ")[2])  # of a DataLoader's worker it comes with its traceback
+        told = str(error).rpartition("BadInput: ")[2]
+        _refuse(with_options(told, config_type))  # of a DataLoader's worker it comes with its traceback
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
