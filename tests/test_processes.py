@@ -63,13 +63,18 @@ class Started:
         return [one.exitcode for one in self.each]
 
 
-def start(function: Callable[[], Any], log: Path, *, count: int = 2) -> Started:
-    """Run a function in copies of this process that are told what a launcher would tell them."""
+def start(function: Callable[[], Any], log: Path, *, count: int = 2, anew: bool = False) -> Started:
+    """Run a function in copies of this process that are told what a launcher would tell them.
+
+    Args:
+        anew: in new processes, which import everything again. A copy cannot compute gradients once other tests have
+            left threads of torch's autograd or of a tokenizer's training in this process.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log.write_text("")
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context("spawn" if anew else "fork")
     each = [context.Process(target=_take_part, args=(function, log, n, count, port)) for n in range(count)]
     for one in each:
         one.start()
@@ -80,7 +85,7 @@ def _take_part(function: Callable[[], Any], log: Path, number: int, count: int, 
     for descriptor in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), descriptor)
     torch.cuda.is_available = lambda: False  # a copy of a process that has used a GPU cannot
-    torch.set_num_threads(1)  # as torchrun has it; threads of the process that was copied are not there
+    torch.set_num_threads(1)  # as torchrun has it
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

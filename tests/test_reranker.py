@@ -930,7 +930,7 @@ def test_training_on_two_processes(build: Callable[..., train.Config], stages: S
     settings: dict[str, Any] = {"batch_size": 15, "easing": 0.5, "lora_dropout": 0.0, "epochs": 2}
     one, two = build(stages, tmp_path / "one", **settings), build(stages, tmp_path / "two", **settings)
     train.main(one)
-    started = start(partial(train_anew, train.main, two), tmp_path / "log")
+    started = start(partial(train_anew, train.main, two), tmp_path / "log", anew=True)
     assert started.statuses() == [0, 0], started.log.read_text()
     assert files_of(one.output) == files_of(two.output)
     metrics = [runs.read_manifest(config.output, "reranker.train").metrics for config in (one, two)]

@@ -82,7 +82,7 @@ def test_alignment_losses_by_hand() -> None:
 
 
 def test_align_before_needs_equal_widths() -> None:
-    with pytest.raises(BadInput, match="--align-at before"):
+    with pytest.raises(BadInput, match="`align_at` before"):
         dataclasses.replace(CONFIG, alignment="mse", align_at="before")
 
 
@@ -100,7 +100,7 @@ def test_optimizers_by_name() -> None:
         assert type(make_optimizer(name, model, lr=0.1, weight_decay=0.0)).__name__.lower() == name.lower()
         make_optimizer(name, model, lr=0.1, weight_decay=0.0, fused=True)  # also where there is no such form
     assert make_optimizer("adamw", model, lr=0.1, weight_decay=0.0, fused=True).defaults["fused"]
-    with pytest.raises(BadInput, match=r"--optimizer adamm is not in torch\.optim"):
+    with pytest.raises(BadInput, match=r"`optimizer` adamm is not in torch\.optim"):
         make_optimizer("adamm", model, lr=0.1, weight_decay=0.0)
 
 

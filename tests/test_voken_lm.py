@@ -221,11 +221,11 @@ def test_bucketed_batches_hold_every_text_once_with_little_padding() -> None:
 
 def test_models_that_do_not_fit_are_one_clear_line(tmp_path: Path) -> None:
     books = codebooks(SPACE, 24)
-    with pytest.raises(BadInput, match=r"codebooks are 24 wide.*--width 16"):
+    with pytest.raises(BadInput, match=r"codebooks are 24 wide.*with a width of 16"):
         build_seq2seq(str(t5_folder(tmp_path / "t5")), space=SPACE, codebooks=books, dropout=0.0, max_source=8)
     with pytest.raises(BadInput, match="cannot be loaded"):
         build_seq2seq(str(tmp_path / "none"), space=SPACE, codebooks=books, dropout=0.0, max_source=8)
-    with pytest.raises(BadInput, match="--decoder-heads 5 does not divide"):
+    with pytest.raises(BadInput, match="`decoder_heads` 5 does not divide"):
         build_encoder_decoder(
             str(bert_folder(tmp_path / "bert")),
             space=SPACE, codebooks=books, layers=1, heads=5, dropout=0.0, max_source=8,
@@ -233,7 +233,7 @@ def test_models_that_do_not_fit_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is a bert, seq2seq takes t5"):
         build_seq2seq(str(tmp_path / "bert"), space=SPACE, codebooks=books, dropout=0.0, max_source=8)
     llama = str(llama_folder(tmp_path / "llama"))
-    with pytest.raises(BadInput, match=r"codebooks are 24 wide.*--width 16"):
+    with pytest.raises(BadInput, match=r"codebooks are 24 wide.*with a width of 16"):
         build_causal(llama, space=SPACE, codebooks=books, max_source=8)
     for change, reason in (
         ({"final_logit_softcapping": 30.0}, "scales its logits"),
