@@ -23,6 +23,7 @@ from tools.vokens import VokenSpace
 
 POOL = "pool.jsonl"
 PSEUDO_QUERIES = "pseudo.jsonl"
+GENERATED_BY = "retriever.pseudo_queries.generate"  # the command that writes them
 TRAINED_BY = ("retriever.train", "retriever.train_stage2")
 ARRAYS = ("codes.npy", "latents.npy", "codebooks.npy")
 UNKNOWN = -1  # datasets of earlier versions do not say which row a caption has; all but pseudo queries do without
@@ -154,7 +155,7 @@ def read_pseudo_queries(folder: Path, data: RetrieverData) -> Pairs:
         BadInput: it is not finished, is empty, was made from other captions (whose splits may be others: a caption of a
             train picture of theirs may be one of test here), or names a picture that the dataset does not have.
     """
-    manifest = read_manifest(folder, "retriever.pseudo_queries.generate")
+    manifest = read_manifest(folder, GENERATED_BY)
     if manifest.facts["captions_fingerprint"] != data.manifest.facts.get("captions_fingerprint"):
         raise BadInput(
             f"{folder} was made from other captions than {data.folder}: run scripts/08_generate_pseudo_query.sh "

@@ -8,9 +8,8 @@ from tools.errors import BadInput
 from tools.files import read_json_lines
 from tools.runs import Manifest, read_manifest, unchanged_input
 
-from .data import PSEUDO_QUERIES, TRAINED_BY, RetrieverData
+from .data import GENERATED_BY, PSEUDO_QUERIES, TRAINED_BY, RetrieverData
 
-GENERATED_BY = "retriever.pseudo_queries.generate"  # of pseudo queries
 STARTS = ("start", "stage1")  # inputs that are trained retrievers, on which a training goes on
 
 

@@ -32,7 +32,7 @@ from tools.files import read_array, read_json, write_json, write_json_lines
 from tools.logs import progress
 from tools.pictures import open_picture
 
-from ..data import PSEUDO_QUERIES, Queries, read_data
+from ..data import GENERATED_BY, PSEUDO_QUERIES, Queries, read_data
 from .candidates import Candidates, Pool, TrainCaptions
 from .endpoint import Endpoint, Request, ask_all, make_prompt
 
@@ -361,7 +361,7 @@ def main(config: Config) -> None:
         inputs["dataset"] = config.dataset
     if config.captioner is not None and Path(config.captioner).is_dir():
         inputs["captioner"] = Path(config.captioner)
-    run = runs.begin("retriever.pseudo_queries.generate", config, inputs=inputs)
+    run = runs.begin(GENERATED_BY, config, inputs=inputs)
     if run is None:
         return
     selected = select_all(run, pool, config)
