@@ -6,48 +6,40 @@ Out: `<output>/config.json`, `<output>/model.safetensors` (the best checkpoint b
 Command: python -m RQ-VAE.train --features DIR --output DIR
 """
 
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from models.compute import (
-    check_optimization,
-    load_state,
-    make_optimizer,
-    pick_device,
-    save_state,
-    seed_everything,
-    warmup_share,
-)
+from models.batches import Part, check_batch_size
+from models.compute import pick_device, seed_everything
+from models.options import TrainingOptions, ValidationOptions
 from models.rqvae import BLOCK, AlignAt, Alignment, RqVae, RqVaeConfig
-from tools import runs
+from models.stepper import Stepper
+from models.training import Checkpoint
+from tools import processes, runs
 from tools.commands import run_command
-from tools.curves import Curves
 from tools.errors import BadInput
 from tools.features import Features, Rows, encoder_of, read_features
 from tools.files import read_json_lines, write_json
 from tools.logs import Tracker, progress
+from tools.options import RunOptions
 from tools.recall import CUTOFFS
 from tools.tokenizer_report import TokenizerReport, make_report
 
-SAVE_EVERY_SECONDS = 10.0
-STATE = "state.pt"  # what a resumed run goes on from
+LEAST = 2  # pairs of a process in a batch: batch norm needs company
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, TrainingOptions, ValidationOptions):
     """Shape, losses and training of the tokenizer. Published values: the paper's recipe for Flickr30k."""
 
     features: Path
     """Feature folder."""
-    output: Path
-    """Run folder to write."""
     width: int = 768
     """Width of latents and codebooks (e_dim): the width of the language model."""
     hidden: tuple[int, ...] = (1024, 512)
@@ -94,31 +86,18 @@ class Config:
     epochs: int = 3000
     """Passes over the train pictures, or over their captions."""
     batch_size: int = 16384
-    """Pairs of a picture and a caption a batch."""
+    """Pairs of a picture and a caption a batch, of all processes together."""
     shuffle: bool = True
     """Other batches in each epoch; published: no."""
-    optimizer: str = "adamw"
-    """Name of an optimiser of torch.optim."""
     lr: float = 1e-4
-    """Peak learning rate."""
-    weight_decay: float = 0.0
-    """Weight decay of the matrices."""
-    warmup: float = 0.0
-    """Share of the steps over which the learning rate rises."""
     validate_every: int = 20
-    """Epochs between validations."""
-    seed: int = 0
-    """Seed of start, batches and captions."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
-        if min(self.levels, self.codebook_size, self.width, self.batch_size, self.validate_every) < 1:
-            raise BadInput("--levels, --codebook-size, --width, --batch-size, --validate-every must be at least 1")
-        if self.batch_size < 2:
-            raise BadInput("--batch-size must be at least 2")
+        TrainingOptions.__post_init__(self)
+        ValidationOptions.__post_init__(self)
+        if min(self.levels, self.codebook_size, self.width) < 1:
+            raise BadInput("--levels, --codebook-size and --width must be at least 1")
+        check_batch_size(self.batch_size, least=LEAST)
         if self.epochs < 0 or not 0 <= self.dropout < 1:
             raise BadInput("--epochs must not be negative, --dropout must be in [0, 1)")
         if self.sinkhorn_temperature < 0 or self.kmeans_balance < 0:
@@ -132,7 +111,6 @@ class Config:
             raise BadInput("--hidden takes widths of at least 1")
         if self.pseudo_queries is not None and self.pairs != "caption":
             raise BadInput("--pseudo-queries are pairs of their own: add --pairs caption")
-        check_optimization(self)
 
     def model(self, features: int) -> RqVaeConfig:
         """The model's part of this configuration."""
@@ -197,28 +175,24 @@ class TrainData:
         if config.pseudo_queries is not None:
             self._add_pseudo_queries(read_pseudo_pairs(config.pseudo_queries, features, device))
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of (features, caption features), each (batch, features), for one epoch."""
-        for pictures, captions in self._chosen(epoch):
-            yield self.images[torch.from_numpy(pictures)], self.texts[torch.from_numpy(captions)]
-
-    def batch_count(self) -> int:
-        """Batches an epoch."""
-        return len(self._chosen(0))
-
-    def _chosen(self, epoch: int) -> list[tuple[Rows, Rows]]:
-        """Rows of `images` and of `texts` of each batch."""
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The batches of an epoch, each (batch, 2) rows of `images` and of `texts`; the same in every process."""
         generator, size = np.random.default_rng([self.config.seed, epoch]), self.config.batch_size
         pairs = len(self.rows) if self.config.pairs == "picture" else len(self.captions)
         order = generator.permutation(pairs) if self.config.shuffle else np.arange(pairs)
         if self.config.pairs == "picture":
             captions = self.features.draw_captions(self.rows, generator)
-            count = max(1, pairs // size)  # none smaller than `size`: batch norm needs company
-            return [(chosen, captions[chosen]) for chosen in np.array_split(order, count)]
+            count = max(1, pairs // size)  # none smaller than `size`
+            return [np.stack([chosen, captions[chosen]], axis=1) for chosen in np.array_split(order, count)]
         cuts = list(range(size, pairs, size))  # as published: the last one is what is left
-        if cuts and pairs - cuts[-1] == 1:
+        if cuts and pairs - cuts[-1] < LEAST * processes.count():
             cuts.pop()
-        return [(self.pictures[chosen], self.captions[chosen]) for chosen in np.split(order, cuts)]
+        return [np.stack([self.pictures[chosen], self.captions[chosen]], axis=1) for chosen in np.split(order, cuts)]
+
+    def pairs(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Features of pictures and of captions, each (batch, features), of rows (batch, 2)."""
+        pictures, captions = torch.from_numpy(rows).unbind(dim=1)
+        return self.images[pictures], self.texts[captions]
 
     def _add_pseudo_queries(self, pseudo: PseudoPairs) -> None:
         """Put further pairs behind those of the train split, and each picture once that is not of it."""
@@ -260,7 +234,7 @@ def start_from_kmeans(model: RqVae, data: TrainData, config: Config) -> None:
         BadInput: it has fewer vectors than a codebook has codes.
     """
     if config.kmeans_first_batch:
-        what, (sample, _) = "pairs in the first batch", next(data.batches(0))
+        what, (sample, _) = "pairs in the first batch", data.pairs(data.batches(0)[0])
     else:
         what, sample = "train pictures", data.images[torch.randperm(len(data.images))[: config.kmeans_sample]]
     if len(sample) < config.codebook_size:
@@ -275,82 +249,101 @@ def start_from_kmeans(model: RqVae, data: TrainData, config: Config) -> None:
     )
 
 
-def best_folder(run: runs.Run, best: dict[str, Any]) -> Path:
-    """Where the best checkpoint so far lies until the training ends."""
-    return run.resume_folder / f"best-{best['epoch']}"
+class Validation:
+    """Reports on val. The features stay as they are, so that their own recall is measured once."""
+
+    def __init__(self, model: RqVae, features: Features) -> None:
+        self.model, self.features = model, features
+        self.raw: dict[str, float] | None = None
+
+    def report(self) -> TokenizerReport:
+        """The report of the weights as they are, made by the main process, in every process."""
+        report = None
+        if processes.is_main():
+            report = make_report(self.model, self.features, split="val", raw=self.raw)
+            self.raw = report.raw_recall
+        shared = processes.share(report)
+        assert shared is not None, "the main process has no report"
+        return shared
 
 
-def save(run: runs.Run, best: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write what a resumed run needs."""
-    save_state(run.resume_folder / STATE, {**state, "best": best})
-    run.note_time()
-    runs.keep_only(run.resume_folder, "best-*", best_folder(run, best))
+def make_stepper(model: RqVae, config: Config, *, steps: int) -> Stepper:
+    """The optimiser of the tokenizer, in whole copies of the model.
+
+    Raises:
+        BadInput: DeepSpeed would keep copies of weights that this training writes to (k-means, unused codes).
+    """
+    several = processes.count() > 1  # alone, dropout goes on with the draws of the batch before
+    if several and next(model.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    stepper = Stepper(model, config, steps=steps, decay="none", seeded=several)
+    if stepper.sharded:
+        raise BadInput("the tokenizer is trained in whole copies: start it without DeepSpeed")
+    return stepper
 
 
-def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> dict[str, Any]:
-    """Train, validate, keep the best; returns the best validation with its epoch. Resumes from its last state."""
-    device = next(model.parameters()).device
-    data = TrainData(features, config, device)
-    optimizer = make_optimizer(
-        config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda"
-    )
-    steps = config.epochs * data.batch_count()
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_share(step, steps=steps, warmup=config.warmup, decay="none")
-    )
+def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Checkpoint:
+    """Train, validate, keep the best. Resumes from the last state.
+
+    Args:
+        model: on the device where it is trained.
+    """
+    data = TrainData(features, config, next(model.parameters()).device)
+    stepper = make_stepper(model, config, steps=config.epochs * len(data.batches(0)))
+    checkpoint = Checkpoint(run, stepper, epochs=config.epochs, points=config.epochs)
     tracker = Tracker(run.folder, job="train_rqvae", config=run.started["config"])
-    best: dict[str, Any] = {}
-    curves = Curves(config.epochs)
-    raw: dict[str, float] | None = None  # the features stay as they are: measured once
+    validation = Validation(model, features)
+    parts: dict[str, Tensor] = {}
 
-    def validate(epoch: int) -> None:
-        nonlocal raw
-        report = make_report(model, features, split="val", raw=raw)
-        raw = report.raw_recall
+    def loss(part: Part) -> Tensor:
+        losses = stepper.model(*data.pairs(part.rows))
+        parts.update({f"train/{name}": value.detach() for name, value in losses._asdict().items()})
+        total: Tensor = losses.total(config.alignment_weight)
+        return total
+
+    def validate() -> None:
+        report = validation.report()
         figures = {f"val/{name.removeprefix('val/')}": value for name, value in report.figures().items()}
-        tracker.log(figures, step=epoch)
-        curves.mark(epoch, figures)
-        if not best or score(report) > best["score"]:
-            best.update(score=score(report), epoch=epoch)
-            model.save_pretrained(best_folder(run, best))
+        tracker.log(figures, step=checkpoint.epoch)
+        checkpoint.curves.mark(checkpoint.epoch, figures)
+        checkpoint.keep_best({}, model.save_pretrained, mean=score(report))
 
-    state = load_state(run.resume_folder / STATE)
-    start = 0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start, best = state["epoch"], state["best"]
-        curves.restore(state.get("curves"))
-    else:
+    if not checkpoint.resume():
         if config.kmeans_start:
             start_from_kmeans(model, data, config)
-        validate(0)
-    saved = time.monotonic()
-    bar = progress(range(start, config.epochs), "training RQ-VAE", total=config.epochs, unit="epoch", initial=start)
+            stepper.align()
+        validate()
+    epochs = range(checkpoint.epoch, config.epochs)
+    bar = progress(epochs, "training RQ-VAE", total=config.epochs, unit="epoch", initial=checkpoint.epoch)
     for epoch in bar:
         model.train()
-        for images, captions in data.batches(epoch):
-            losses = model.losses(images, captions)
-            optimizer.zero_grad()
-            losses.total(config.alignment_weight).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-        if config.revive_every and (epoch + 1) % config.revive_every == 0 and epoch + 1 < config.epochs:
+        for batches in checkpoint.steps(data.batches(epoch), seed=config.seed, shown=False):
+            stepper.step(loss, batches)
+        checkpoint.epoch_ends()
+        if config.revive_every and checkpoint.epoch % config.revive_every == 0 and checkpoint.epoch < config.epochs:
             revive(model, data, config, epoch)
-        figures = {name: value.item() for name, value in losses._asdict().items()}
-        tracker.log({f"train/{name}": value for name, value in figures.items()}, step=epoch + 1)
-        curves.step(epoch + 1, {f"train/{name}": value for name, value in figures.items()})
-        bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()}, refresh=False)
-        if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
-            validate(epoch + 1)
-        if time.monotonic() - saved > SAVE_EVERY_SECONDS or epoch + 1 == config.epochs:
-            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curves": curves.state()}
-            save(run, best, {**states, "schedule": schedule.state_dict(), "epoch": epoch + 1})
-            saved = time.monotonic()
+            stepper.align()
+        figures = {name: value.item() for name, value in parts.items()}
+        tracker.log(figures, step=checkpoint.epoch)
+        checkpoint.curves.step(checkpoint.epoch, figures)
+        bar.set_postfix({name.removeprefix("train/"): f"{value:.3f}" for name, value in figures.items()}, refresh=False)
+        if checkpoint.validates(config.validate_every):
+            validate()
+        checkpoint.save_if_due()
+    checkpoint.save()
     tracker.finish()
-    curves.write(run.folder)
-    return best
+    return checkpoint
+
+
+def write_best(checkpoint: Checkpoint, features: Features, folder: Path) -> dict[str, float]:
+    """Put the best checkpoint, its report and the curves in place. Returns the report's figures."""
+    model = RqVae.from_pretrained(checkpoint.best_folder)
+    model.save_pretrained(folder)
+    checkpoint.curves.write(folder)
+    report = make_report(model, features, split="val")
+    write_json(folder / "report.json", report._asdict())
+    print(f"best checkpoint: epoch {checkpoint.best['epoch']}\n{report.text()}")
+    return report.figures()
 
 
 def main(config: Config) -> None:
@@ -363,12 +356,8 @@ def main(config: Config) -> None:
         return
     seed_everything(config.seed)
     model = RqVae(config.model(features.images.shape[1])).to(pick_device(config.device))
-    best = train(model, features, run, config)
-    model = RqVae.from_pretrained(best_folder(run, best))
-    model.save_pretrained(run.folder)
-    report = make_report(model, features, split="val")
-    write_json(run.folder / "report.json", report._asdict())
-    print(f"best checkpoint: epoch {best['epoch']}\n{report.text()}")
+    checkpoint = train(model, features, run, config)
+    figures = write_best(checkpoint, features, run.folder) if processes.is_main() else {}
     run.finish(
         facts={
             "encoder": encoder_of(features.manifest),
@@ -377,9 +366,9 @@ def main(config: Config) -> None:
             "shared": config.shared_codebook,
             "setting": "inductive" if config.pseudo_queries is None else "transductive",
         },
-        metrics={"best_epoch": best["epoch"], **report.figures()},
+        metrics={"best_epoch": checkpoint.best["epoch"], **figures},
     )
 
 
 if __name__ == "__main__":
-    run_command(main, Config)
+    run_command(main, Config, shares_work=True)

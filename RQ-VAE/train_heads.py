@@ -12,65 +12,50 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.batches import Part
 from models.clip import Heads, attach_heads, detach_heads, load_recorded, save_clip
-from models.compute import (
-    check_optimization,
-    load_state,
-    make_optimizer,
-    pick_device,
-    save_state,
-    seed_everything,
-    warmup_share,
-)
+from models.compute import pick_device, seed_everything
+from models.options import TrainingOptions
+from models.stepper import Stepper
+from models.training import Checkpoint
 from tools import runs
 from tools.commands import run_command
-from tools.curves import Curves
 from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Features, Floats, normalized, read_features
 from tools.files import write_array
 from tools.logs import Tracker, progress
+from tools.options import RunOptions
 from tools.recall import search_recall
 
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
 BLOCK = 4096
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, TrainingOptions):
     """How the heads are trained."""
 
     features: Path
     """Run folder of RQ-VAE.prepare_emb --layer tower."""
-    output: Path
-    """Run folder to write."""
     epochs: int = 40
     """Passes over the train pictures, one random caption each."""
     batch_size: int = 1024
     """Pairs a batch; each is contrasted with all others."""
     lr: float = 1e-3
-    """Peak learning rate."""
     weight_decay: float = 0.1
-    """AdamW's weight decay of the matrices."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises; it then falls along a cosine."""
     temperature: float = 0.07
     """Temperature of the CLIP loss at the start; it is learned."""
-    optimizer: str = "adamw"
-    """Name of an optimiser of torch.optim."""
-    seed: int = 0
-    """Seed of batches and captions."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
+        TrainingOptions.__post_init__(self)
         if self.epochs < 1 or self.batch_size < 2 or self.temperature <= 0:
             raise BadInput("--epochs must be at least 1, --batch-size at least 2, --temperature above 0")
-        check_optimization(self)
 
 
 class TwoHeads(nn.Module):
@@ -81,7 +66,7 @@ class TwoHeads(nn.Module):
         self.image, self.text = heads.image, heads.text
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
 
-    def loss(self, images: Tensor, texts: Tensor) -> Tensor:
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         """Symmetric cross-entropy over the batch (Radford et al. 2021, figure 3); inputs (batch, tower width)."""
         image, text = F.normalize(self.image(images), dim=1), F.normalize(self.text(texts), dim=1)
         logits = image @ text.T * self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
@@ -112,64 +97,60 @@ def validate(model: TwoHeads, features: Features, device: torch.device) -> dict[
     return search_recall(text_vectors, image_vectors, targets).recall()
 
 
-def train(model: TwoHeads, features: Features, run: runs.Run, config: Config, device: torch.device) -> dict[str, float]:
-    """Train for all epochs, saving the state after each. Returns the last validation."""
+def batches_of(features: Features, config: Config, epoch: int) -> list[NDArray[np.int64]]:
+    """The batches of an epoch, of equal size, each (batch, 2) rows of the features' pictures and of their captions.
+
+    Raises:
+        BadInput: fewer than two train pictures have captions.
+    """
     rows = features.captioned_rows("train")
     if len(rows) < 2:
         raise BadInput(f"{config.features} has {len(rows)} train pictures with captions: heads need at least 2")
     size = min(config.batch_size, len(rows))
-    optimizer = make_optimizer(config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay)
-    per_epoch = len(rows) // size
-    steps = config.epochs * per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_share(step, steps=steps, warmup=config.warmup, decay="cosine")
-    )
+    count = len(rows) // size
+    generator = np.random.default_rng([config.seed, epoch])
+    order = generator.permutation(rows)[: count * size]
+    return [
+        np.stack([chosen, features.draw_captions(chosen, generator)], axis=1) for chosen in np.array_split(order, count)
+    ]
+
+
+def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) -> dict[str, float]:
+    """Train for all epochs, saving the state now and then. Returns the last validation.
+
+    Args:
+        model: on the device where it is trained.
+    """
+    steps = config.epochs * len(batches_of(features, config, 0))
+    stepper = Stepper(model, config, steps=steps, decay="cosine", seeded=False)
+    checkpoint = Checkpoint(run, stepper, epochs=config.epochs, points=config.epochs)
+    checkpoint.resume()
     tracker = Tracker(run.folder, job="train_heads", config=run.started["config"])
-    curves = Curves(config.epochs)
-    state_path = run.resume_folder / "state.pt"
-    state = load_state(state_path)
-    start = 0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        curves.restore(state.get("curves"))
-        start = state["epoch"]
-    bar = progress(range(start, config.epochs), "training heads", total=config.epochs, unit="epoch", initial=start)
+
+    def loss(part: Part) -> Tensor:
+        pictures, captions = part.rows[:, 0], part.rows[:, 1]
+        images, texts = torch.from_numpy(features.images[pictures]), torch.from_numpy(features.texts[captions])
+        value: Tensor = stepper.model(images.to(stepper.device), texts.to(stepper.device))
+        return value
+
+    epochs = range(checkpoint.epoch, config.epochs)
+    bar = progress(epochs, "training heads", total=config.epochs, unit="epoch", initial=checkpoint.epoch)
     for epoch in bar:
-        generator = np.random.default_rng([config.seed, epoch])
-        order = generator.permutation(rows)
-        total = 0.0
-        for chosen in np.array_split(order[: per_epoch * size], per_epoch):
-            captions = features.draw_captions(chosen, generator)
-            loss = model.loss(
-                torch.from_numpy(features.images[chosen]).to(device),
-                torch.from_numpy(features.texts[captions]).to(device),
-            )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-        tracker.log({"loss": total / per_epoch, "temperature": 1 / model.log_scale.exp().item()}, step=epoch)
-        curves.step(epoch + 1, {"train/loss": total / per_epoch})
-        bar.set_postfix(loss=f"{total / per_epoch:.3f}", refresh=False)
-        save_state(
-            state_path,
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "epoch": epoch + 1,
-                "curves": curves.state(),
-            },
-        )
-        run.note_time()
-    figures = validate(model, features, device)
+        model.train()
+        batches = batches_of(features, config, epoch)
+        steps_of_epoch = checkpoint.steps(batches, seed=config.seed, shown=False)
+        mean = sum(stepper.step(loss, some).item() for some in steps_of_epoch) / len(batches)
+        checkpoint.epoch_ends()
+        tracker.log({"loss": mean, "temperature": 1 / model.log_scale.exp().item()}, step=epoch)
+        checkpoint.curves.step(checkpoint.epoch, {"train/loss": mean})
+        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+        checkpoint.save_if_due()
+    checkpoint.save()
+    figures = validate(model, features, stepper.device)
     tracker.log({f"val/{name}": value for name, value in figures.items()})
     tracker.finish()
-    curves.mark(config.epochs, {f"val/R@{name}": value for name, value in figures.items()})
-    curves.write(run.folder)
+    checkpoint.curves.mark(config.epochs, {f"val/R@{name}": value for name, value in figures.items()})
+    checkpoint.curves.write(run.folder)
     return figures
 
 
@@ -185,7 +166,7 @@ def main(config: Config) -> None:
     if not clip.config:
         raise BadInput(f"{facts['model']}: heads can be saved for named models and folders: download it as a folder")
     model = TwoHeads(detach_heads(clip), config.temperature).to(device)
-    figures = train(model, features, run, config, device)
+    figures = train(model, features, run, config)
     write_array(run.folder / IMAGES, apply_head(model.image, features.images, device))
     write_array(run.folder / TEXTS, apply_head(model.text, features.texts, device))
     model.cpu()

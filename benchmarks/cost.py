@@ -165,7 +165,7 @@ def count_tokenizer(recipe: Recipe) -> int:
     rows = torch.randn(16, 8)
 
     def step() -> None:
-        losses = model.losses(rows[torch.arange(16)], rows[torch.arange(16)])
+        losses = model(rows[torch.arange(16)], rows[torch.arange(16)])
         optimizer.zero_grad()
         losses.total(config.alignment_weight).backward()
         optimizer.step()

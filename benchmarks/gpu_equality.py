@@ -133,7 +133,7 @@ def quantizer(sizes: Sizes, report: Report) -> None:
 
     def loss(module: RqVae) -> Tensor:
         place = module.mean.device
-        return module.train().losses(features.to(place), features.flip(0).to(place)).total(1.0)
+        return module.train()(features.to(place), features.flip(0).to(place)).total(1.0)
 
     compare_steps(report, "quantizer, fp32", model, there, loss, SAME)
 

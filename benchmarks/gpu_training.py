@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -172,7 +171,7 @@ def measure(work: Work, report: Report, *, graphs: bool, loop: bool = True) -> N
     """A training's step beside its parts, each in turn.
 
     Args:
-        loop: it is one of those that `models.training` runs.
+        loop: it is one of those that `models.stepper` takes.
     """
     report.need_time()
     seed_everything(0)
@@ -280,43 +279,33 @@ def graphed_backward(step: Step) -> Callable[[], object]:
 
 
 def loop_steps(work: Work, device: torch.device) -> Callable[[], None]:
-    """Several steps of `models.training`'s loop, on the same batch."""
+    """Several steps as the trainings take them, on the same batch."""
     if find_spec("accelerate") is None:
         raise Skipped("accelerate is not installed")
-    from models.training import Part, TrainingLoop
+    from models.options import LargeModelOptions, TrainingOptions
+    from models.stepper import Stepper
+    from models.training import Checkpoint
 
-    class Loop(TrainingLoop):
-        def batches(self, epoch: int) -> list[NDArray[np.int64]]:
-            return [np.arange(work.examples)] * LOOP_BATCHES
-
-        def loss(self, part: Part) -> Tensor:
-            return work.loss()
-
-        def validate(self) -> dict[str, float]:
-            raise NotImplementedError
-
-        def write_model(self, folder: Any) -> None:
-            raise NotImplementedError
-
-    options = {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "warmup": 0.1, "max_grad_norm": 1.0}
-    counts = {
-        "epochs": 1000,
-        "batch_size": work.examples,
-        "accumulate": 1,
-        "at_once": None,
-        "validate_every": 1,
-        "seed": 0,
-    }
-    config: Any = SimpleNamespace(**options, **counts, precision="bf16", device=device.type, compile="never")
+    config = TrainingOptions(epochs=1000, batch_size=work.examples, lr=1e-5, weight_decay=0.01, warmup=0.1)
+    stepper = Stepper(
+        work.module,
+        config,
+        steps=1000 * LOOP_BATCHES,
+        decay="linear",
+        large=LargeModelOptions(precision="bf16", max_grad_norm=1.0),
+    )
     run: Any = SimpleNamespace(folder=None, resume_folder=None)
-    loop = Loop(config, run, work.module)
-    loop.prepare(decay="linear")
-    loop.save_pause = float("inf")
+    checkpoint = Checkpoint(run, stepper, epochs=1000, points=1000 * LOOP_BATCHES)
+    checkpoint.save_if_due = lambda: None  # type: ignore[method-assign]
     tracker: Any = SimpleNamespace(log=lambda *_, **__: None)
+    batches = [np.arange(work.examples)] * LOOP_BATCHES
 
     def epoch() -> None:
+        work.module.train()
         with contextlib.redirect_stderr(io.StringIO()):  # its bar
-            loop.run_epoch(tracker)
+            for some in checkpoint.steps(batches, seed=0):
+                checkpoint.record(stepper.step(lambda _: work.loss(), some), tracker)
+        checkpoint.epoch_ends()
 
     epoch()  # what fails in it fails here, not among the others
     return epoch
@@ -358,7 +347,7 @@ def train_rqvae(sizes: Sizes, report: Report, *, graphs: bool) -> None:
             report.add(f"{name}, {iterations} iterations", seconds, "s")
     batch = min(sizes.rqvae_batch, sizes.pictures)
     with report.attempt("step"):
-        work = Work(model.train(), lambda: model.losses(images[:batch], texts[:batch]).total(1.0), batch, batch)
+        work = Work(model.train(), lambda: model(images[:batch], texts[:batch]).total(1.0), batch, batch)
         measure(work, report, graphs=graphs, loop=False)
     with report.attempt("epoch"):
         report.need_time()
@@ -373,7 +362,7 @@ def time_epoch(model: RqVae, images: Tensor, texts: Tensor, batch: int, report: 
     step = Step(work)
 
     def loss(part: Tensor) -> Tensor:
-        return model.losses(images[part // CAPTIONS_EACH], texts[part]).total(1.0)
+        return model(images[part // CAPTIONS_EACH], texts[part]).total(1.0)
 
     def epoch() -> None:
         for part in parts:

@@ -34,7 +34,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5
 
 from models.compute import make_optimizer, seed_everything
 from models.norms import fuse_norms
-from models.training import TrainingLoop
 from models.voken_lm import VokenLM
 from reranker import train as reranker_train
 from reranker.data import read_ranked, read_tokens
@@ -137,8 +136,11 @@ def building_as_on_a_gpu() -> Iterator[None]:
     def fused(*words: Any, **options: Any) -> torch.optim.Optimizer:
         return make_optimizer(*words, **{**options, "fused": True})
 
-    with mock.patch("models.training.make_optimizer", fused):
+    with mock.patch("models.stepper.make_optimizer", fused):
         yield
+
+
+OneTraining = Training | reranker_train.Training
 
 
 class Counted(NamedTuple):
@@ -154,20 +156,29 @@ class Counted(NamedTuple):
         return sum(self.micro_step.values()) + self.optimizer_step
 
 
-def count_training(training: TrainingLoop, tracker: Tracker) -> Counted:
+def run_epoch(training: OneTraining, tracker: Tracker) -> None:
+    """The steps of a training's next epoch."""
+    checkpoint = training.checkpoint
+    training.stepper.module.train()
+    for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=training.config.seed):
+        checkpoint.record(training.stepper.step(training.loss, batches), tracker)
+    checkpoint.epoch_ends()
+
+
+def count_training(training: OneTraining, tracker: Tracker) -> Counted:
     """Kernels of a training's second epoch: the first makes what later ones find.
 
     Args:
         training: one that makes a step of each micro-batch (`accumulate` is 1).
     """
-    fuse_norms(training.module)
-    training.run_epoch(tracker)
+    fuse_norms(training.stepper.module)
+    run_epoch(training, tracker)
     counter, inside = KernelCounter(), Counter[str]()
     before = register_optimizer_step_pre_hook(lambda *_: inside.subtract(counter.kernels))
     behind = register_optimizer_step_post_hook(lambda *_: inside.update(counter.kernels))
     batches = len(training.batches(0))
     with as_on_a_gpu(), counter:
-        training.run_epoch(tracker)
+        run_epoch(training, tracker)
     before.remove()
     behind.remove()
     micro = Counter({name: round((count - inside[name]) / batches) for name, count in counter.kernels.items()})
@@ -220,7 +231,7 @@ class Small:
         words.save_pretrained(folder)
         return folder
 
-    def retriever(self, recipe: Recipe, variable: str) -> tuple[TrainingLoop, Tracker]:
+    def retriever(self, recipe: Recipe, variable: str) -> tuple[OneTraining, Tracker]:
         """Stage 1 as an array of the recipe says."""
         config = recipe.config(variable, train.Config, dataset=self.dataset, output=self._output(recipe, variable))
         config = self._cut(config, language_model=str(self.language_model(config.language_model)))
@@ -234,7 +245,7 @@ class Small:
         config = self._cut(config, language_model=str(self.language_model(config.language_model)))
         return train.build_model(config, read_data(self.dataset))
 
-    def stage2(self, recipe: Recipe) -> tuple[TrainingLoop, Tracker]:
+    def stage2(self, recipe: Recipe) -> tuple[OneTraining, Tracker]:
         """Stage 2 from an untrained model of stage 1."""
         data = read_data(self.dataset)
         stage1 = recipe.config("TRAIN_RETRIEVER", train.Config, dataset=self.dataset, output=self.root)
@@ -244,14 +255,14 @@ class Small:
         run = _begin("retriever.train_stage2", config)
         training = train_stage2.Stage2(config, data, run, self._saved(train.build_model(stage1, data)))
         found = np.zeros_like(training.negatives, shape=(len(training.train_split.texts), config.negatives))
-        training.begin_epoch = lambda: setattr(training, "negatives", found)  # type: ignore[method-assign]
+        training.negatives = found
         return training, _tracker(run)
 
     def _saved(self, lm: VokenLM) -> VokenLM:
         lm.save_pretrained(self.root / "stage1")
         return VokenLM.from_pretrained(self.root / "stage1")
 
-    def reranker(self, recipe: Recipe) -> tuple[TrainingLoop, Tracker]:
+    def reranker(self, recipe: Recipe) -> tuple[OneTraining, Tracker]:
         """The reranker on lists and tokens of the dataset's pictures."""
         lists, tokens = self._reranker_folders()
         paths = {"lists": lists, "tokens": tokens, "output": self._output(recipe, "TRAIN_RERANKER")}
@@ -314,7 +325,7 @@ def _tracker(run: runs.Run) -> Tracker:
     return Tracker(run.folder, job="kernels", config={})
 
 
-TRAININGS: dict[str, Callable[[Small, Recipe], tuple[TrainingLoop, Tracker]]] = {
+TRAININGS: dict[str, Callable[[Small, Recipe], tuple[OneTraining, Tracker]]] = {
     "TRAIN_RETRIEVER": lambda small, recipe: small.retriever(recipe, "TRAIN_RETRIEVER"),
     "TRAIN_STAGE2": lambda small, recipe: small.stage2(recipe),
     "FINETUNE_LLAMA": lambda small, recipe: small.retriever(recipe, "FINETUNE_LLAMA"),

@@ -174,26 +174,6 @@ def machine() -> str:
     return f"{torch.get_num_threads()} threads, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def check_optimization(config: Any) -> None:
-    """Refuse numbers that no training can use, before any work.
-
-    Args:
-        config: with optimizer, lr, weight_decay, warmup and seed, and max_grad_norm where there is one.
-
-    Raises:
-        BadInput: one of them is out of its range.
-    """
-    check_optimizer(config.optimizer)
-    if not 0 < config.lr < float("inf") or not 0 <= config.weight_decay < float("inf"):
-        raise BadInput("`lr` must be above 0, `weight_decay` at least 0, and both finite")
-    if not 0 <= getattr(config, "warmup", 0.0) <= 1:
-        raise BadInput(f"`warmup` is a share of the steps, 0 to 1, not {config.warmup}")
-    if not getattr(config, "max_grad_norm", 1.0) > 0:
-        raise BadInput("`max_grad_norm` must be above 0")
-    if config.seed < 0:
-        raise BadInput("`seed` must be at least 0")
-
-
 def check_optimizer(name: str) -> None:
     """Refuse what is no optimiser of torch.optim."""
     if name.lower() not in OPTIMIZERS:

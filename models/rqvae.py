@@ -120,7 +120,7 @@ class RqVae(nn.Module):
         output: Tensor = self.decoder(latents)
         return (output + self.skip_out(latents) if self.config.skip else output) + self.mean
 
-    def losses(self, features: Tensor, captions: Tensor) -> Losses:
+    def forward(self, features: Tensor, captions: Tensor) -> Losses:
         """The objective on pictures (batch, features) and a caption of each (batch, features)."""
         prepared, text = self.prepare(features), self.prepare(captions)
         latents = self.encode(prepared)

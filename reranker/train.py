@@ -20,14 +20,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.compute import Precision, autocast, check_optimization, pick_device, pick_dtype, seed_everything
+from models.batches import Part, bucketed_batches, check_batch_size
+from models.compute import autocast, pick_device, pick_dtype, seed_everything
+from models.options import LargeModelOptions, TrainingOptions, ValidationOptions
 from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora, Scorer, build_new_scorer, build_scorer
-from models.training import Compile, Part, TrainingLoop, bucketed_batches, check_batch_size
+from models.stepper import Stepper
+from models.training import Checkpoint
 from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
 from tools.interpolation import choose_weights, interpolated
 from tools.logs import Tracker
+from tools.options import RunOptions
 from tools.ranked import NO_PICTURE, reordered_ranks
 from tools.recall import report
 
@@ -36,15 +40,13 @@ from .rerank import score_lists
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions):
     """Model, negatives and training. Published values, with SEED-LLaMA 8B."""
 
     lists: Path
     """Run folder of retriever.rank_splits."""
     tokens: Path
     """Run folder of reranker.convert."""
-    output: Path
-    """Run folder to write."""
     language_model: str
     """Hugging Face name or folder of a causal model; for --new-layers, of any model that lends tokenizer and words."""
     tokenizer: str | None = None
@@ -94,66 +96,37 @@ class Config:
     """Train queries of an epoch, drawn anew each time; by default all."""
     batch_size: int = 16
     """Groups a batch, of all processes together."""
-    accumulate: int = 1
-    """Batches a step of the optimiser."""
-    at_once: int | None = None
-    """Groups of a forward pass in each process, at most: less memory for the same step; by default its whole part."""
-    optimizer: str = "adamw"
-    """Name of an optimiser of torch.optim."""
     lr: float = 3e-5
-    """Peak learning rate."""
-    weight_decay: float = 0.0
-    """Weight decay of the matrices."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises; it then falls as a cosine to 0."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    validate_every: int = 1
-    """Epochs between validations."""
     validate_queries: int = 1000
     """Captions of val that are reranked, at most."""
     top_k: int = 50
     """Pictures of each of their lists."""
-    precision: Precision = "auto"
-    """Arithmetic of the forward passes; weights that are trained are kept in fp32."""
-    compile: Compile = "never"
-    """Compile the model (torch.compile), which takes minutes once, and starts a third of the kernels from then on; gpu:
-    where there is a GPU with Triton and a C compiler; always: on a CPU too, with a C++ compiler."""
-    seed: int = 0
-    """Seed of weights, batches and drawn pictures."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
-        counts: tuple[int, ...] = (
-            self.epochs,
-            self.batch_size,
-            self.accumulate,
-            self.validate_every,
-            self.validate_queries,
-        )
-        counts += (self.top_k, self.negatives, self.max_query, self.max_length)
-        chosen = (1 if each is None else each for each in (self.queries_per_epoch, self.at_once))
-        if min(*counts, *chosen) < 1:
+        TrainingOptions.__post_init__(self)
+        ValidationOptions.__post_init__(self)
+        LargeModelOptions.__post_init__(self)
+        counts = (self.epochs, self.validate_queries, self.top_k, self.negatives, self.max_query, self.max_length)
+        if min(*counts, 1 if self.queries_per_epoch is None else self.queries_per_epoch) < 1:
             raise BadInput(
-                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --at-once, --validate-every, "
-                "--validate-queries, --top-k, --negatives, --max-query and --max-length must be at least 1"
+                "--epochs, --queries-per-epoch, --validate-queries, --top-k, --negatives, --max-query and --max-length "
+                "must be at least 1"
             )
         if not 0 <= self.random_negatives <= self.negatives:
             raise BadInput(f"--random-negatives must be between 0 and the {self.negatives} --negatives")
         if not 0 <= self.easing <= 1 or not 0 <= self.lora_dropout < 1:
             raise BadInput("--easing must be in [0, 1] and --lora-dropout in [0, 1)")
-        if min(self.lora_rank, self.new_layers, self.seed) < 0 or self.lora_alpha <= 0:
-            raise BadInput("--lora-rank, --new-layers and --seed must be at least 0, --lora-alpha above 0")
+        if min(self.lora_rank, self.new_layers) < 0 or self.lora_alpha <= 0:
+            raise BadInput("--lora-rank and --new-layers must be at least 0, --lora-alpha above 0")
         if min(self.new_width, self.new_heads) < 1 or (self.layers is not None and self.layers < 1):
             raise BadInput("--layers, --new-width and --new-heads must be at least 1")
         if self.new_layers and self.tokenizer:
             raise BadInput("--new-layers takes the tokenizer of --language-model: leave --tokenizer out")
         if self.new_layers and self.layers:
             raise BadInput("--new-layers makes a model from nothing, --layers cuts a trained one: give one of the two")
-        check_optimization(self)
         check_batch_size(self.batch_size)
 
     @property
@@ -173,14 +146,19 @@ class TrainQueries(NamedTuple):
     """For each query the pictures that negatives are drawn from."""
 
 
-class Training(TrainingLoop):
-    """The training of a reranker."""
+class Training:
+    """The training of a reranker.
 
-    config: Config
+    Args:
+        scorer: on the device where it is trained.
+
+    Attributes:
+        stepper, checkpoint: how it goes on, and where it stands.
+    """
 
     def __init__(self, config: Config, lists: Lists, pictures: PictureTokens, run: runs.Run, scorer: Scorer) -> None:
-        super().__init__(config, run, scorer)
-        self.scorer, self.tokens = scorer, pictures.tokens
+        self.config, self.scorer, self.tokens = config, scorer, pictures.tokens
+        self.device = next(scorer.parameters()).device
         self.train = train_queries(lists, pictures, by_picture=config.by_picture)
         val = lists.read("val", "val").first(config.top_k)
         order = np.random.default_rng(config.seed).permutation(len(val.texts))
@@ -190,7 +168,11 @@ class Training(TrainingLoop):
         self.pool = np.array([row for row, record in enumerate(pictures.records) if record.split == "train"])
         self.spared = spared_pictures(pictures) if config.spare_same_words else {}
         self.epoch_batches = len(self.batches(0))
-        self.prepare(decay="cosine")
+        steps = config.epochs * -(-self.epoch_batches // config.accumulate)
+        self.stepper = Stepper(scorer, config, steps=steps, decay="cosine", large=config)
+        self.checkpoint = Checkpoint(
+            run, self.stepper, epochs=config.epochs, points=steps, accumulate=config.accumulate
+        )
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, places in the train lists."""
@@ -208,25 +190,25 @@ class Training(TrainingLoop):
         groups = self.groups(part)[part.own]
         distinct, places = np.unique(groups, return_inverse=True)
         of_query = torch.arange(len(groups)).repeat_interleave(groups.shape[1])
-        queries = [self.queries[query] for query in part.queries]
+        queries = [self.queries[query] for query in part.rows]
         pairs = self.scorer.pairs(self.tokens[distinct], queries, torch.from_numpy(places.reshape(-1)), of_query)
-        with autocast(self.device, self.dtype):
-            scores: Tensor = self.model(pairs, share_pictures=not self.config.gradient_checkpointing)
+        with autocast(self.device, self.stepper.dtype):
+            scores: Tensor = self.stepper.model(pairs, share_pictures=not self.config.gradient_checkpointing)
         return listwise_loss(scores.view(groups.shape))
 
     def groups(self, part: Part) -> NDArray[np.int64]:
         """Pictures (batch, 1 + negatives) for a whole batch, the right one first; alike in every process."""
-        config = self.config
-        generator = np.random.default_rng(self._seed(0))
-        done = (self.epoch * self.epoch_batches + self.batch) / (config.epochs * self.epoch_batches)
+        config, batch = self.config, part.batch
+        generator = np.random.default_rng(batch.stream(0))
+        done = (batch.epoch * self.epoch_batches + batch.number) / (config.epochs * self.epoch_batches)
         still = max(0.0, 1.0 - done / config.easing) if config.easing else 0.0
         random = config.random_negatives + round((config.negatives - config.random_negatives) * still)
-        keys = self.train.pictures[part.batch] if config.by_picture else np.arange(len(part.batch))
-        groups = np.empty((len(part.batch), 1 + config.negatives), dtype=np.int64)
+        keys = self.train.pictures[batch.rows] if config.by_picture else np.arange(len(batch.rows))
+        groups = np.empty((len(batch.rows), 1 + config.negatives), dtype=np.int64)
         for key in np.unique(keys):
             own = np.flatnonzero(keys == key)
-            groups[own, 0] = self.train.pictures[part.batch[own]]
-            groups[own, 1:] = self.draw(part.batch[own], random, generator)
+            groups[own, 0] = self.train.pictures[batch.rows[own]]
+            groups[own, 1:] = self.draw(batch.rows[own], random, generator)
         return groups
 
     def draw(self, queries: NDArray[np.int64], random: int, generator: np.random.Generator) -> NDArray[np.int64]:
@@ -253,19 +235,18 @@ class Training(TrainingLoop):
 
     def validate(self) -> dict[str, float]:
         """Recall on val of the retriever's order and the reranker's interpolated; the reranker's alone is logged."""
-        with self.validating() as blocks:
-            scores = score_lists(self.scorer, self.tokens, self.val, dtype=self.dtype, blocks_folder=blocks, quiet=True)
+        with self.checkpoint.validating() as blocks:
+            dtype = self.stepper.dtype
+            scores = score_lists(self.scorer, self.tokens, self.val, dtype=dtype, blocks_folder=blocks, quiet=True)
             choice = choose_weights(self.val, {"reranker": scores})
             together = interpolated(self.val.scores, {"reranker": scores}, choice.weights)
             figures = {
                 name: report(reordered_ranks(self.val, order)).recalls
                 for name, order in (("", together), ("alone ", scores), ("before ", self.val.scores))
             }
-            self.keep_best({f"R@{cutoff}": value for cutoff, value in figures[""].items()})
+            best = {f"R@{cutoff}": value for cutoff, value in figures[""].items()}
+            self.checkpoint.keep_best(best, self.scorer.save_pretrained)
         return {f"val/{name}R@{cutoff}": value for name, each in figures.items() for cutoff, value in each.items()}
-
-    def write_model(self, folder: Path) -> None:
-        self.scorer.save_pretrained(folder)
 
 
 def listwise_loss(scores: Tensor) -> Tensor:
@@ -335,6 +316,19 @@ def build_untrained(config: Config, pictures: PictureTokens) -> Scorer:
     )
 
 
+def train(training: Training, tracker: Tracker) -> None:
+    """Run every epoch that is still to come, validate, and keep the best model."""
+    config, checkpoint = training.config, training.checkpoint
+    while checkpoint.epoch < config.epochs:
+        training.scorer.train()
+        for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
+            checkpoint.record(training.stepper.step(training.loss, batches), tracker)
+        checkpoint.epoch_ends()
+        if checkpoint.validates(config.validate_every):
+            checkpoint.report(tracker, training.validate())
+        checkpoint.save()
+
+
 def main(config: Config) -> None:
     pictures = read_tokens(config.tokens)
     lists = read_ranked(config.lists, pictures.manifest.facts["captions_fingerprint"])
@@ -345,12 +339,14 @@ def main(config: Config) -> None:
     if run is None:
         return
     seed_everything(config.seed)
-    training = Training(config, lists, pictures, run, build_model(config, pictures))
-    training.resume()
+    scorer = build_model(config, pictures).to(pick_device(config.device))
+    training = Training(config, lists, pictures, run, scorer)
+    checkpoint = training.checkpoint
+    checkpoint.resume()
     tracker = Tracker(run.folder, job="train_reranker", config=run.started["config"])
-    training.fit(tracker)
-    training.finish(tracker, facts={"setting": lists.facts["setting"], "tokens": pictures.manifest.fingerprint})
-    print(f"best checkpoint: epoch {training.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
+    train(training, tracker)
+    checkpoint.finish(tracker, facts={"setting": lists.facts["setting"], "tokens": pictures.manifest.fingerprint})
+    print(f"best checkpoint: epoch {checkpoint.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
 
 
 if __name__ == "__main__":

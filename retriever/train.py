@@ -125,6 +125,19 @@ def check_start(config: Config, data: RetrieverData) -> None:
         raise BadInput(f"--start {config.start} was trained with --pseudo-queries: give them here too")
 
 
+def train(training: Training, tracker: Tracker) -> None:
+    """Run every epoch that is still to come, validate, and keep the best model."""
+    config, checkpoint = training.config, training.checkpoint
+    while checkpoint.epoch < config.epochs:
+        training.lm.train()
+        for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
+            checkpoint.record(training.stepper.step(training.loss, batches), tracker)
+        checkpoint.epoch_ends()
+        if checkpoint.validates(config.validate_every):
+            checkpoint.report(tracker, training.validate())
+        checkpoint.save()
+
+
 def main(config: Config) -> None:
     data = read_data(config.dataset)
     config.check(data)
@@ -136,12 +149,13 @@ def main(config: Config) -> None:
     if run is None:
         return
     seed_everything(config.seed)
-    training = Training(config, data, run, build_model(config, data))
-    training.resume()
+    training = Training(config, data, run, build_model(config, data).to(pick_device(config.device)))
+    checkpoint = training.checkpoint
+    checkpoint.resume()
     tracker = Tracker(run.folder, job="train_retriever", config=run.started["config"])
-    training.fit(tracker)
-    training.finish(tracker, facts={})
-    print(f"best checkpoint: epoch {training.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
+    train(training, tracker)
+    checkpoint.finish(tracker, facts=training.facts())
+    print(f"best checkpoint: epoch {checkpoint.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
 
 
 if __name__ == "__main__":

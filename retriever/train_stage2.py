@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.compute import autocast, seed_everything
+from models.batches import Part
+from models.compute import autocast, pick_device, seed_everything
 from models.decoding import make_writer
-from models.training import Part
 from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.blocks import wait_for
@@ -50,7 +50,6 @@ class Config(TrainingConfig):
     epochs: int = 5
     """Passes over the train captions."""
     lr: float = 1e-4
-    """Peak learning rate."""
     discriminative: Discriminative = "list-wise"
     """list-wise: softmax of the scores; double-softmax: softmax of that softmax (published); margin, prefix-margin:
     against one negative."""
@@ -89,17 +88,17 @@ class Stage2(Training):
         super().__init__(config, data, run, lm)
         self.pool = np.unique(self.pairs.pictures)
         self.negatives: NDArray[np.int64] = np.zeros((0, config.negatives), dtype=np.int64)
-        self.start = {name: value.detach().clone() for name, value in self.trained().items()}
-        if self.sharded and config.mix:
+        self.start = {name: value.detach().clone() for name, value in self.stepper.trained().items()}
+        if self.stepper.sharded and config.mix:
             raise BadInput("--mix needs whole weights, DeepSpeed keeps them in parts: give --mix no values")
         self.spared: dict[str, set[bytes]] = defaultdict(set)
         if config.spare_same_words:
             for text, picture in zip(*self.pairs, strict=True):
                 self.spared[text].add(data.codes[picture].tobytes())
 
-    def begin_epoch(self) -> None:
+    def find_negatives(self) -> None:
         """Search this epoch's negatives, unless a run that was killed has done so."""
-        path = self.run.resume_folder / f"negatives-{self.epoch}.npy"
+        path = self.run.resume_folder / f"negatives-{self.checkpoint.epoch}.npy"
         if processes.share(path.exists()):
             wait_for([path])
             self.negatives = np.array(read_array(path))
@@ -112,19 +111,18 @@ class Stage2(Training):
             write_array(path, self.negatives)
             runs.keep_only(self.run.resume_folder, "search-*", None)
 
-    def validate(self) -> dict[str, float]:
+    def validate_mixtures(self) -> dict[str, float]:
         """Recall of the new weights, and of each mixture with the start's: the best of all is kept."""
-        figures = super().validate()
-        if self.epoch == 0:
-            return figures
-        trained = [(value, value.detach().clone(), self.start[name]) for name, value in self.trained().items()]
+        figures = self.validate()
+        named = self.stepper.trained().items()
+        trained = [(value, value.detach().clone(), self.start[name]) for name, value in named]
         for share in self.config.mix:
             for value, new, start in trained:
                 value.data = torch.lerp(start, new, share)
-            best = self.best
-            mixed = super().validate()
-            if self.best is not best:
-                self.best["new_share"] = share
+            best = self.checkpoint.best
+            mixed = self.validate()
+            if self.checkpoint.best is not best:
+                self.checkpoint.best["new_share"] = share
             figures |= {f"{name} at {share:g}": recall for name, recall in mixed.items()}
         for value, new, _ in trained:
             value.data = new
@@ -136,19 +134,19 @@ class Stage2(Training):
         The sequences of a caption are: what the generative loss writes, the right codes, the negatives.
         """
         config, targets = self.config, self.targets(part)
-        right = self.codes[torch.from_numpy(self.train_split.pictures[part.queries])]
+        right = self.codes[torch.from_numpy(self.train_split.pictures[part.rows])]
         right = right.to(self.device, non_blocking=True)
-        rows = torch.from_numpy(np.array(self.negatives[part.queries]))
+        rows = torch.from_numpy(np.array(self.negatives[part.rows]))
         wrong = self.codes[rows.clamp_min(0)].to(self.device, non_blocking=True)
         sequences = torch.cat([targets.codes.unsqueeze(1), right.unsqueeze(1), wrong], dim=1)
         with autocast(self.device, self.dtype):
-            logits = self.model(self.train_split.queries.batch(part.queries), sequences.flatten(0, 1))
+            logits = self.stepper.model(self.train_split.queries.batch(part.rows), sequences.flatten(0, 1))
         logits = logits.view(*sequences.shape[:2], *logits.shape[1:])
         generative = generative_loss(
             logits[:, 0], targets, self.lm, temperature=config.temperature, end=config.train_end
         )
         present = (rows >= 0).to(self.device, non_blocking=True)
-        rivals = self._rivals(logits[:, 1:], sequences[:, 1:], present, part.queries)
+        rivals = self._rivals(logits[:, 1:], sequences[:, 1:], present, part)
         discriminative = discriminative_loss(
             rivals,
             config.discriminative,
@@ -157,7 +155,7 @@ class Stage2(Training):
         )
         return generative + config.discriminative_weight * discriminative
 
-    def _rivals(self, logits: Tensor, codes: Tensor, present: Tensor, queries: NDArray[np.int64]) -> Rivals:
+    def _rivals(self, logits: Tensor, codes: Tensor, present: Tensor, part: Part) -> Rivals:
         """From logits (batch, 1 + negatives, levels + 1, vocabulary) of codes (batch, 1 + negatives, levels)."""
         end = self.config.train_end
         flat = written_log_probabilities(logits.flatten(0, 1), codes.flatten(0, 1), self.lm, end=end)
@@ -165,16 +163,16 @@ class Stage2(Training):
         parted = (codes[:, 1:] != codes[:, :1]).cumsum(dim=2) > 0
         if end:
             parted = torch.cat([parted, parted[:, :, -1:]], dim=2)
-        chosen = torch.from_numpy(queries + self.epoch).to(present.device, non_blocking=True)
+        chosen = torch.from_numpy(part.rows + part.batch.epoch).to(present.device, non_blocking=True)
         drawn = chosen % present.sum(dim=1).clamp_min(1)
         return Rivals(written[:, 0], written[:, 1:], present, parted, drawn)
 
     def _search(self) -> NDArray[np.int64]:
         """Pool rows of the negatives of this epoch's captions, hardest first: (train captions, negatives)."""
         config = self.config
-        chosen = np.sort(np.concatenate(self.batches(self.epoch)))
+        chosen = np.sort(np.concatenate(self.batches(self.checkpoint.epoch)))
         self.lm.eval()
-        with self.whole_weights():
+        with self.stepper.whole_weights():
             found = search_queries(
                 make_writer(self.lm, config.precision),
                 SomeQueries(self.train_split.queries, chosen),
@@ -184,7 +182,7 @@ class Stage2(Training):
                 keep=config.negatives + 1,
                 batch_size=config.search_batch,
                 score_end=config.score_end,
-                blocks_folder=self.run.resume_folder / f"search-{self.epoch}",
+                blocks_folder=self.run.resume_folder / f"search-{self.checkpoint.epoch}",
             )
         negatives = np.full((len(self.train_split.texts), config.negatives), NO_PICTURE, dtype=np.int64)
         for query, ranked in zip(chosen, found, strict=True):
@@ -217,6 +215,20 @@ def read_start(config: Config, data: RetrieverData) -> tuple[VokenLM, runs.Manif
     return lm, manifest
 
 
+def train(training: Stage2, tracker: Tracker) -> None:
+    """Run every epoch that is still to come, each against the negatives that the search finds before it."""
+    config, checkpoint = training.config, training.checkpoint
+    while checkpoint.epoch < config.epochs:
+        training.find_negatives()
+        training.lm.train()
+        for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
+            checkpoint.record(training.stepper.step(training.loss, batches), tracker)
+        checkpoint.epoch_ends()
+        if checkpoint.validates(config.validate_every):
+            checkpoint.report(tracker, training.validate_mixtures())
+        checkpoint.save()
+
+
 def main(config: Config) -> None:
     data = read_data(config.dataset)
     config.check(data)
@@ -227,20 +239,22 @@ def main(config: Config) -> None:
     if run is None:
         return
     seed_everything(config.seed)
-    training = Stage2(config, data, run, lm)
+    training = Stage2(config, data, run, lm.to(pick_device(config.device)))
+    checkpoint = training.checkpoint
     tracker = Tracker(run.folder, job="train_retriever_stage2", config=run.started["config"])
-    if not training.resume():
-        training.report(tracker, training.validate())  # the start is the first to beat
-        training.save()
-    training.fit(tracker)
+    if not checkpoint.resume():
+        checkpoint.report(tracker, training.validate())  # the start is the first to beat
+        checkpoint.save()
+    train(training, tracker)
     setting = "transductive" if config.pseudo_queries else start.facts["setting"]
-    training.finish(tracker, facts={"setting": setting, "stage1": str(config.stage1)})
-    if training.best["epoch"] == 0:
+    checkpoint.finish(tracker, facts={**training.facts(), "setting": setting, "stage1": str(config.stage1)})
+    best = checkpoint.best
+    if best["epoch"] == 0:
         print(f"no epoch beat the start on val: {run.folder / 'model'} is the model of {config.stage1}")
     else:
-        share = training.best.get("new_share", 1)
+        share = best.get("new_share", 1)
         print(
-            f"best checkpoint: epoch {training.best['epoch']} of {config.epochs}, {share:.0%} of its weights -> "
+            f"best checkpoint: epoch {best['epoch']} of {config.epochs}, {share:.0%} of its weights -> "
             f"{run.folder / 'model'}"
         )
 

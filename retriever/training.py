@@ -1,6 +1,6 @@
 """One training of a retriever: what a batch, its loss and its validation are, which both stages share.
 
-The loop itself, on one process or many, is models/training.py.
+The loops are in train.py and train_stage2.py.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.compute import Precision, autocast, check_optimization
+from models.batches import Part, bucketed_batches, check_batch_size
+from models.compute import autocast, pick_dtype
 from models.decoding import make_writer
-from models.training import Compile, Part, TrainingLoop, bucketed_batches, check_batch_size
+from models.options import LargeModelOptions, TrainingOptions, ValidationOptions
+from models.stepper import Stepper
+from models.training import Checkpoint
 from models.voken_lm import VokenLM
 from tools import captions, runs
 from tools.errors import BadInput
-from tools.logs import Tracker
+from tools.options import RunOptions
 from tools.recall import CUTOFFS, report
 
 from .data import Pairs, RetrieverData, read_pseudo_queries
@@ -28,13 +31,11 @@ from .retrieve import ranks_of, search_queries
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions):
     """What both stages have in common. Published values: T5-base on Flickr30k, stage 1."""
 
     dataset: Path
     """Run folder of retriever.prepare."""
-    output: Path
-    """Run folder to write."""
     pseudo_queries: Path | None = None
     """Run folder of retriever.pseudo_queries.generate: train on these captions of pool pictures too (transductive)."""
     epochs: int = 100
@@ -43,20 +44,11 @@ class TrainingConfig:
     """Train captions of an epoch, drawn anew each time; by default all."""
     batch_size: int = 128
     """Captions a batch, of all processes together."""
-    accumulate: int = 1
-    """Batches a step of the optimiser."""
-    at_once: int | None = None
-    """Captions of a forward pass in each process, at most: less memory for the same step; by default its whole part."""
-    optimizer: str = "adamw"
-    """Name of an optimiser of torch.optim."""
     lr: float = 1e-3
-    """Peak learning rate."""
     weight_decay: float = 0.01
-    """Weight decay of the matrices."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises; it then falls linearly to 0."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
     temperature: float = 0.5
     """The generative loss is the cross-entropy of softmax(logits / temperature)."""
     label_temperature: float = 0.0
@@ -68,33 +60,18 @@ class TrainingConfig:
     """The end token counts in the score of a search; published: yes."""
     beams: int = 10
     """Beams of the search on val."""
-    validate_every: int = 1
-    """Epochs between validations."""
     validate_queries: int = 5000
     """Captions of val that are searched, at most."""
-    precision: Precision = "auto"
-    """Arithmetic of the forward passes; weights are kept in fp32."""
-    compile: Compile = "never"
-    """Compile the model (torch.compile), which takes minutes once, and starts a third of the kernels from then on; gpu:
-    where there is a GPU with Triton and a C compiler; always: on a CPU too, with a C++ compiler."""
-    seed: int = 0
-    """Seed of weights, batches and drawn codes."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
-        counts = (self.epochs, self.batch_size, self.accumulate, self.beams, self.validate_every, self.validate_queries)
-        chosen = (1 if each is None else each for each in (self.queries_per_epoch, self.at_once))
-        if min(*counts, *chosen) < 1:
-            raise BadInput(
-                "--epochs, --queries-per-epoch, --batch-size, --accumulate, --at-once, --beams, --validate-every and "
-                "--validate-queries must be at least 1"
-            )
-        if self.temperature <= 0 or self.label_temperature < 0 or self.seed < 0:
-            raise BadInput("--temperature must be above 0, --label-temperature and --seed at least 0")
-        check_optimization(self)
+        TrainingOptions.__post_init__(self)
+        ValidationOptions.__post_init__(self)
+        LargeModelOptions.__post_init__(self)
+        least = min(self.epochs, self.beams, self.validate_queries)
+        if least < 1 or (self.queries_per_epoch is not None and self.queries_per_epoch < 1):
+            raise BadInput("--epochs, --queries-per-epoch, --beams and --validate-queries must be at least 1")
+        if self.temperature <= 0 or self.label_temperature < 0:
+            raise BadInput("--temperature must be above 0, --label-temperature at least 0")
         check_batch_size(self.batch_size)
 
     def check(self, data: RetrieverData) -> None:
@@ -124,14 +101,22 @@ class Split(NamedTuple):
     texts: list[str]
 
 
-class Training(TrainingLoop):
-    """One training of a retriever. Stage 1 as it is; stage 2 derives from it."""
+class Training:
+    """One training of a retriever. Stage 1 as it is; stage 2 derives from it.
+
+    Args:
+        lm: on the device where it is trained.
+
+    Attributes:
+        stepper, checkpoint: how it goes on, and where it stands.
+    """
 
     config: TrainingConfig
 
     def __init__(self, config: TrainingConfig, data: RetrieverData, run: runs.Run, lm: VokenLM) -> None:
-        super().__init__(config, run, lm)
-        self.data, self.lm = data, lm
+        self.config, self.data, self.run, self.lm = config, data, run, lm
+        self.device = next(lm.parameters()).device
+        self.dtype = pick_dtype(config.precision, self.device)
         self.pairs = self._train_pairs()
         self.read = self._read()
         self.train_split = self._encodable(self.pairs.some(self.read), "train")
@@ -142,7 +127,11 @@ class Training(TrainingLoop):
             self.codebooks = torch.from_numpy(np.array(data.codebooks)).to(self.device)
             squares = (self.latents[data.rows("train")] ** 2).sum(dim=1)
             self.label_scale = float(squares.mean()) * config.label_temperature
-        self.prepare(decay="linear")
+        steps = config.epochs * -(-len(self.batches(0)) // config.accumulate)
+        self.stepper = Stepper(lm, config, steps=steps, decay="linear", large=config)
+        self.checkpoint = Checkpoint(
+            run, self.stepper, epochs=config.epochs, points=steps, accumulate=config.accumulate
+        )
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, places in `train_split`; the same in every process."""
@@ -153,11 +142,11 @@ class Training(TrainingLoop):
 
     def targets(self, part: Part) -> Targets:
         """What the model should write for a part of a batch, drawn for the whole batch in every process."""
-        pictures = torch.from_numpy(self.train_split.pictures[part.batch])
+        pictures = torch.from_numpy(self.train_split.pictures[part.batch.rows])
         own = torch.from_numpy(part.own)
         if self.config.label_temperature == 0:
             return Targets(self.codes[pictures[own]].to(self.device, non_blocking=True), None)
-        generator = torch.Generator(self.device).manual_seed(self._seed(0))
+        generator = torch.Generator(self.device).manual_seed(part.batch.stream(0))
         latents = self.latents[pictures.to(self.device, non_blocking=True)]
         levels = self.data.space.levels
         codes, shares = soft_targets(latents, self.codebooks, levels, self.label_scale, generator)
@@ -168,13 +157,13 @@ class Training(TrainingLoop):
         """Mean loss over a part of a batch of train captions."""
         config, targets = self.config, self.targets(part)
         with autocast(self.device, self.dtype):
-            logits = self.model(self.train_split.queries.batch(part.queries), targets.codes)
+            logits = self.stepper.model(self.train_split.queries.batch(part.rows), targets.codes)
         return generative_loss(logits, targets, self.lm, temperature=config.temperature, end=config.train_end)
 
     def validate(self) -> dict[str, float]:
         """Image-level recall on val by constrained search over the val pictures; keeps the best model."""
         config = self.config
-        with self.validating() as blocks:
+        with self.checkpoint.validating() as blocks:
             ranking = search_queries(
                 make_writer(self.lm, config.precision),
                 self.val_split.queries,
@@ -189,17 +178,14 @@ class Training(TrainingLoop):
             )
             images, _ = ranks_of(ranking, self.val_split.pictures, self.data.codes)
             recalls = {f"R@{cutoff}": value for cutoff, value in report(images).recalls.items()}
-            self.keep_best(recalls)
+            self.checkpoint.keep_best(recalls, self.lm.save_pretrained)
         return {f"val/{name}": value for name, value in recalls.items()}
 
-    def write_model(self, folder: Path) -> None:
-        self.lm.save_pretrained(folder)
-
-    def finish(self, tracker: Tracker, *, facts: dict[str, Any]) -> None:
+    def facts(self) -> dict[str, Any]:
+        """What the run's manifest says of the model."""
         data = self.data
         setting = data.manifest.facts["setting"] if self.config.pseudo_queries is None else "transductive"
-        own = {"setting": setting, "kind": self.lm.kind, "codebooks": data.codebooks_hash}
-        super().finish(tracker, facts={**own, **facts})
+        return {"setting": setting, "kind": self.lm.kind, "codebooks": data.codebooks_hash}
 
     def _train_pairs(self) -> Pairs:
         pairs = self._pairs("train")

@@ -315,7 +315,8 @@ def test_a_killed_training_ends_with_the_same_weights(
 def test_a_killed_tokenizer_ends_with_the_same_weights(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rqvae_train, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(training, "MOST_SAVING", 1e9)
     config = rqvae_train.Config(features=chain.features, output=tmp_path / "cut", **RQVAE)
     interrupted(monkeypatch, rqvae_train.main, config, rqvae_train, "make_report", 3)
     first, second = (load_file(folder / "model.safetensors") for folder in (chain.rqvae, config.output))
@@ -341,8 +342,10 @@ def test_a_killed_encoding_goes_on_where_it_was(chain: Chain, tmp_path: Path, mo
 
 
 def test_killed_heads_end_with_the_same_features(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(training, "MOST_SAVING", 1e9)
     config = train_heads.Config(features=chain.towers, output=tmp_path / "cut", epochs=30, device="cpu")
-    interrupted(monkeypatch, train_heads.main, config, train_heads, "warmup_share", 20)
+    interrupted(monkeypatch, train_heads.main, config, train_heads, "batches_of", 20)
     assert np.allclose(np.load(tmp_path / "cut" / "images.npy"), np.load(chain.features / "images.npy"), atol=1e-5)
     assert (tmp_path / "cut" / "curves.jsonl").read_text() == (chain.features / "curves.jsonl").read_text()
 

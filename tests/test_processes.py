@@ -4,6 +4,7 @@ Most tests fork: the copies get what a launcher would give them, and need not im
 """
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 import models.clip
 from models import compute
@@ -35,10 +37,10 @@ from retriever.beam import beam_search
 from retriever.data import read_data
 from retriever.queries import LiveQueries, StoredQueries
 from retriever.retrieve import queries_per_second, search_queries
-from tests.chain import Chain, encode_config, encoder_decoder_config, files_of
+from tests.chain import RQVAE, Chain, encode_config, encoder_decoder_config, files_of
 from tests.test_pipeline import retrieve_config, t5_config
 from tests.test_training import llama_config, stage2_config
-from tests.tiny import prepare_emb, tiny_encoder_decoder
+from tests.tiny import prepare_emb, rqvae_train, tiny_encoder_decoder
 from tools import commands, processes
 from tools.blocks import Blocks
 from tools.errors import EXIT_BAD_INPUT, BadInput
@@ -202,6 +204,45 @@ def test_training_on_two_processes(kind: str, chain: Chain, tmp_path: Path) -> N
         with torch.no_grad():
             logits.append(lm(lm.pad(lm.tokenize(["a red circle", "drawing of a blue ring"])), codes))
     assert torch.allclose(logits[0], logits[1], atol=1e-3)
+
+
+def test_the_tokenizer_on_two_processes(chain: Chain, tmp_path: Path) -> None:
+    """Without hidden layers there is no batch norm, and the weights are those of one process, to rounding."""
+    settings: dict[str, Any] = {**RQVAE, "batch_size": 15, "pairs": "caption", "dropout": 0.0, "hidden": ()}
+    one, two = (
+        rqvae_train.Config(features=chain.features, output=tmp_path / name, **settings) for name in ("one", "two")
+    )
+    rqvae_train.main(one)
+    started = start(partial(train_anew, rqvae_train.main, two), tmp_path / "log")
+    assert started.statuses() == [0, 0], started.log.read_text()
+    assert files_of(one.output) == files_of(two.output)
+    first, second = (load_file(config.output / "model.safetensors") for config in (one, two))
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-4), name
+
+
+def test_every_process_has_the_tokenizers_weights(chain: Chain, tmp_path: Path) -> None:
+    """With batch norm each process has statistics of its own, and moves unused codes by them: the main one's count."""
+    settings = {**RQVAE, "batch_size": 16, "epochs": 7, "revive_every": 2}
+    config = rqvae_train.Config(features=chain.features, output=tmp_path / "run", **settings)
+    log = tmp_path / "log"
+    started = start(partial(train_anew, partial(tokenizer_hashes, tmp_path), config), log)
+    assert started.statuses() == [0, 0], started.log.read_text()
+    assert (tmp_path / "hash-0").read_text() == (tmp_path / "hash-1").read_text()
+
+
+def tokenizer_hashes(folder: Path, config: Any) -> None:
+    """Train the tokenizer, and write down what each process's weights are at the end."""
+    real = rqvae_train.train
+
+    def train_and_hash(model: torch.nn.Module, *args: Any) -> Any:
+        checkpoint = real(model, *args)
+        values = torch.cat([value.detach().flatten() for value in model.parameters()])
+        (folder / f"hash-{processes.number()}").write_text(hashlib.sha256(values.numpy().tobytes()).hexdigest())
+        return checkpoint
+
+    rqvae_train.train = train_and_hash
+    rqvae_train.main(config)
 
 
 def test_commands_that_share_nothing_run_once(chain: Chain, tmp_path: Path) -> None:

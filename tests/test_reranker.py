@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import models.training
+from models.batches import Part
 from models.compute import seed_everything
 from models.decoding import make_writer
 from models.patch_tokenizer import PatchTokenizer
 from models.scorer import Scorer
 from models.seed_tokenizer import SeedTokenizer
-from models.training import Part
 from models.voken_lm import VokenLM
 from reranker import convert, rerank, train
 from reranker import test as final
@@ -35,7 +35,7 @@ from tests.chain import Chain, files_of
 from tests.test_pipeline import interrupted, retrieve_config
 from tests.test_processes import assert_same, start, train_anew
 from tests.test_seed_tokenizer import GOLDEN, golden_states
-from tests.tiny import bert_folder, llama_folder
+from tests.tiny import batch_of, bert_folder, llama_folder
 from tools import prepare_captions, runs
 from tools.captions import read_captions
 from tools.errors import BadInput
@@ -305,8 +305,8 @@ def training_of(stages: Stages, output: Path, **options: Any) -> train.Training:
     return train.Training(config, lists, pictures, run, train.build_model(config, pictures))
 
 
-def part_with(batch: NDArray[np.int64]) -> Part:
-    return Part(batch, np.arange(len(batch)), 1.0)
+def part_with(batch: NDArray[np.int64], **place: int) -> Part:
+    return Part(batch_of(batch, **place), np.arange(len(batch)), 1.0)
 
 
 def all_groups(training: train.Training) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -314,8 +314,7 @@ def all_groups(training: train.Training) -> list[tuple[NDArray[np.int64], NDArra
     found = []
     for epoch in range(training.config.epochs):
         for number, batch in enumerate(training.batches(epoch)):
-            training.epoch, training.batch = epoch, number
-            found.append((batch, training.groups(part_with(batch))))
+            found.append((batch, training.groups(part_with(batch, epoch=epoch, number=number))))
     return found
 
 
@@ -336,11 +335,11 @@ def test_negatives_come_from_the_list_and_are_drawn_anew(stages: Stages, tmp_pat
     assert len(drawn) == 96
     assert all(len(each) == 2 for each in drawn.values())  # in both epochs
     assert np.mean([first != second for first, second in drawn.values()]) > 0.95
-    part = part_with(training.batches(0)[0])
-    places = ((0, 0), (0, 1), (1, 0))
-    same = []
-    for training.epoch, training.batch in places:
-        same.append(training.groups(part).tolist())
+    first = training.batches(0)[0]
+    same = [
+        training.groups(part_with(first, epoch=epoch, number=number)).tolist()
+        for epoch, number in ((0, 0), (0, 1), (1, 0))
+    ]
     assert len({str(groups) for groups in same}) == 3
     again = training_of(stages, tmp_path / "b")
     for (batch, groups), (other_batch, others) in zip(all_groups(training), all_groups(again), strict=True):
@@ -466,7 +465,7 @@ def test_an_epoch_of_drawn_queries_reads_no_others(by_picture: bool, stages: Sta
     assert [len(set(epoch)) for epoch in epochs] == [30] * 3
     assert len({tuple(sorted(epoch)) for epoch in epochs}) == 3
     assert [len(batch) for batch in training.batches(0)].count(12) == 2
-    assert training.steps == 3 * 3
+    assert len(list(training.checkpoint.steps(training.batches(0), seed=0))) == 3
 
 
 # Training
@@ -481,7 +480,7 @@ def test_the_loss_falls_and_every_parameter_moves(
     )
     training = training_of(stages, tmp_path / "a", epochs=12, lr=1e-2)
     before = {name: value.detach().clone() for name, value in training.scorer.named_parameters()}
-    training.fit(Tracker(training.run.folder, job="x", config={}))
+    train.train(training, Tracker(tmp_path / "a", job="x", config={}))
     assert np.mean(losses[-6:]) < 0.5 * np.mean(losses[:6])
     assert losses[0] == pytest.approx(np.log(8), abs=0.3)
     for name, value in training.scorer.named_parameters():
@@ -492,7 +491,7 @@ def test_the_loss_is_the_same_by_either_path(stages: Stages, tmp_path: Path) -> 
     losses = []
     for checkpointing in (False, True):
         training = training_of(stages, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
-        training.module.train()
+        training.scorer.train()
         losses.append(training.loss(part_with(training.batches(0)[0])).item())
         assert training.scorer.model.is_gradient_checkpointing == checkpointing
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -510,7 +509,9 @@ def test_the_loss_of_a_part_is_that_of_its_queries(stages: Stages, tmp_path: Pat
             losses.append(-scorer(pairs).log_softmax(dim=0)[0].item())
     assert training.loss(part_with(batch)).item() == pytest.approx(np.mean(losses), abs=1e-5)
     own = np.array([1, 5, 9])
-    assert training.loss(Part(batch, own, 1.0)).item() == pytest.approx(np.mean(np.array(losses)[own]), abs=1e-5)
+    assert training.loss(Part(batch_of(batch), own, 1.0)).item() == pytest.approx(
+        np.mean(np.array(losses)[own]), abs=1e-5
+    )
 
 
 def test_val_is_reranked_as_the_final_test_does(stages: Stages, tested: final.Config) -> None:
@@ -744,7 +745,7 @@ def test_contradictions_are_named_before_any_work(
             build(**options)
         assert "\n" not in str(raised.value)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(BadInput, match="`batch_size` 1 counts the captions of all 8 processes"):
+    with pytest.raises(BadInput, match="`batch_size` 1 counts the examples of all 8 processes"):
         learning(batch_size=1)
     assert not out.exists()
 

@@ -62,7 +62,7 @@ def test_every_parameter_learns(alignment: Alignment, align_at: AlignAt, skip: b
     optimizer = make_optimizer("adam", model, lr=1e-3, weight_decay=0.0)
     first = last = 0.0
     for step in range(60):
-        loss = model.losses(features(), features(seed=1)).total(0.1)
+        loss = model(features(), features(seed=1)).total(0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

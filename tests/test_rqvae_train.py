@@ -36,9 +36,9 @@ def test_an_epoch_is_the_pictures_or_their_captions(
     features = read_features(chain.features)
     config = config_of(chain, tmp_path / "run", pairs=pairs, batch_size=size)
     data = rqvae_train.TrainData(features, config, CPU)
-    images, texts = zip(*data.batches(3), strict=True)
+    images, texts = zip(*map(data.pairs, data.batches(3)), strict=True)
     assert [len(batch) for batch in images] == [len(batch) for batch in texts] == batches
-    assert data.batch_count() == len(batches)
+    assert len(data.batches(0)) == len(batches)
     owners = features.text_rows("train")
     seen = {
         (int((features.images == image.numpy()).all(axis=1).argmax()), text.numpy().tobytes())
@@ -55,7 +55,7 @@ def test_without_shuffling_captions_come_in_their_order(chain: Chain, tmp_path: 
     config = config_of(chain, tmp_path / "run", pairs="caption", shuffle=False)
     data = rqvae_train.TrainData(features, config, CPU)
     for epoch in (0, 5):
-        texts = torch.cat([texts for _, texts in data.batches(epoch)])
+        texts = torch.cat([data.pairs(batch)[1] for batch in data.batches(epoch)])
         assert np.array_equal(texts.numpy(), features.texts[features.text_rows("train")])
 
 
@@ -100,7 +100,7 @@ def test_pseudo_queries_of_the_features_train_the_tokenizer(chain: Chain, tmp_pa
     config = config_of(chain, tmp_path / "rqvae", pairs="caption", pseudo_queries=pseudo.output, epochs=2)
     features = read_features(chain.features)
     data = rqvae_train.TrainData(features, config, CPU)
-    images, texts = (torch.cat(parts) for parts in zip(*data.batches(0), strict=True))
+    images, texts = (torch.cat(parts) for parts in zip(*map(data.pairs, data.batches(0)), strict=True))
     train = len(features.text_rows("train"))
     assert len(images) == len(texts) == train + len(lines)
     row_of = {record.image: row for row, record in enumerate(features.records)}

@@ -14,10 +14,11 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from models.batches import part_of
 from models.compute import seed_everything
 from models.decoding import make_writer
 from models.pretrained import widened
-from models.training import check_launch, gpu_compiles, part_of
+from models.stepper import check_launch, gpu_compiles
 from models.voken_lm import Lora, VokenLM, build_causal
 from retriever import retrieve, train, train_stage2
 from retriever.data import RetrieverData, read_data
@@ -25,7 +26,7 @@ from retriever.losses import Discriminative, Rivals, discriminative_loss, writte
 from retriever.training import Training
 from tests.chain import TRAIN, Chain, encoder_decoder_config
 from tests.test_pipeline import interrupted, t5_config
-from tests.tiny import codebooks, llama_folder, tiny_llama, tokenizer
+from tests.tiny import batch_of, codebooks, llama_folder, run_epoch, tiny_llama, tokenizer
 from tools import runs
 from tools.curves import read_curves
 from tools.errors import BadInput
@@ -121,7 +122,7 @@ def test_negatives_are_what_the_search_confuses_with_the_right_picture(
     chain: Chain, retriever: Path, tmp_path: Path
 ) -> None:
     training, data = stage2_of(stage2_config(chain, retriever, tmp_path / "run"), tmp_path)
-    training.begin_epoch()
+    training.find_negatives()
     train_rows = set(data.rows("train").tolist())
     filled = 0
     for query, picture in enumerate(training.train_split.pictures):
@@ -138,11 +139,11 @@ def test_pictures_under_the_same_words_are_spared(chain: Chain, retriever: Path,
     dataset = copy_with(chain, tmp_path, lambda rows: [{**row, "query": "a picture"} for row in rows])
     config = stage2_config(chain._replace(dataset=dataset), retriever, tmp_path / "run")
     training, _ = stage2_of(config, tmp_path)
-    training.begin_epoch()
+    training.find_negatives()
     assert (training.negatives == -1).all()
     published = dataclasses.replace(config, output=tmp_path / "published", spare_same_words=False)
     training, _ = stage2_of(published, tmp_path)
-    training.begin_epoch()
+    training.find_negatives()
     assert (training.negatives >= 0).any()
 
 
@@ -188,18 +189,19 @@ def test_a_mixture_of_weights_is_validated_and_the_training_goes_on_unmixed(
     chain: Chain, retriever: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training, _ = stage2_of(stage2_config(chain, retriever, tmp_path / "run", lr=1e-2, mix=(0.25,)), tmp_path)
-    training.run_epoch(Tracker(training.run.folder, job="x", config={}))
+    training.find_negatives()
+    run_epoch(training, Tracker(training.run.folder, job="x", config={}))
     new = {name: value.detach().clone() for name, value in training.lm.named_parameters()}
     seen: list[dict[str, torch.Tensor]] = []
 
     def validate(self: Training) -> dict[str, float]:
         seen.append({name: value.detach().clone() for name, value in self.lm.named_parameters()})
-        self.best = {"mean": len(seen), "epoch": 1}  # each is better than the one before
+        self.checkpoint.best = {"mean": len(seen), "epoch": 1}  # each is better than the one before
         return {"val/R@1": float(len(seen))}
 
     monkeypatch.setattr(Training, "validate", validate)
-    assert training.validate() == {"val/R@1": 1.0, "val/R@1 at 0.25": 2.0}
-    assert training.best["new_share"] == 0.25
+    assert training.validate_mixtures() == {"val/R@1": 1.0, "val/R@1 at 0.25": 2.0}
+    assert training.checkpoint.best["new_share"] == 0.25
     assert training.start.keys() == {name for name, value in training.lm.named_parameters() if value.requires_grad}
     for name, start in training.start.items():
         assert torch.equal(seen[0][name], new[name])
@@ -214,13 +216,12 @@ def test_stage_2_moves_the_right_pictures_ahead(chain: Chain, retriever: Path, t
         chain, retriever, tmp_path / "run", epochs=12, lr=3e-3, label_temperature=0.0, discriminative_weight=100.0
     )
     training, _ = stage2_of(config, tmp_path)
-    training.begin_epoch()
-    training.begin_epoch = lambda: None  # type: ignore[method-assign]
+    training.find_negatives()
     tracker = Tracker(training.run.folder, job="x", config={})
     losses: list[float] = []
     tracker.log = lambda values, **_: losses.append(values["train/loss"])  # type: ignore[method-assign]
     for _ in range(config.epochs):
-        training.run_epoch(tracker)
+        run_epoch(training, tracker)
     batches = len(training.batches(0))
     assert np.mean(losses[-batches:]) < 0.7 * np.mean(losses[:batches])
 
@@ -286,9 +287,9 @@ def test_a_compiled_training_is_the_same_training(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a backend that traces and does not need a compiler: names of weights stay, and so do the figures."""
-    from models import training
+    from models import stepper
 
-    monkeypatch.setattr(training, "COMPILER", "aot_eager")
+    monkeypatch.setattr(stepper, "COMPILER", "aot_eager")
     traced: list[dict[str, Any]] = []
     compiled = torch.nn.Module.compile
 
@@ -328,7 +329,7 @@ def test_a_batch_in_pieces_is_the_same_batch(most: int, chain: Chain, tmp_path: 
 def test_pieces_carry_the_weight_of_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    part = part_of(np.arange(15))
+    part = part_of(batch_of(np.arange(15)))
     pieces = part.pieces(3)
     assert [len(piece.own) for piece in pieces] == [3, 2, 2]
     assert np.concatenate([piece.own for piece in pieces]).tolist() == part.own.tolist()
@@ -342,10 +343,10 @@ def test_every_process_has_as_many_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     parts = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        parts.append(part_of(np.arange(9)).pieces(4))
+        parts.append(part_of(batch_of(np.arange(9))).pieces(4))
     assert [[len(piece.own) for piece in pieces] for pieces in parts] == [[3, 2], [2, 2]]
     monkeypatch.setenv("RANK", "1")
-    first, second = part_of(np.arange(3)).pieces(1)
+    first, second = part_of(batch_of(np.arange(3))).pieces(1)
     assert len(first.own) == len(second.own) == 1
     assert [first.weight, second.weight] == pytest.approx([2 / 3, 0])
 
@@ -354,7 +355,7 @@ def test_a_gpu_without_a_compiler_is_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not gpu_compiles(torch.device("cpu"))
-    monkeypatch.setattr("models.training.find_spec", lambda name: name)
+    monkeypatch.setattr("models.stepper.find_spec", lambda name: name)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     assert gpu_compiles(torch.device("cuda"))
     assert capsys.readouterr().out == ""
@@ -459,9 +460,9 @@ def test_parts_of_a_batch_weigh_as_the_batch(processes: int, monkeypatch: pytest
         for number in range(processes):
             monkeypatch.setenv("RANK", str(number))
             monkeypatch.setenv("WORLD_SIZE", str(processes))
-            part = part_of(batch)
-            means.append(losses[part.queries].mean() * part.weight)
-            seen += part.queries.tolist() if part.weight else []
+            part = part_of(batch_of(batch))
+            means.append(losses[part.rows].mean() * part.weight)
+            seen += part.rows.tolist() if part.weight else []
         assert np.mean(means) == pytest.approx(losses[batch].mean())
         assert sorted(seen) == sorted(batch.tolist())
 
@@ -570,7 +571,7 @@ def test_pseudo_queries_from_other_captions_are_refused(chain: Chain, tmp_path: 
 
 def test_more_processes_than_captions_in_a_batch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(BadInput, match=r"`batch_size` 1 counts the captions of all 8 processes: raise it to 8"):
+    with pytest.raises(BadInput, match=r"`batch_size` 1 counts the examples of all 8 processes: raise it to 8"):
         train.Config(dataset=tmp_path, language_model="x", output=tmp_path / "x", batch_size=1, accumulate=16)
 
 

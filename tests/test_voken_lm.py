@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.batches import bucketed_batches
 from models.compute import make_optimizer
 from models.decoding import make_writer
-from models.training import bucketed_batches
 from models.voken_lm import (
     DECODER_SPECIALS,
     VokenLM,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from models.batches import Batch
 from models.clip import Clip, save_clip
 from models.voken_lm import VokenLM, build_causal, build_encoder_decoder, build_seq2seq
 from tools.captions import Record
@@ -191,3 +193,17 @@ def picture_set(folder: Path) -> list[Record]:
         ({"image": row.image, "captions": list(row.captions), "split": row.split} for row in records),
     )
     return records
+
+
+def batch_of(rows: NDArray[np.int64], *, epoch: int = 0, number: int = 0) -> Batch:
+    """A batch of a training whose seed is 0."""
+    return Batch(rows, 0, epoch, number)
+
+
+def run_epoch(training: Any, tracker: Any) -> None:
+    """The steps of a training's next epoch, without what its stage does around them."""
+    checkpoint = training.checkpoint
+    training.stepper.module.train()
+    for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=training.config.seed):
+        checkpoint.record(training.stepper.step(training.loss, batches), tracker)
+    checkpoint.epoch_ends()

@@ -42,8 +42,8 @@ def is_main() -> bool:
 
 
 def go_alone() -> None:
-    """Let this process forget the others."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    """Let this process forget the others, and how `accelerate launch` was told to share a model with them."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         os.environ.pop(name, None)
 
 

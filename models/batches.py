@@ -1,0 +1,101 @@
+"""The batches of a training, and the part of each that one process takes.
+
+A batch is `batch_size` examples of all processes together. What is drawn for it depends on seed, epoch and number
+alone. So the number of processes changes the speed, and dropout's masks, but nothing else.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools import processes
+from tools.errors import BadInput
+
+
+class Batch(NamedTuple):
+    """The examples of one forward and backward pass of all processes together."""
+
+    rows: NDArray[np.int64]
+    """(batch, ...) what the stage calls an example: a train query, or a picture and a caption."""
+    seed: int
+    """The training's."""
+    epoch: int
+    number: int
+    """Among the batches of its epoch."""
+
+    def stream(self, number: int) -> int:
+        """A seed for one purpose: 0 what is drawn alike in every process, 1 + n in process n."""
+        words = [self.seed, self.epoch, self.number, number]
+        return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+class Part(NamedTuple):
+    """One process's part of a batch."""
+
+    batch: Batch
+    own: NDArray[np.int64]
+    """(part,) places in the batch; never empty"""
+    weight: float
+    """Of the mean loss over the part, such that the mean over processes is the mean over the batch."""
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(part, ...) examples of this process."""
+        return self.batch.rows[self.own]
+
+    def pieces(self, most: int | None) -> "list[Part]":
+        """The part in pieces of nearly equal size, at most `most` examples each, whose losses add up to the part's.
+
+        They are as many in every process, which DeepSpeed needs to keep step. Where this process has fewer examples
+        than others, one of its pieces may carry no weight.
+        """
+        largest = -(-len(self.batch.rows) // processes.count())
+        if most is None or largest <= most:
+            return [self]
+        cut = np.array_split(self.own, -(-largest // most))
+        return [
+            Part(self.batch, own if len(own) else self.own[:1], self.weight * len(own) / len(self.own)) for own in cut
+        ]
+
+
+def part_of(batch: Batch) -> Part:
+    """This process's part of a batch; where it is smaller than the processes are many, some carry no weight."""
+    places = np.arange(len(batch.rows))[processes.number() :: processes.count()]
+    weight = len(places) * processes.count() / len(batch.rows)
+    return Part(batch, places if len(places) else np.zeros(1, dtype=np.int64), weight)
+
+
+def bucketed_batches(
+    lengths: NDArray[np.int64], size: int, generator: np.random.Generator, *, bucket: int = 32
+) -> list[NDArray[np.int64]]:
+    """Shuffled batches of texts of similar length: little padding, and every text once.
+
+    Args:
+        lengths: (queries,)
+        bucket: batches that are sorted by length together; larger means less padding and less shuffling.
+    """
+    order = generator.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), size * bucket):
+        some = order[start : start + size * bucket]
+        some = some[np.argsort(lengths[some], kind="stable")]
+        batches += [some[begin : begin + size] for begin in range(0, len(some), size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def check_batch_size(batch_size: int, *, least: int = 1) -> None:
+    """Whether every process gets a part of a batch.
+
+    Args:
+        least: examples that a process needs.
+
+    Raises:
+        BadInput: the processes are more than the batch has parts.
+    """
+    if batch_size < (needed := least * processes.count()):
+        raise BadInput(
+            f"`batch_size` {batch_size} counts the examples of all {processes.count()} processes: raise it to "
+            f"{needed} or more, and lower `accumulate` as much"
+        )

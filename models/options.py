@@ -1,0 +1,100 @@
+"""Options of commands that run or train a model, written once: a configuration derives from those it takes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tools.errors import BadInput
+
+from .compute import Precision, check_optimizer
+
+Compile = Literal["never", "gpu", "always"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Where a command computes."""
+
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default the GPU where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionOptions(DeviceOptions):
+    """Where a command computes, and in which arithmetic."""
+
+    precision: Precision = "auto"
+    """Arithmetic of the forward passes; auto: bf16 where the device computes it in hardware."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(DeviceOptions):
+    """What every training has."""
+
+    epochs: int
+    """Passes over what is trained on."""
+    batch_size: int
+    """Examples a batch, of all processes together."""
+    optimizer: str = "adamw"
+    """Name of an optimiser of torch.optim."""
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay of the matrices."""
+    warmup: float = 0.0
+    """Share of the steps over which the learning rate rises."""
+    seed: int = 0
+    """Seed of weights, batches, and all else that is drawn."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no training can use, before any work.
+
+        Raises:
+            BadInput: one of them is out of its range.
+        """
+        check_optimizer(self.optimizer)
+        if self.batch_size < 1:
+            raise BadInput("`batch_size` must be at least 1")
+        if not 0 < self.lr < float("inf") or not 0 <= self.weight_decay < float("inf"):
+            raise BadInput("`lr` must be above 0, `weight_decay` at least 0, and both finite")
+        if not 0 <= self.warmup <= 1:
+            raise BadInput(f"`warmup` is a share of the steps, 0 to 1, not {self.warmup}")
+        if self.seed < 0:
+            raise BadInput("`seed` must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """When a training is validated."""
+
+    validate_every: int = 1
+    """Epochs between validations."""
+
+    def __post_init__(self) -> None:
+        if self.validate_every < 1:
+            raise BadInput("`validate_every` must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargeModelOptions(PrecisionOptions):
+    """What the training of a large model has besides."""
+
+    accumulate: int = 1
+    """Batches a step of the optimiser."""
+    at_once: int | None = None
+    """Examples of a forward pass in each process, at most: less memory for the same step; by default its whole part."""
+    max_grad_norm: float = float("inf")
+    """Gradients are scaled down to this norm."""
+    compile: Compile = "never"
+    """Compile the model (torch.compile), which takes minutes once, and starts a third of the kernels from then on; gpu:
+    where there is a GPU with Triton and a C compiler; always: on a CPU too, with a C++ compiler."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no training can use.
+
+        Raises:
+            BadInput: one of them is out of its range.
+        """
+        if self.accumulate < 1 or (self.at_once is not None and self.at_once < 1):
+            raise BadInput("`accumulate` and `at_once` must be at least 1")
+        if not self.max_grad_norm > 0:
+            raise BadInput("`max_grad_norm` must be above 0")

@@ -1,0 +1,264 @@
+"""The step of an optimiser: alone it knows accumulation, scaling, clipping, processes and DeepSpeed.
+
+stepper = Stepper(model, config, steps=100, decay="cosine", large=config)
+for batches in checkpoint.steps(...):
+    loss = stepper.step(loss_of, batches)
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch import Tensor, nn
+
+from tools import processes
+from tools.errors import BadInput
+
+from .batches import Batch, Part, part_of
+from .compute import make_optimizer, pick_dtype, warmup_share
+from .norms import fuse_norms
+from .options import LargeModelOptions, TrainingOptions
+
+Decay = Literal["none", "linear", "cosine"]
+
+COMPILER = "inductor"  # of torch.compile
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class Stepper:
+    """A model with its optimiser, as the processes of this command share them.
+
+    Args:
+        module: on the device where it is trained; its parameters with `requires_grad` are.
+        steps: of the whole training.
+        decay: how the learning rate falls after the warmup.
+        seeded: the draws of every batch start from its own seed, and not from where the batch before left them.
+        large: by default fp32, one batch a step, and no clipping.
+
+    Attributes:
+        module: the model as it was built: to evaluate, to write, to look into.
+        model: the same as the processes share it: to call in the loss, where its gradients are wanted.
+        device, dtype: where the model lies, and the arithmetic of its forward passes.
+        sharded: DeepSpeed trains it, and may keep its weights in parts; see `whole_weights`.
+
+    Raises:
+        BadInput: the way in which `accelerate launch` shares the model is not one that this training supports.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: TrainingOptions,
+        *,
+        steps: int,
+        decay: Decay,
+        seeded: bool = True,
+        large: LargeModelOptions | None = None,
+    ) -> None:
+        large = large or LargeModelOptions(precision="fp32")
+        self.module, self.seeded, self.large = module, seeded, large
+        self.device = next(module.parameters()).device
+        self.dtype = pick_dtype(large.precision, self.device)
+        buffers = any(isinstance(part, BATCH_NORM) for part in module.modules())  # others are the same everywhere
+        self.accelerator = Accelerator(
+            cpu=self.device.type == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=buffers)],
+        )
+        check_launch(self.accelerator.distributed_type)
+        self.sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.sharded and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
+            raise BadInput("DeepSpeed does not train with `precision` fp16: write bf16 or fp32")
+        if self.device.type == "cuda":
+            fuse_norms(module)
+        compile_module(module, large, self.device, sharded=self.sharded)
+        optimizer = make_optimizer(
+            config.optimizer,
+            module,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" and not self.sharded,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_share(step, steps=steps, warmup=config.warmup, decay=decay)
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if self.sharded:
+            self._tell_deepspeed(config.batch_size)
+        self.model: Any
+        self.optimizer: Any
+        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def step(self, loss: Callable[[Part], Tensor], batches: Sequence[Batch]) -> Tensor:
+        """One step of the optimiser, on the gradients of `accumulate` batches, or of what an epoch has left.
+
+        Args:
+            loss: the mean loss over a part of a batch, from one call of `model`.
+
+        Returns:
+            mean loss over the batches and this process's part of them; a scalar where the model is.
+        """
+        losses = []
+        for batch in batches:
+            if self.seeded:
+                torch.manual_seed(batch.stream(1 + processes.number()))
+            losses.append(self._backward(loss, part_of(batch), last=batch is batches[-1]))
+        if not self.sharded:  # DeepSpeed has stepped behind the last gradient
+            raw = self.optimizer.optimizer  # the scaler looks inside it
+            if self.large.max_grad_norm < float("inf"):
+                self.scaler.unscale_(raw)
+                nn.utils.clip_grad_norm_(self.module.parameters(), self.large.max_grad_norm)
+            self.scaler.step(raw)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+        self.schedule.step()
+        return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+
+    def mean_over_processes(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over the processes, in every process."""
+        means: Tensor = self.accelerator.reduce(values, "mean")
+        return means
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+
+    def align(self) -> None:
+        """Give every process the main one's weights, after they were written to."""
+        if processes.count() > 1:
+            for value in self.trained().values():
+                torch.distributed.broadcast(value.data, src=0)
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside it every process has all weights, which DeepSpeed's ZeRO-3 keeps in parts, and may copy the model."""
+        if self._zero_stage == 3:
+            import deepspeed
+
+            with deepspeed.zero.unwrap_model_for_generation(self.model):  # its hooks, too, are off for the time
+                yield
+        else:
+            yield
+
+    @property
+    def layout(self) -> str:
+        """How the state lies in files: DeepSpeed's, in parts that fit the same stage and processes alone."""
+        if not self.sharded:
+            return "without DeepSpeed"
+        return f"with DeepSpeed's ZeRO-{self._zero_stage} on {processes.count()} processes"
+
+    def state(self, shards: Path) -> dict[str, Any]:
+        """What a resumed training needs: weights that are trained, buffers, optimiser, schedule and scaler.
+
+        Args:
+            shards: folder for what DeepSpeed writes, in all processes; not written without it.
+        """
+        state = {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(), "layout": self.layout}
+        if self.sharded:
+            self.model.save_checkpoint(shards, exclude_frozen_parameters=True)
+            processes.wait()
+            return {**state, "shards": shards.name}
+        every = self.module.named_parameters(remove_duplicate=False)
+        frozen = {name for name, value in every if not value.requires_grad}
+        weights = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+        return {**state, "model": weights, "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        """Go on from what `state` gave.
+
+        Args:
+            folder: where its shards lie, if it has any.
+        """
+        if self.sharded:
+            options = {"load_module_strict": False, "load_lr_scheduler_states": False}
+            self.model.load_checkpoint(folder / state["shards"], **options)
+        else:
+            self.module.load_state_dict(state["model"], strict=False)
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _backward(self, loss: Callable[[Part], Tensor], part: Part, *, last: bool) -> Tensor:
+        """Add a part's gradients; behind the last part, processes share them. Returns its share of the loss."""
+        pieces = part.pieces(self.large.at_once)
+        losses = []
+        for number, piece in enumerate(pieces):
+            complete = last and number + 1 == len(pieces)
+            self.accelerator.sync_gradients = complete
+            with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.model):
+                value = loss(piece) * piece.weight
+                self.accelerator.backward(self.scaler.scale(value / self.large.accumulate))
+            losses.append(value.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    @property
+    def _zero_stage(self) -> int:
+        """What DeepSpeed keeps in parts: 0 nothing, 2 optimiser and gradients, 3 weights too."""
+        return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.sharded else 0
+
+    def _tell_deepspeed(self, batch_size: int) -> None:
+        """Write into DeepSpeed's configuration what it must know of the training."""
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = max(1, batch_size // processes.count())
+        settings["gradient_accumulation_steps"] = 1  # losses come divided; `sync_gradients` says when to step
+        norm = self.large.max_grad_norm
+        settings["gradient_clipping"] = norm if norm < float("inf") else 0.0
+        if self.dtype != torch.float32:  # DeepSpeed switches off any autocast but its own
+            exact: dict[str, Any] = {"lower_precision_safe_modules": []}  # gradients and weights travel as they are
+            settings["torch_autocast"] = {"enabled": True, "dtype": str(self.dtype), **exact}
+
+
+def compile_module(module: nn.Module, options: LargeModelOptions, device: torch.device, *, sharded: bool) -> None:
+    """Compile a model in place where that is asked for.
+
+    Raises:
+        BadInput: it is asked for in any case, and DeepSpeed shares the model.
+    """
+    if options.compile == "always" and sharded:
+        raise BadInput("`compile` is for whole models, DeepSpeed shares this one: leave one of the two out")
+    if options.compile == "always" or (options.compile == "gpu" and not sharded and gpu_compiles(device)):
+        module.compile(backend=COMPILER, dynamic=True)
+
+
+def gpu_compiles(device: torch.device) -> bool:
+    """Whether a device is a GPU that torch.compile can write kernels for: with Triton, and a C compiler for Triton."""
+    if device.type != "cuda":
+        return False
+    lacking = [
+        what
+        for what, there in (
+            ("Triton", find_spec("triton") is not None),
+            ("a C compiler", any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))),
+        )
+        if not there
+    ]
+    if lacking and processes.is_main():
+        print(f"note: the model is not compiled, which takes {' and '.join(lacking)}: a step takes longer", flush=True)
+    return not lacking
+
+
+def check_launch(kind: DistributedType) -> None:
+    """Refuse ways of sharing a model that the stepper would take for whole copies, and save in parts.
+
+    Raises:
+        BadInput: `accelerate launch` shares it by FSDP, Megatron or another way that is not known here.
+    """
+    if kind not in PLAIN:
+        raise BadInput(
+            f"accelerate launch was told to share the model by {kind.value}, which is not supported: write "
+            "--multi_gpu for whole copies, or use DeepSpeed's ZeRO-3 for weights in parts (docs/scale.md)"
+        )
