@@ -94,8 +94,11 @@ def check_batch_size(batch_size: int, *, least: int = 1) -> None:
     Raises:
         BadInput: the processes are more than the batch has parts.
     """
-    if batch_size < (needed := least * processes.count()):
+    needed = least * processes.count()
+    if batch_size < needed and processes.count() == 1:
+        raise BadInput(f"`batch_size` must be at least {needed}")
+    if batch_size < needed:
         raise BadInput(
             f"`batch_size` {batch_size} counts the examples of all {processes.count()} processes: raise it to "
-            f"{needed} or more, and lower `accumulate` as much"
+            f"{needed} or more"
         )

@@ -223,7 +223,7 @@ def test_the_tokenizer_on_two_processes(chain: Chain, tmp_path: Path) -> None:
 
 def test_every_process_has_the_tokenizers_weights(chain: Chain, tmp_path: Path) -> None:
     """With batch norm each process has statistics of its own, and moves unused codes by them: the main one's count."""
-    settings = {**RQVAE, "batch_size": 16, "epochs": 7, "revive_every": 2}
+    settings = {**RQVAE, "codebook_size": 24, "epochs": 7, "revive_every": 2}
     config = rqvae_train.Config(features=chain.features, output=tmp_path / "run", **settings)
     log = tmp_path / "log"
     started = start(partial(train_anew, partial(tokenizer_hashes, tmp_path), config), log)
@@ -241,8 +241,9 @@ def tokenizer_hashes(folder: Path, config: Any) -> None:
         (folder / f"hash-{processes.number()}").write_text(hashlib.sha256(values.numpy().tobytes()).hexdigest())
         return checkpoint
 
-    rqvae_train.train = train_and_hash
-    rqvae_train.main(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rqvae_train, "train", train_and_hash)
+        rqvae_train.main(config)
 
 
 def test_commands_that_share_nothing_run_once(chain: Chain, tmp_path: Path) -> None:
