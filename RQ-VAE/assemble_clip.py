@@ -13,18 +13,17 @@ from models.compute import seed_everything
 from tools import runs
 from tools.commands import run_command
 from tools.errors import BadInput
+from tools.options import RunOptions
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
     """The two towers and the space between them."""
 
     image_weights: Path
     """Weights of the image tower: safetensors, or a state dict torch loads without unpickling code."""
     text_tower: Path
     """Folder of the sentence encoder: config.json, model.safetensors, tokenizer files."""
-    output: Path
-    """Run folder to write."""
     image_tower: str = "tf_efficientnet_lite0"
     """timm's name of the image tower."""
     width: int = 512
@@ -33,8 +32,6 @@ class Config:
     """Side of the pictures the image tower reads, in pixels."""
     seed: int = 0
     """Seed of the untrained heads."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
         if not self.image_weights.is_file():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.compute import pick_device
+from models.options import DeviceOptions
 from models.rqvae import RqVae, tokenize
 from tools import runs
 from tools.captions import SPLITS
@@ -21,26 +22,21 @@ from tools.errors import BadInput
 from tools.features import encoder_of, read_features
 from tools.files import write_array, write_json
 from tools.logs import Tracker
+from tools.options import RunOptions
 from tools.tokenizer_report import TokenizerReport, make_report
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, DeviceOptions):
     """Which pictures, which tokenizer, and what happens to collisions."""
 
     features: Path
     """Feature folder, of the pictures to tokenize."""
     rqvae: Path
     """Run folder of RQ-VAE.train."""
-    output: Path
-    """Run folder to write."""
     resolve_collisions: bool = True
     """Pictures that would share all codes get their next nearest free code at the last level, the nearest picture
     keeping its own, train pictures first; published: no."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
 
 class FixedCodes(nn.Module):

@@ -20,15 +20,14 @@ from models.clip import (
     Activation,
     Clip,
     Pictures,
+    TextEncoder,
     detach_heads,
     encode_images,
-    encode_tokens,
     feature_dtype,
     load_clip,
-    text_lengths,
-    trim_padding,
 )
 from models.compute import Precision, pick_device
+from models.options import DeviceOptions
 from tools import processes, runs
 from tools.blocks import Blocks
 from tools.captions import CaptionSet, portable, read_captions
@@ -37,18 +36,17 @@ from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Rows
 from tools.files import new_array, read_array, replacing, write_array
 from tools.logs import progress
+from tools.options import RunOptions
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, DeviceOptions):
     """What is encoded, by which model, and how fast."""
 
     captions: Path
     """Run folder of tools.prepare_captions."""
     model: str
     """open_clip model name, or folder of an open_clip model."""
-    output: Path
-    """Run folder to write."""
     pretrained: str | None = None
     """Tag or checkpoint file, for a model given by name."""
     activation: Activation = "auto"
@@ -61,12 +59,8 @@ class Config:
     precision: Precision = "auto"
     """Arithmetic of the towers, weights included; auto: fp32 on a GPU, bf16 on CPUs with bf16
     units, else fp32. The features are stored in fp32."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
     workers: int = 2
     """Processes that read pictures."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
@@ -142,17 +136,10 @@ def encode_all_texts(run: runs.Run, clip: Clip, captions: CaptionSet, config: Co
         if processes.is_main():
             write_array(run.folder / TEXTS, np.zeros((0, 0), np.float32))
         return
-    tokens = clip.tokenizer(list(rows_of))
-    order = np.argsort(text_lengths(clip, tokens).numpy(), kind="stable")
-    size = 4 * config.batch_size
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    blocks = encode(
-        run.resume_folder / "texts",
-        Texts(tokens),
-        batches,
-        lambda batch: encode_tokens(clip, trim_padding(clip, batch).to(device)),
-        workers=0,
-    )
+    encoder = TextEncoder(clip, device)
+    tokens = encoder.tokens(list(rows_of))
+    batches = encoder.batches(tokens, 4 * config.batch_size)
+    blocks = encode(run.resume_folder / "texts", Texts(tokens), batches, encoder.encode_batch, workers=0)
     if processes.is_main():
         scatter = [np.array(rows) for rows in rows_of.values()]
         merge(run.folder / TEXTS, blocks, batches, scatter=scatter, rows=len(texts))

@@ -146,16 +146,14 @@ def read_pseudo_pairs(folder: Path, features: Features, device: torch.device) ->
     Raises:
         BadInput: the folder is not finished, or speaks of other pictures.
     """
-    from models.clip import encode_texts, load_recorded  # slow to load, and needed for nothing else here
+    from models.clip import TextEncoder  # slow to load, and needed for nothing else here
 
     manifest = runs.read_manifest(folder, "retriever.pseudo_queries.generate")
     if manifest.facts["captions_fingerprint"] != features.manifest.facts["captions_fingerprint"]:
         raise BadInput(f"{folder} was made from other captions than {features.manifest.folder}: make it again")
     row_of = {record.image: row for row, record in enumerate(features.records)}
     lines = [line for _, line in read_json_lines(folder / "pseudo.jsonl")]
-    clip = load_recorded(features.manifest.facts)
-    clip.model.text.to(device)
-    texts = encode_texts(clip, [line["query"] for line in lines], device)
+    texts = TextEncoder.recorded(features.manifest.facts, device).encode([line["query"] for line in lines])
     return PseudoPairs(np.array([row_of[line["image"]] for line in lines], np.int64), texts)
 
 

@@ -139,7 +139,7 @@ def count_searches(small: Small, recipe: Recipe) -> dict[str, float]:
 
 def count_search(training: Any, tracker: Any) -> int:
     """Kernels of one batch of the search that a training's validation makes."""
-    training.module.eval()
+    training.stepper.module.eval()
     writer, data = make_writer(training.lm, "fp32"), training.data
 
     def search() -> None:

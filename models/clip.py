@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from zipfile import is_zipfile
 
+import numpy as np
 import open_clip
 import torch
+from numpy.typing import NDArray
 from open_clip.transformer import TextTransformer, VisionTransformer
 from PIL import Image
 from safetensors.torch import save_file
@@ -496,14 +498,49 @@ def _linear(head: nn.Module) -> nn.Linear:
     return head
 
 
-@torch.inference_mode()
-def encode_texts(clip: Clip, texts: Sequence[str], device: torch.device) -> Tensor:
-    """Features (texts, width) float32 on the device, computed in batches of similar length.
+class TextEncoder:
+    """Texts to features, by the text tower of a two-tower model.
 
     Args:
-        clip: its text tower lies on the device.
+        clip: its text tower moves to the device.
+        dtype: of the tower's weights; by default they stay as they are.
     """
-    tokens = clip.tokenizer(list(texts))
-    order = torch.argsort(text_lengths(clip, tokens), stable=True)
-    batches = [encode_tokens(clip, trim_padding(clip, tokens[chosen]).to(device)) for chosen in order.split(TEXT_BATCH)]
-    return torch.cat(batches)[torch.argsort(order).to(device)]
+
+    def __init__(self, clip: Clip, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.clip, self.device = clip, device
+        clip.model.text.to(device=device, dtype=dtype)
+
+    @classmethod
+    def recorded(
+        cls, facts: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None
+    ) -> "TextEncoder":
+        """The text tower of the model that a feature folder or a gallery was made with, without its image tower.
+
+        Args:
+            facts: of `RQ-VAE.prepare_emb`, `RQ-VAE.train_heads` or a gallery.
+        """
+        clip = load_recorded(facts)
+        del clip.model.visual  # the greater half of the model
+        return cls(clip, device, dtype)
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (texts, length), on the CPU."""
+        return self.clip.tokenizer(list(texts))
+
+    def batches(self, tokens: Tensor, size: int = TEXT_BATCH) -> list[NDArray[np.int64]]:
+        """Rows of tokens (texts, length) in batches of similar length."""
+        order = np.argsort(text_lengths(self.clip, tokens).numpy(), kind="stable")
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    @torch.inference_mode()
+    def encode_batch(self, tokens: Tensor) -> Tensor:
+        """Features (batch, width) float32 of tokens (batch, length), on the device; not normalised."""
+        return encode_tokens(self.clip, trim_padding(self.clip, tokens).to(self.device))
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Features (texts, width) float32 of any number of texts but none, on the device; not normalised."""
+        tokens = self.tokens(texts)
+        batches = self.batches(tokens)
+        found = torch.cat([self.encode_batch(tokens[rows]) for rows in batches])
+        return found[torch.from_numpy(np.argsort(np.concatenate(batches))).to(self.device)]

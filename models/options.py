@@ -23,7 +23,7 @@ class PrecisionOptions(DeviceOptions):
     """Where a command computes, and in which arithmetic."""
 
     precision: Precision = "auto"
-    """Arithmetic of the forward passes; auto: bf16 where the device computes it in hardware."""
+    """Arithmetic of the forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,3 +98,39 @@ class LargeModelOptions(PrecisionOptions):
             raise BadInput("`accumulate` and `at_once` must be at least 1")
         if not self.max_grad_norm > 0:
             raise BadInput("`max_grad_norm` must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """How much of a large language model is trained, and what of it is kept."""
+
+    lora_rank: int
+    """Rank of low-rank adapters."""
+    lora_alpha: float
+    """Adapters are scaled by this over the rank."""
+    lora_dropout: float
+    """Dropout before the adapters."""
+    lora_targets: tuple[str, ...]
+    """Projections that get adapters (q_proj v_proj ...)."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0 or (self.lora_rank > 0 and self.lora_alpha <= 0):
+            raise BadInput("`lora_rank` must be at least 0 and `lora_alpha` above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise BadInput("`lora_dropout` must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegativeOptions:
+    """What a right picture is told from."""
+
+    negatives: int
+    """Wrong pictures of a caption."""
+    spare_same_words: bool = True
+    """A picture that a train caption of the very same words belongs to is no negative; published: it is one."""
+
+    def __post_init__(self) -> None:
+        if self.negatives < 1:
+            raise BadInput("`negatives` must be at least 1")

@@ -33,7 +33,7 @@ class PatchConfig:
     model: str
     """open_clip model name or folder."""
     pretrained: str | None = None
-    """Tag or checkpoint file, for a model given by name."""
+    """Tag or checkpoint file of a model that is given by name."""
     image_size: int | None = None
     """Side of the pictures, in pixels; by default the model's own. Convolutional towers take others."""
     grid: int = 4

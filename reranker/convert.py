@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from models.clip import Activation, Pictures
 from models.compute import Precision, pick_device, pick_dtype
+from models.options import DeviceOptions
 from models.patch_tokenizer import CONFIG_NAME, PatchConfig, PatchTokenizer
 from models.seed_tokenizer import Interpolation, SeedTokenizer
 from tools import processes, runs
@@ -28,20 +29,19 @@ from tools.commands import run_command
 from tools.errors import BadInput
 from tools.files import read_array, write_array
 from tools.logs import progress
+from tools.options import RunOptions
 
 from .data import CODEBOOK, TOKENS
 
 FITTED = "tokenizer"  # folder of a fitted patch tokenizer
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, DeviceOptions):
     """Which pictures, and which tokenizer."""
 
     captions: Path
     """Run folder of tools.prepare_captions."""
-    output: Path
-    """Run folder to write."""
     tokenizer: Literal["seed", "patches"] = "seed"
     """SEED-2's tokenizer (published), or tokens of patches that are fitted on the train pictures."""
     quantizer: Path | None = None
@@ -75,12 +75,8 @@ class Config:
     precision: Precision = "auto"
     """Arithmetic of the image tower; what follows it is fp32. auto: bf16 or fp16 on a GPU and on CPUs with bf16
     units, else fp32."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
     workers: int = 2
     """Processes that read pictures."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
         counts = (self.grid, self.patch_width, self.levels, self.codebook_size, self.fit_pictures, self.batch_size)

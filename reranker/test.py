@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models.compute import Precision, machine, pick_device, pick_dtype
+from models.compute import machine, pick_device, pick_dtype
+from models.options import PrecisionOptions
 from models.scorer import Scorer
 from tools import processes, runs
 from tools.captions import first_captions
@@ -27,6 +28,7 @@ from tools.features import Features, normalized, read_features
 from tools.files import replacing, write_array
 from tools.interpolation import COSINE_SCALE, Choice, choose_weights, interpolated
 from tools.logs import Tracker, table
+from tools.options import RunOptions, TableOptions
 from tools.ranked import RankedLists, reordered_ranks, write_lists
 from tools.recall import Report, report
 from tools.results import MRR_NOTE, merge_summary, printable, scalars
@@ -39,18 +41,12 @@ Scores = NDArray[np.float32]
 FEATURES, RERANKER, BOTH = "features", "reranker", "both"
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, TableOptions, PrecisionOptions):
     """What reorders which lists, and where the figures go."""
 
     lists: Path
     """Run folder of retriever.rank_splits."""
-    output: Path
-    """Run folder to write."""
-    summary: Path
-    """JSON file of the dataset's results; rows of other systems in it stay."""
-    name: str
-    """Name of the dataset in the rows."""
     system: str = "retriever"
     """Name of the retriever; the rows are this +features, +reranker and +both."""
     reranker: Path | None = None
@@ -66,22 +62,11 @@ class Config:
     memory: float = 4.0
     """GiB for all that scoring needs beside the weights: what the reranker keeps of pictures that it has read, and its
     forward passes, which are divided until they fit."""
-    precision: Precision = "auto"
-    """Arithmetic of the reranker's forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else
-    fp32."""
-    captions_per_picture: int | None = None
-    """Add rows over the first so many captions of each picture (5: the 25,000 queries of papers on COCO's test split,
-    which has 25,010). The rows over all captions stay, and the shares are chosen on all of val's."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
         if self.top_k < 1 or (self.pairs is not None and self.pairs < 1) or self.memory <= 0:
             raise BadInput("--top-k and --pairs must be at least 1, --memory above 0")
-        if self.captions_per_picture is not None and self.captions_per_picture < 1:
-            raise BadInput("--captions-per-picture must be at least 1")
+        TableOptions.__post_init__(self)
         if (self.reranker is None) != (self.tokens is None):
             raise BadInput("--reranker and --tokens belong together: give both or none")
         if self.reranker is None and not self.features:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from models.batches import Part, bucketed_batches, check_batch_size
 from models.compute import autocast, pick_device, pick_dtype, seed_everything
-from models.options import LargeModelOptions, TrainingOptions, ValidationOptions
+from models.options import LargeModelOptions, LoraOptions, NegativeOptions, TrainingOptions, ValidationOptions
 from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora, Scorer, build_new_scorer, build_scorer
 from models.stepper import Stepper
 from models.training import Checkpoint
@@ -40,7 +40,7 @@ from .rerank import score_lists
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions):
+class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions, LoraOptions, NegativeOptions):
     """Model, negatives and training. Published values, with SEED-LLaMA 8B."""
 
     lists: Path
@@ -76,20 +76,13 @@ class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions):
     by_picture: bool = False
     """A batch holds all captions of a picture, those without a list of their own too, which share negatives from the
     picture's lists: pictures are read once for several queries. Published: no."""
-    spare_same_words: bool = True
-    """A picture that a train caption of the very same words belongs to is no negative; published: it is one."""
     lora_rank: int = 16
     """Rank of low-rank adapters; 0: all weights are trained, as those of a new model are."""
     lora_alpha: float = 32.0
-    """Adapters are scaled by this over the rank."""
     lora_dropout: float = 0.05
-    """Dropout before the adapters."""
     lora_targets: tuple[str, ...] = LORA_TARGETS
-    """Projections that get adapters."""
     lora_whole: tuple[str, ...] = TRAINED_WHOLE
     """Modules that are trained whole beside them; published: lm_head too, which gets no gradient."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, a third more time."""
     epochs: int = 3
     """Passes over the train queries."""
     queries_per_epoch: int | None = None
@@ -109,18 +102,20 @@ class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions):
         TrainingOptions.__post_init__(self)
         ValidationOptions.__post_init__(self)
         LargeModelOptions.__post_init__(self)
-        counts = (self.epochs, self.validate_queries, self.top_k, self.negatives, self.max_query, self.max_length)
+        LoraOptions.__post_init__(self)
+        NegativeOptions.__post_init__(self)
+        counts = (self.epochs, self.validate_queries, self.top_k, self.max_query, self.max_length)
         if min(*counts, 1 if self.queries_per_epoch is None else self.queries_per_epoch) < 1:
             raise BadInput(
-                "--epochs, --queries-per-epoch, --validate-queries, --top-k, --negatives, --max-query and --max-length "
-                "must be at least 1"
+                "--epochs, --queries-per-epoch, --validate-queries, --top-k, --max-query and --max-length must be at "
+                "least 1"
             )
         if not 0 <= self.random_negatives <= self.negatives:
             raise BadInput(f"--random-negatives must be between 0 and the {self.negatives} --negatives")
-        if not 0 <= self.easing <= 1 or not 0 <= self.lora_dropout < 1:
-            raise BadInput("--easing must be in [0, 1] and --lora-dropout in [0, 1)")
-        if min(self.lora_rank, self.new_layers) < 0 or self.lora_alpha <= 0:
-            raise BadInput("--lora-rank and --new-layers must be at least 0, --lora-alpha above 0")
+        if not 0 <= self.easing <= 1:
+            raise BadInput("--easing must be in [0, 1]")
+        if self.new_layers < 0:
+            raise BadInput("--new-layers must be at least 0")
         if min(self.new_width, self.new_heads) < 1 or (self.layers is not None and self.layers < 1):
             raise BadInput("--layers, --new-width and --new-heads must be at least 1")
         if self.new_layers and self.tokenizer:

@@ -17,21 +17,18 @@ from tools.commands import run_command
 from tools.errors import BadInput
 from tools.files import read_array, replacing, write_json_lines
 from tools.logs import table
+from tools.options import RunOptions
 
 from .data import ARRAYS, POOL
 from .setting import setting_of_codes
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
     """Where the codes are and where the dataset goes."""
 
     codes: Path
     """Run folder of RQ-VAE.generate_codes."""
-    output: Path
-    """Run folder to write."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
 
 def pairs(captions: CaptionSet, split: Split) -> Iterator[dict[str, Any]]:

@@ -16,33 +16,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.arithmetic import Arithmetic
 from models.compute import pick_device
-from models.decoding import Scoring, Writer, make_writer
+from models.decoding import Writer, make_writer
 from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.captions import Split, first_captions
 from tools.commands import run_command
 from tools.errors import BadInput
+from tools.options import RunOptions
 from tools.ranked import NO_PICTURE, RankedLists, write_lists
 
 from .beam import RankedPictures
 from .data import UNKNOWN, Queries, RetrieverData, read_data, read_retriever
 from .queries import LiveQueries
-from .retrieve import Pool, check_scoring, queries_per_second, search_each
+from .retrieve import ListOptions, Pool, queries_per_second, search_each
 from .setting import setting_on
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, ListOptions):
     """How many queries of each split, and how widely they are searched."""
 
-    dataset: Path
-    """Run folder of retriever.prepare."""
-    retriever: Path
-    """Run folder of retriever.train or retriever.train_stage2."""
-    output: Path
-    """Run folder to write."""
     pools: tuple[Pool, ...] = ("test",)
     """Pictures that the test captions are searched among, each on its own."""
     train_beams: int = 100
@@ -51,29 +45,17 @@ class Config:
     """The same for those of val and test."""
     train_per_picture: int | None = None
     """Captions of each train picture that are ranked, drawn at random; by default all, 0 for none."""
-    scoring: Scoring = "full"
-    """Softmax over the whole vocabulary (published), or over the vokens of each level, which is faster."""
-    score_end: bool = False
-    """Add the end token's log-probability to a score; published: yes."""
-    batch_size: int = 64
-    """Queries a batch."""
-    precision: Arithmetic = "auto"
-    """Arithmetic of the forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
     seed: int = 0
     """Which train captions are drawn."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
-        if min(self.train_beams, self.beams, self.batch_size) < 1 or not self.pools:
-            raise BadInput("--train-beams, --beams, --batch-size and the number of --pools must be at least 1")
+        ListOptions.__post_init__(self)
+        if min(self.train_beams, self.beams) < 1 or not self.pools:
+            raise BadInput("--train-beams, --beams and the number of --pools must be at least 1")
         if self.seed < 0 or (self.train_per_picture is not None and self.train_per_picture < 0):
             raise BadInput("--seed and --train-per-picture must be at least 0")
         if outside := set(self.pools) - {"test", "all"}:
             raise BadInput(f"--pools {outside.pop()} has no picture of the test captions: choose of test and all")
-        check_scoring(self.scoring, self.score_end)
 
     def searches(self) -> list[tuple[Split, Pool]]:
         """Which split's captions are ranked over which pool."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Scoring, Writer, make_writer
+from models.options import DeviceOptions
 from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.blocks import Blocks
@@ -28,6 +29,7 @@ from tools.commands import run_command
 from tools.errors import BadInput
 from tools.files import read_json_lines, write_json_lines
 from tools.logs import progress
+from tools.options import RunOptions
 from tools.recall import Ranks, code_rank, image_rank
 
 from .beam import RankedPictures, beam_search, expand
@@ -42,16 +44,46 @@ Pool = Literal["train", "val", "test", "all"]
 BLOCK_BATCHES = 16  # batches a block: what a killed search loses at most, in each process
 
 
-@dataclass(frozen=True)
-class Config:
-    """What is searched for, where, and how widely."""
+@dataclass(frozen=True, kw_only=True)
+class ArithmeticOptions(DeviceOptions):
+    """Where a retriever computes, and how."""
+
+    precision: Arithmetic = "auto"
+    """Arithmetic of the language model; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32; int8: on a
+    CPU, weights and inputs quantised row by row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(ArithmeticOptions):
+    """How a retriever scores what it writes."""
+
+    scoring: Scoring = "full"
+    """Softmax over the whole vocabulary (published), or over the vokens of each level, which is faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOptions(SearchOptions):
+    """Which retriever answers the captions of which dataset."""
 
     dataset: Path
     """Run folder of retriever.prepare."""
     retriever: Path
     """Run folder of retriever.train or retriever.train_stage2."""
-    output: Path
-    """Run folder to write."""
+    score_end: bool = False
+    """Add the end token's log-probability to a score; published: yes."""
+    batch_size: int = 64
+    """Queries a batch."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise BadInput("--batch-size must be at least 1")
+        check_scoring(self.scoring, self.score_end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, ListOptions):
+    """What is searched for, where, and how widely."""
+
     split: Split = "test"
     """Whose captions are the queries."""
     pools: tuple[Pool, ...] = ("test",)
@@ -60,25 +92,13 @@ class Config:
     """Codes kept at each level."""
     keep: int = 10
     """Codes written for each query, each with all its pictures."""
-    scoring: Scoring = "full"
-    """Softmax over the whole vocabulary (published), or over the vokens of each level, which is faster."""
-    score_end: bool = False
-    """Add the end token's log-probability to a score; published: yes."""
-    batch_size: int = 64
-    """Queries a batch."""
-    precision: Arithmetic = "auto"
-    """Arithmetic of the forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
     graphs: bool = False
     """Record the search as CUDA graphs, which start all its kernels at once; a CPU has none."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
-        if min(self.beams, self.keep, self.batch_size) < 1 or not self.pools:
-            raise BadInput("--beams, --keep, --batch-size and the number of --pools must be at least 1")
-        check_scoring(self.scoring, self.score_end)
+        ListOptions.__post_init__(self)
+        if min(self.beams, self.keep) < 1 or not self.pools:
+            raise BadInput("--beams, --keep and the number of --pools must be at least 1")
 
 
 def check_scoring(scoring: Scoring, score_end: bool) -> None:

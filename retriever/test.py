@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from models.compute import machine
+from models.options import DeviceOptions
 from models.rqvae import RqVae
 from tools import runs
 from tools.captions import first_captions
@@ -23,6 +24,7 @@ from tools.errors import BadInput
 from tools.features import Features, Floats, read_features
 from tools.files import read_json_lines, replacing
 from tools.logs import Tracker
+from tools.options import RunOptions, TableOptions
 from tools.recall import Ranks, Report, code_rank, image_rank, report
 from tools.results import MRR_NOTE, merge_summary, printable, scalars
 from tools.two_tower import two_tower_recall
@@ -31,18 +33,12 @@ from .data import UNKNOWN, RetrieverData, read_data
 from .two_tower import queries_per_second
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, TableOptions, DeviceOptions):
     """What is compared, and where the figures go."""
 
     predictions: Path
     """Run folder of retriever.retrieve; its first pool is drawn."""
-    output: Path
-    """Run folder to write."""
-    summary: Path
-    """JSON file of the dataset's results; rows of other systems in it stay."""
-    name: str
-    """Name of the dataset in the rows."""
     system: str = "retriever"
     """Name of the retriever in the rows."""
     rqvae: Path | None = None
@@ -51,17 +47,11 @@ class Config:
     """Name of these rows."""
     examples: int = 8
     """Queries on the contact sheet, taken at even steps."""
-    captions_per_picture: int | None = None
-    """Add rows over the first so many captions of each picture (5: the 25,000 queries of papers on COCO's test split,
-    which has 25,010). The rows over all captions stay."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
-        if self.examples < 1 or (self.captions_per_picture is not None and self.captions_per_picture < 1):
-            raise BadInput("--examples and --captions-per-picture must be at least 1")
+        TableOptions.__post_init__(self)
+        if self.examples < 1:
+            raise BadInput("--examples must be at least 1")
 
 
 class Case:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from models.compute import pick_device, pick_dtype, seed_everything
+from models.options import LoraOptions
 from models.voken_lm import Kind, Lora, VokenLM, build_causal, build_encoder_decoder, build_seq2seq
 from tools import runs
 from tools.commands import run_command
@@ -25,7 +26,7 @@ from .training import Training, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingConfig):
+class Config(TrainingConfig, LoraOptions):
     """Model and training. Published values: T5-base on Flickr30k."""
 
     language_model: str
@@ -48,20 +49,15 @@ class Config(TrainingConfig):
     """Above 0: train low-rank adapters of this rank, the embeddings and the head of a causal model; its other weights
     stay, in --precision. Published for LLaMA: 8."""
     lora_alpha: float = 16.0
-    """Adapters are scaled by this over the rank."""
     lora_dropout: float = 0.1
-    """Dropout before the adapters."""
     lora_targets: tuple[str, ...] = ()
     """Projections that get adapters (q_proj v_proj ...); by default those that peft names for the model."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, a third more time."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.dropout < 1 or not 0 <= self.lora_dropout < 1:
-            raise BadInput("--dropout and --lora-dropout must be in [0, 1)")
-        if self.lora_rank < 0 or (self.lora_rank > 0 and self.lora_alpha <= 0):
-            raise BadInput("--lora-rank must be at least 0 and --lora-alpha above 0")
+        TrainingConfig.__post_init__(self)
+        LoraOptions.__post_init__(self)
+        if not 0 <= self.dropout < 1:
+            raise BadInput("--dropout must be in [0, 1)")
         if min(self.decoder_layers, self.decoder_heads, self.max_source) < 1:
             raise BadInput("--decoder-layers, --decoder-heads and --max-source must be at least 1")
         if self.lora_targets and not self.lora_rank:

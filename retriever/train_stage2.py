@@ -23,6 +23,7 @@ from torch import Tensor
 from models.batches import Part
 from models.compute import autocast, pick_device, seed_everything
 from models.decoding import make_writer
+from models.options import NegativeOptions
 from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.blocks import wait_for
@@ -42,13 +43,12 @@ NO_PICTURE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingConfig):
+class Config(TrainingConfig, NegativeOptions):
     """Losses and training. Published values: T5-base on Flickr30k."""
 
     stage1: Path
     """Run folder of retriever.train, to start from."""
     epochs: int = 5
-    """Passes over the train captions."""
     lr: float = 1e-4
     discriminative: Discriminative = "list-wise"
     """list-wise: softmax of the scores; double-softmax: softmax of that softmax (published); margin, prefix-margin:
@@ -66,13 +66,12 @@ class Config(TrainingConfig):
     mix: tuple[float, ...] = (0.5, 0.75)
     """After each epoch also validate weights of which this share is new and the rest the start's (Wortsman et al. 2022,
     WiSE-FT): they keep more of what the start knew; published: none."""
-    spare_same_words: bool = True
-    """A picture that a train caption of the very same words belongs to is no negative; published: it is one."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.negatives < 1 or self.search_batch < 1:
-            raise BadInput("--negatives and --search-batch must be at least 1")
+        TrainingConfig.__post_init__(self)
+        NegativeOptions.__post_init__(self)
+        if self.search_batch < 1:
+            raise BadInput("--search-batch must be at least 1")
         if any(not 0 < share < 1 for share in self.mix):
             raise BadInput("--mix takes shares between 0 and 1; without values there is none")
         if self.discriminative_weight < 0 or self.discriminative_temperature <= 0:

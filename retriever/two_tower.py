@@ -1,11 +1,9 @@
-"""The text tower of two-tower search, and the speed of the whole search beside generation."""
+"""The speed of two-tower search, encoding of the queries included, beside that of generation."""
 
 import time
 
-import torch
-
-from models.clip import encode_tokens, load_recorded, trim_padding
-from models.compute import autocast, pick_device, pick_dtype
+from models.clip import TextEncoder
+from models.compute import pick_device, pick_dtype
 from tools.features import Features, Floats
 
 from .flat_index import flat_index
@@ -14,25 +12,20 @@ SPEED_QUERIES = 512
 BATCH = 64
 
 
-class QueryTower:
-    """The text tower that queries of two-tower search go through, with its tokenizer, on a device.
+def query_encoder(features: Features, device: str | None = None) -> TextEncoder:
+    """The text tower that queries of two-tower search go through.
 
     Args:
         features: whose model it is.
     """
+    place = pick_device(device)
+    return TextEncoder.recorded(features.manifest.facts, place, pick_dtype("auto", place))
 
-    def __init__(self, features: Features, device: str | None = None) -> None:
-        self.clip = load_recorded(features.manifest.facts)
-        self.device = pick_device(device)
-        self.dtype = pick_dtype("auto", self.device)
-        self.clip.model.text.to(self.device)
 
-    def encode(self, texts: list[str]) -> Floats:
-        """Features (texts, width) of one batch."""
-        with torch.inference_mode(), autocast(self.device, self.dtype):
-            tokens = trim_padding(self.clip, self.clip.tokenizer(texts)).to(self.device)
-            found: Floats = encode_tokens(self.clip, tokens).cpu().numpy()
-        return found
+def encoded(encoder: TextEncoder, texts: list[str]) -> Floats:
+    """Features (texts, width) of one batch."""
+    found: Floats = encoder.encode_batch(encoder.tokens(texts)).cpu().numpy()
+    return found
 
 
 def queries_per_second(features: Features, texts: list[str], pool: Floats, *, device: str | None = None) -> float:
@@ -40,12 +33,12 @@ def queries_per_second(features: Features, texts: list[str], pool: Floats, *, de
 
     Text tower and search run on the same device.
     """
-    tower = QueryTower(features, device)
-    index = flat_index(pool, tower.device)
+    encoder = query_encoder(features, device)
+    index = flat_index(pool, encoder.device)
     texts = sorted(texts[:: max(1, len(texts) // SPEED_QUERIES)][:SPEED_QUERIES], key=len)
     batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
-    index.search(tower.encode(batches[0]), keep=10)
+    index.search(encoded(encoder, batches[0]), keep=10)
     began = time.monotonic()
     for batch in batches:
-        index.search(tower.encode(batch), keep=10)
+        index.search(encoded(encoder, batch), keep=10)
     return len(texts) / (time.monotonic() - began)

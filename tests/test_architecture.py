@@ -29,6 +29,7 @@ PUBLISHED_NAMES = (
     "scripts/finetune_reranker_llama.sh",
     "scripts/test_reranker_llama.sh",
 )
+SHORT_HELP = 8  # words: "Run folder of retriever.train or retriever.train_stage2."
 NUMBERED = sorted((ROOT / "scripts").glob("[0-9][0-9]_*.sh"))
 
 
@@ -114,3 +115,22 @@ def test_numbered_scripts_are_one_sentence_one_source_one_command(path: Path) ->
 def test_every_script_parses() -> None:
     for path in [*(ROOT / "scripts").glob("**/*.sh"), ROOT / ".ci" / "run"]:
         subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_no_two_configurations_repeat_a_help_text() -> None:
+    """What several commands have in common is written once, in the options that they derive from."""
+    seen: dict[str, str] = {}
+    for path in (path for room in ROOMS for path in (ROOT / room).glob("**/*.py")):
+        for name, text in help_texts(path.read_text()):
+            if len(text.split()) > SHORT_HELP:
+                assert text not in seen, f"{path.relative_to(ROOT)}: {name} repeats {seen[text]}"
+                seen[text] = f"{path.relative_to(ROOT)}: {name}"
+
+
+def help_texts(source: str) -> Iterator[tuple[str, str]]:
+    """Name and help of each option that a file declares."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef) and re.search("Config|Options", node.name):
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    yield ast.unparse(field.target), " ".join(ast.literal_eval(text.value).split())

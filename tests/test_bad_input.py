@@ -439,7 +439,7 @@ HYPER_PARAMETERS = [
     case(test_reranker, "--lists x --output y --summary x --name x --reranker x", "--reranker and --tokens belong "
          "together: give both or none", id="reranker without tokens"),
     case(test_retriever, "--predictions x --output y --summary x --name x --examples -1",
-         "--examples and --captions-per-picture must be at least 1", id="negative examples"),
+         "--examples must be at least 1", id="negative examples"),
     case(convert, "--captions x --output y", "--tokenizer seed needs --quantizer seed_quantizer.pt and --vision "
          "eva_vit_g.pth", id="SEED without weights"),
     case(prepare_emb, "--captions x --model x --output y --batch-size 0", "--batch-size must be at least 1 and "
@@ -588,7 +588,8 @@ FOLDERS: list[Any] = [
     case(lambda made, new: search_of(made / "a/dataset", made / "a/rqvae", new),
          r"a/rqvae was made by RQ-VAE\.train, not by retriever\.train or retriever\.train_stage2: run "
          r"scripts/09_train_retriever_t5\.sh or scripts/10_train_retriever_t5_stage2\.sh", id="no retriever"),
-    case(lambda made, new: build_index.main(build_index.Config(made / "a/dataset", made / "b/rqvae", new)),
+    case(lambda made, new: build_index.main(build_index.Config(
+             dataset=made / "a/dataset", rqvae=made / "b/rqvae", output=new)),
          r"b/rqvae is not the RQ-VAE that coded .*a/dataset: give the one of its codes \(.*a/rqvae\), or run "
          r"scripts/06_generate_codes\.sh and 07 again", id="another tokenizer for the index"),
     case(lambda made, new: test_retriever.quantized_features(
@@ -939,7 +940,7 @@ def test_the_interactive_loop_survives_bad_queries(
     monkeypatch.setattr(Retriever, "from_runs", lambda **_: answering)
     typed = b"first\n\n  \n\x00\n\xff\xfe odd\nbad\n" + b"word " * 100_000 + b"\nlast"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
-    search.main(search.Config((), index=tmp_path, retriever=tmp_path, sheet=tmp_path / "sheet.png"))
+    search.main(search.Config(queries=(), index=tmp_path, retriever=tmp_path, sheet=tmp_path / "sheet.png"))
     assert [query[:9] for query in answering.asked] == ["first", "\ufffd\ufffd odd", "bad", "word word", "last"]
     printed = capsys.readouterr()
     assert printed.err == "error: the scores are no numbers\n"
@@ -947,4 +948,4 @@ def test_the_interactive_loop_survives_bad_queries(
     assert "x\\x1b.png" in printed.out
     assert max(map(len, printed.out.splitlines())) < 300
     with pytest.raises(BadInput, match="no numbers"):
-        search.main(search.Config(("bad",), index=tmp_path, retriever=tmp_path, sheet=tmp_path / "sheet.png"))
+        search.main(search.Config(queries=("bad",), index=tmp_path, retriever=tmp_path, sheet=tmp_path / "sheet.png"))

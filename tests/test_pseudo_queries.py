@@ -25,7 +25,6 @@ from models.captioner import Sampling, load_captioner, write_captions
 from models.clip import encode_tokens, load_clip
 from retriever.data import read_data, read_pseudo_queries
 from retriever.pseudo_queries import generate as generate_pseudo_query
-from retriever.pseudo_queries import text_tower
 from retriever.pseudo_queries.candidates import Candidates
 from retriever.pseudo_queries.endpoint import data_url, parse_captions
 from retriever.pseudo_queries.generate import Config, make_requests, read_pool, select
@@ -416,7 +415,7 @@ def test_a_killed_endpoint_run_asks_for_the_rest_alone(
 ) -> None:
     config = endpoint_config(chain, endpoint.url, tmp_path / "run")
     with monkeypatch.context() as patch:
-        cut_power_at(patch, text_tower, "TextTower", 1)
+        cut_power_at(patch, generate_pseudo_query, "text_encoder", 1)
         with pytest.raises(PowerCut):
             generate_pseudo_query.main(config)
     assert len(endpoint.calls) == 16

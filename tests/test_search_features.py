@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from models.clip import encode_tokens, load_clip
 from retriever.beam import RankedPictures
 from retriever.gallery import add as add_pictures
-from retriever.gallery import api, search
+from retriever.gallery import api, query_encoder, search
 from retriever.gallery import build as build_index
 from retriever.gallery import remove as remove_pictures
 from retriever.gallery.gallery import Gallery, read_gallery
-from retriever.gallery.query_encoder import QueryEncoder
 from tests.chain import Chain
 from tools import runs
 from tools.errors import BadInput
@@ -223,13 +222,13 @@ def test_an_interactive_search_reorders_by_the_features_of_the_moment(
         build_index.main(rebuilt)
         yield QUERY
 
-    load = QueryEncoder._load
+    load = query_encoder.load_encoder
 
-    def counted(encoder: QueryEncoder, opened: Gallery) -> Any:
+    def counted(opened: Gallery, *how: Any) -> Any:
         loads.append(opened.facts["version"])
-        return load(encoder, opened)
+        return load(opened, *how)
 
-    monkeypatch.setattr(QueryEncoder, "_load", counted)
+    monkeypatch.setattr(api, "load_encoder", counted)
     monkeypatch.setattr(search, "typed_queries", typed)
     shown = config_of(folder, retriever, tmp_path / "x.png", queries=(), rerank_weight=None, beams=64)
     config = dataclasses.replace(shown, weights=write_tested(tmp_path / "tested", features={"features": 1.0}))
@@ -279,8 +278,8 @@ def test_a_model_that_cannot_encode_queries_is_one_clear_line(
     manifest = read_json(folder / "manifest.json")
     made_by = manifest["facts"]["clip"]
     for other, message in (
-        ({"content": ["another"]}, r"clip is not the model that made the features of .*index any more: search with"),
-        ({"model": str(tmp_path / "gone")}, "gone is not the model that made the features of .*index any more"),
+        ({"content": ["another"]}, r"clip has changed since .*index was built: search with"),
+        ({"model": str(tmp_path / "gone")}, "gone was moved or removed since .*index was built: search with"),
         ({"model": "no-such-model", "content": []}, r"cannot be loaded \(`model` no-such-model is neither"),
     ):
         manifest["facts"]["clip"] = {**made_by, **other}

@@ -15,13 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from retriever import prepare
 from retriever.pseudo_queries import generate as generate_pseudo_query
-from retriever.pseudo_queries import text_tower
-from retriever.pseudo_queries.candidates import Candidates
 from retriever.serve.uploads import safe_name
 from tests import folders
 from tests.test_pseudo_queries import Endpoint
@@ -399,8 +399,8 @@ class FewFeatures:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def candidates(self, written: list[list[str]]) -> Iterator[Candidates]:
-        return (Candidates(texts, read_array(self.path)[: len(texts)]) for texts in written)
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        return torch.from_numpy(np.array(read_array(self.path)[: len(texts)]))
 
 
 def without_keys(text: str) -> None:
@@ -422,7 +422,7 @@ def test_a_key_is_sent_and_never_told(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(text_tower, "TextTower", FewFeatures)
+    monkeypatch.setattr(generate_pseudo_query, "text_encoder", FewFeatures)
     FewFeatures.path = tmp_path / "features" / "texts.npy"
     url = endpoint.url
     if answer == "no server":

@@ -7,7 +7,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from dataclasses import is_dataclass
+from typing import Any, NoReturn, TypeVar
 
 from . import environment, processes
 from .arguments import check_arguments, check_numbers, with_options
@@ -47,6 +48,7 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
     environment.tell_choices()
     try:
         check_arguments(config_type, sys.argv[1:])
+        put_own_options_first(config_type)
         description = help_text(sys.modules[main.__module__].__doc__ or "")
         config = tyro.cli(config_type, prog=command_line(), description=description)
         check_numbers(config)
@@ -67,6 +69,15 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
         if line is None:
             raise
         _refuse(line)
+
+
+def put_own_options_first(config_type: type[ConfigT]) -> None:
+    """Order a configuration's fields as its help shows them: those of the command before those that others have too."""
+    classes = [each for each in config_type.__mro__ if is_dataclass(each)]
+    own = {name: number for number, each in enumerate(classes) for name in reversed(each.__annotations__)}
+    known: dict[str, Any] = config_type.__dataclass_fields__  # type: ignore[attr-defined]
+    for name in sorted(known, key=lambda name: own[name]):
+        known[name] = known.pop(name)
 
 
 def command_line() -> str:

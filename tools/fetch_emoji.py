@@ -29,6 +29,7 @@ from .commands import run_command
 from .errors import BadInput
 from .files import replacing, write_json_lines
 from .logs import progress
+from .options import RunOptions
 
 SKIN_TONES = frozenset(f"1f3f{tone:x}" for tone in range(0xB, 0x10))
 CAPTIONS_PER_PICTURE = 5
@@ -125,12 +126,10 @@ EMOJILIB = Package(
 )
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
     """Where the sample goes and how its pictures are drawn and split."""
 
-    output: Path
-    """Run folder to write."""
     size: int = 224
     """Side of a picture, in pixels."""
     val: int = 500
@@ -141,8 +140,6 @@ class Config:
     """Seed of the captions and of the split."""
     workers: int = 2
     """Processes that draw."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.val < 1 or self.test < 1 or self.workers < 1:

@@ -24,6 +24,7 @@ from .commands import run_command
 from .errors import BadInput
 from .files import read_json, read_json_lines
 from .logs import table
+from .options import RunOptions
 from .pictures import find_unreadable, pictures_below
 from .shards import shards_of, unpack
 from .texts import clean, is_unicode, printable
@@ -33,12 +34,10 @@ UNPACKED = "pictures"  # the folder, below the output, of what was in shards
 NAMED_PROBLEMS = 10
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
     """Where the pictures and captions are, and how pictures without a split are divided."""
 
-    output: Path
-    """Run folder to write."""
     images: Path | None = None
     """Folder of the pictures; file names are relative to it. Not for shards, which hold the pictures."""
     source: tuple[Path, ...] = ()
@@ -58,8 +57,6 @@ class Config:
     """Take pictures behind links that lead out of --images too."""
     workers: int = 4
     """Processes that open the pictures."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
         shards = self.shards

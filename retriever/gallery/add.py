@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from models.clip import Pictures, encode_images, feature_dtype, load_recorded
 from models.compute import Precision, pick_device
+from models.options import DeviceOptions
 from models.rqvae import RqVae, tokenize
-from tools import runs
 from tools.captions import portable
 from tools.commands import run_command
 from tools.errors import BadInput
@@ -30,11 +30,14 @@ from tools.pictures import find_unreadable, pictures_below
 from tools.texts import printable
 from tools.vokens import Codes
 
-from .gallery import Gallery, Picture, changing, model_content, replace_pictures
+from .gallery import Gallery, Picture, changing, replace_pictures
+from .options import IndexOptions
+
+AGAIN = "new pictures would get codes of another meaning: run scripts/14_build_index.sh --overwrite and add them again"
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(DeviceOptions):
     """How pictures are added."""
 
     prefix: str = ""
@@ -49,8 +52,6 @@ class Options:
     """Pictures that are encoded at once."""
     precision: Precision = "auto"
     """Arithmetic of the image tower; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
     workers: int = 2
     """Processes that read pictures; 0 for the main one alone."""
 
@@ -62,13 +63,11 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(Options, IndexOptions):
     """What is added to which index."""
 
     folder: tyro.conf.Positional[Path]
     """Folder of the new pictures; folders below it are read too."""
-    index: Path
-    """Run folder of retriever.gallery.build."""
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
@@ -170,19 +169,9 @@ def readable(gallery: Gallery, pictures: list[Picture], config: Options) -> list
     return [picture for picture in pictures if not reasons[picture.file]]
 
 
-def check_content(name: str, content: Any, recorded: Any, gallery: Gallery) -> None:
-    """Refuse a model that is not the one whose codes the index holds."""
-    if content != recorded:
-        raise BadInput(
-            f"{name} has changed since {gallery.folder} was built, new pictures would get codes of another meaning: "
-            "run scripts/14_build_index.sh --overwrite and add them again"
-        )
-
-
 def encode(gallery: Gallery, new: Sequence[Picture], config: Options, device: torch.device) -> Floats:
     """Features (pictures, width) of new pictures, by the model that encoded the gallery's."""
-    name, pretrained = gallery.clip
-    check_content(name, model_content(name, pretrained), gallery.facts["clip"]["content"], gallery)
+    gallery.check_clip(AGAIN)
     clip = load_recorded(gallery.clip_facts)
     clip.model.to(device=device, dtype=feature_dtype(config.precision, device), memory_format=torch.channels_last)
     pictures = Pictures([picture.file for picture in new], clip.preprocess, folder=gallery.files_below)
@@ -199,8 +188,7 @@ def code(gallery: Gallery, features: Floats, taken: NDArray[np.integer], device:
     Args:
         taken: (others, levels) codes of the pictures that stay.
     """
-    folder = runs.read_manifest(gallery.rqvae, "RQ-VAE.train").folder
-    check_content(str(folder), runs.fingerprint(folder), gallery.facts["rqvae"]["content"], gallery)
+    folder = gallery.check_rqvae(AGAIN)
     groups = [np.arange(len(features))] if gallery.facts["resolve_collisions"] else None
     return tokenize(RqVae.from_pretrained(folder).to(device), features, groups=groups, taken=taken).codes
 

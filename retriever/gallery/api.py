@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,10 @@ from .exported import (
     write_exported,
 )
 from .gallery import FEATURE_BLOCK, Gallery, read_gallery, refreshed
-from .query_encoder import QueryEncoder, cosines
+from .query_encoder import cosines, load_encoder, query_features
+
+if TYPE_CHECKING:
+    from models.clip import TextEncoder  # a search by codes alone needs no open_clip
 
 BEAMS, RERANKED_BEAMS = 10, 50  # by default: of the order by the retriever alone, of one that looks at features too
 SHARE = 0.3  # of the features, where none was chosen on val
@@ -156,7 +159,7 @@ class Retriever:
         self.source, self.precision, self.scoring = source, precision, scoring
         self.device = pick_device(device)
         self._turn, self._change = threading.RLock(), threading.Lock()
-        self._encoder: QueryEncoder | None = None
+        self._encoder: tuple[dict[str, Any], TextEncoder] | None = None  # with what it was loaded for
         self._take(gallery)
         with quiet_loading():
             lm = VokenLM.from_pretrained(source.model).to(self.device)
@@ -242,7 +245,7 @@ class Retriever:
                 found = self._beams(ids, width, keep=width if share else k, seconds=seconds)
                 if share:
                     with timed(seconds, "rerank"):
-                        texts = self._query_encoder().encode([queries[place] for place in batch])
+                        texts = query_features(self._query_encoder(), [queries[place] for place in batch])
                         found = [
                             reordered(one, cosines(text, self.gallery, one.rows), share)
                             for one, text in zip(found, texts, strict=True)
@@ -280,7 +283,7 @@ class Retriever:
         check_counts(k=k)
         with self._turn:
             self._need_features()
-            texts = [text for batch in batches(queries) for text in self._query_encoder().encode(batch)]
+            texts = [text for batch in batches(queries) for text in query_features(self._query_encoder(), batch)]
             return [self._nearest(text, k) for text in texts]
 
     def similar(self, image: str, *, k: int = 10, by: Likeness | None = None) -> list[Found]:
@@ -433,7 +436,7 @@ class Retriever:
 
     def _take(self, gallery: Gallery) -> None:
         """Search these pictures from now on."""
-        if self._encoder is not None and self._encoder.made_by != gallery.facts["clip"]:
+        if self._encoder is not None and self._encoder[0] != gallery.facts["clip"]:
             self._encoder = None
         self.gallery, self._levels = gallery, to_device(gallery.index, self.device)
 
@@ -444,12 +447,13 @@ class Retriever:
             yield self.gallery.folder
             self.refresh()
 
-    def _query_encoder(self) -> QueryEncoder:
+    def _query_encoder(self) -> "TextEncoder":
         """The text tower, loaded when it is needed."""
         if self._encoder is None:
             with quiet_loading():
-                self._encoder = QueryEncoder(self.gallery, self.precision, self.device)
-        return self._encoder
+                encoder = load_encoder(self.gallery, self.precision, self.device)
+            self._encoder = (self.gallery.facts["clip"], encoder)
+        return self._encoder[1]
 
     def _need_features(self) -> None:
         if self.gallery.features is None:

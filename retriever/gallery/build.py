@@ -14,6 +14,7 @@ from tools.captions import portable
 from tools.commands import run_command
 from tools.errors import BadInput
 from tools.features import Floats, read_features
+from tools.options import RunOptions
 
 from ..data import RetrieverData, read_data
 from .gallery import (
@@ -28,16 +29,14 @@ from .gallery import (
 )
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
     """Whose pictures can be found."""
 
     dataset: Path
     """Run folder of retriever.prepare."""
     rqvae: Path
     """Run folder of RQ-VAE.train, the tokenizer that coded the dataset; pictures added later are coded by it too."""
-    output: Path
-    """Run folder to write."""
     keep_features: bool = True
     """Keep the pictures' features too, 2 bytes a number, by which search reorders what it finds."""
     overwrite: bool = False

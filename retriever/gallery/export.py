@@ -16,20 +16,15 @@ from tools.results import read_rows
 
 from .api import read_runs
 from .exported import HUB_NAME, Results, push_folder, write_exported
+from .options import RetrieverOptions
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RetrieverOptions):
     """What is exported, and where to."""
 
     folder: tyro.conf.Positional[Path]
     """Folder to write."""
-    index: Path
-    """Run folder of retriever.gallery.build: the pictures that can be found."""
-    retriever: Path
-    """Run folder of retriever.train or retriever.train_stage2."""
-    weights: Path | None = None
-    """Run folder of reranker.test, which chose the features' share on val; passed over while none is finished."""
     summary: Path | None = None
     """JSON file of the dataset's results, for the model card; passed over while there is none."""
     system: str | None = None

@@ -46,6 +46,7 @@ REPLACED = ".config.json.replaced"  # the folder's config.json while its parts a
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TEXT_TOWER = ("hf_model_name", "hf_tokenizer_name")
 CONFIGS = "*config.json"  # what says where a model once lay
+AGAIN = "run scripts/14_build_index.sh --overwrite, add again what was added, and export then"
 
 
 class Source(NamedTuple):
@@ -170,8 +171,8 @@ def write_clip(folder: Path, gallery: Gallery) -> None:
     """
     from models.clip import CONFIG_NAME, WEIGHTS_NAME, load_recorded, save_clip  # a search by codes needs no open_clip
 
-    name, pretrained = gallery.clip
-    refuse_changed(name, model_content(name, pretrained), gallery.facts["clip"]["content"], gallery)
+    gallery.check_clip(AGAIN)
+    name = gallery.clip[0]
     if Path(name).is_dir() and (Path(name) / WEIGHTS_NAME).is_file():
         folder.mkdir()
         for path in sorted(Path(name).iterdir()):
@@ -188,20 +189,9 @@ def write_clip(folder: Path, gallery: Gallery) -> None:
 
 def write_rqvae(folder: Path, gallery: Gallery) -> None:
     """Write the tokenizer of a gallery as a run folder."""
-    manifest = runs.read_manifest(gallery.rqvae, "RQ-VAE.train")
-    content = runs.fingerprint(manifest.folder)
-    refuse_changed(str(manifest.folder), content, gallery.facts["rqvae"]["content"], gallery)
+    manifest = runs.read_manifest(gallery.check_rqvae(AGAIN), "RQ-VAE.train")
     RqVae.from_pretrained(manifest.folder).save_pretrained(folder)
     write_manifest(folder, manifest, manifest.facts)
-
-
-def refuse_changed(name: str, content: Any, recorded: Any, gallery: Gallery) -> None:
-    """Refuse a model that is not the one whose codes and features a gallery holds."""
-    if content != recorded:
-        raise BadInput(
-            f"{name} has changed since {gallery.folder} was built: run scripts/14_build_index.sh --overwrite, add "
-            "again what was added, and export then"
-        )
 
 
 def write_index(folder: Path, gallery: Gallery, *, include_pictures: bool) -> None:

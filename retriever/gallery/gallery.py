@@ -106,6 +106,35 @@ class Gallery:
         """Run folder of the tokenizer that codes its pictures."""
         return Path(self._place(self.facts["rqvae"]["path"]))
 
+    def check_clip(self, advice: str) -> None:
+        """Whether the two-tower model is still the one that made the features.
+
+        Args:
+            advice: what to do where it is not.
+
+        Raises:
+            BadInput: its files have changed.
+        """
+        self._refuse_changed(self.clip[0], model_content(*self.clip), self.facts["clip"]["content"], advice)
+
+    def check_rqvae(self, advice: str) -> Path:
+        """The tokenizer's run folder, if it is still the one that made the codes.
+
+        Args:
+            advice: what to do where it is not.
+
+        Raises:
+            BadInput: its files have changed, or it is not finished.
+        """
+        folder = runs.read_manifest(self.rqvae, "RQ-VAE.train").folder
+        self._refuse_changed(str(folder), runs.fingerprint(folder), self.facts["rqvae"]["content"], advice)
+        return folder
+
+    def _refuse_changed(self, name: str, content: Any, recorded: Any, advice: str) -> None:
+        if content != recorded:
+            how = "has changed" if Path(name).exists() else "was moved or removed"
+            raise BadInput(f"{name} {how} since {self.folder} was built: {advice}")
+
     def _place(self, recorded: str) -> str:
         return str(self.folder.parent / recorded) if EXPORTED in self.facts else recorded
 

@@ -1,7 +1,7 @@
-"""The text tower of the model that made a gallery's features: it turns queries into features to compare them with."""
+"""Features of queries, to compare them with a gallery's: by the text tower of the model that made those."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,44 +11,32 @@ from models.compute import pick_dtype
 from tools.errors import BadInput
 from tools.features import Floats, normalized
 
-from .gallery import Gallery, model_content
+from .gallery import Gallery
 
 if TYPE_CHECKING:
-    from models.clip import Clip  # elsewhere where queries are encoded: a search by codes alone needs no open_clip
+    from models.clip import TextEncoder  # elsewhere where queries are encoded: a search by codes needs no open_clip
 
 
-class QueryEncoder:
-    """Loaded once; good for every version of a gallery whose features the same model made."""
+def load_encoder(gallery: Gallery, precision: Arithmetic, device: torch.device) -> "TextEncoder":
+    """The encoder that is good for every version of a gallery whose features the same model made.
 
-    def __init__(self, gallery: Gallery, precision: Arithmetic, device: torch.device) -> None:
-        self.made_by: dict[str, Any] = gallery.facts["clip"]
-        self.device = device
-        self.clip = self._load(gallery)
-        del self.clip.model.visual  # the greater half of the model, and no picture is encoded here
-        dtype = pick_dtype("auto" if precision == "int8" else precision, device)
-        self.clip.model.text.to(device=device, dtype=dtype)
+    Raises:
+        BadInput: the model has changed since, or cannot be loaded.
+    """
+    advice = "search with --no-rerank, or run scripts/14_build_index.sh --overwrite and add again what was added"
+    gallery.check_clip(advice)
+    dtype = pick_dtype("auto" if precision == "int8" else precision, device)
+    try:
+        from models.clip import TextEncoder
 
-    def _load(self, gallery: Gallery) -> "Clip":
-        name, pretrained = gallery.clip
-        advice = "search with --no-rerank, or run scripts/14_build_index.sh --overwrite and add again what was added"
-        if model_content(name, pretrained) != self.made_by["content"]:
-            raise BadInput(f"{name} is not the model that made the features of {gallery.folder} any more: {advice}")
-        try:
-            from models.clip import load_recorded
+        return TextEncoder.recorded(gallery.clip_facts, device, dtype)
+    except (BadInput, ImportError) as error:
+        raise BadInput(f"the model of the features of {gallery.folder} cannot be loaded ({error}): {advice}") from None
 
-            return load_recorded(gallery.clip_facts)
-        except (BadInput, ImportError) as error:
-            raise BadInput(
-                f"the model of the features of {gallery.folder} cannot be loaded ({error}): {advice}"
-            ) from None
 
-    @torch.inference_mode()
-    def encode(self, queries: Sequence[str]) -> Floats:
-        """Features (queries, width) of texts, normalised."""
-        from models.clip import encode_tokens, trim_padding
-
-        tokens = trim_padding(self.clip, self.clip.tokenizer(list(queries))).to(self.device)
-        return normalized(encode_tokens(self.clip, tokens).cpu().numpy())
+def query_features(encoder: "TextEncoder", queries: Sequence[str]) -> Floats:
+    """Features (queries, width) of one batch, normalised."""
+    return normalized(encoder.encode_batch(encoder.tokens(queries)).cpu().numpy())
 
 
 def cosines(text: Floats, gallery: Gallery, rows: Sequence[int] | slice) -> Floats:

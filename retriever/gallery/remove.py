@@ -18,18 +18,17 @@ from tools.errors import BadInput
 from tools.features import Rows
 
 from .gallery import Gallery, changing, replace_pictures
+from .options import IndexOptions
 
 NAMED = 3  # names that the manifest's history keeps of a change
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(IndexOptions):
     """What is removed from which index."""
 
     names: tyro.conf.Positional[tuple[str, ...]]
     """Pictures to remove: each an id, or the path of a file."""
-    index: Path
-    """Run folder of retriever.gallery.build."""
 
     def __post_init__(self) -> None:
         if not self.names:

@@ -18,26 +18,22 @@ from pathlib import Path
 
 import tyro
 
-from models.arithmetic import Arithmetic
-from models.decoding import Scoring
 from tools.commands import run_command
 from tools.contact_sheet import SheetRow, draw_sheet
 from tools.errors import BadInput
 from tools.texts import clean, printable, shortened
 
+from ..retrieve import SearchOptions
 from .api import Found, Retriever, check_queries
+from .options import RetrieverOptions
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(SearchOptions, RetrieverOptions):
     """What is searched, and with what words."""
 
     queries: tyro.conf.Positional[tuple[str, ...]]
     """Texts to search for; none: read from standard input, one a line."""
-    index: Path
-    """Run folder of retriever.gallery.build: the pictures that can be found."""
-    retriever: Path
-    """Run folder of retriever.train."""
     sheet: Path
     """PNG to draw the answers to."""
     beams: int | None = None
@@ -50,14 +46,6 @@ class Config:
     rerank_weight: float | None = None
     """Share of the features in the final order, 0 (none of it, as --no-rerank) to 1; by default what was chosen on val
     (--weights), else 0.3."""
-    weights: Path | None = None
-    """Run folder of reranker.test, which chose the share on val; passed over while there is no finished one."""
-    scoring: Scoring = "full"
-    """Softmax over the whole vocabulary (published), or over the vokens of each level, which is faster."""
-    precision: Arithmetic = "auto"
-    """Arithmetic of the forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
 
     def __post_init__(self) -> None:
         if (self.beams is not None and self.beams < 1) or self.keep < 1:

@@ -1,9 +1,9 @@
 """Candidates for pseudo queries: texts with two-tower features; the captions of similar train pictures."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from tools.features import Floats, Rows, normalized
 from tools.runs import Manifest
 
 from ..data import Queries
+
+if TYPE_CHECKING:
+    from models.clip import TextEncoder
 
 COMPARE_BLOCK = 256  # pictures that are compared with the train pictures at a time
 
@@ -81,3 +84,12 @@ class TrainCaptions:
             positions = [position for picture in near.tolist() for position in self.captions[picture]]
             texts = [train.texts[position] for position in positions]
             yield Candidates(texts, self.pool.texts[train.captions[positions]])
+
+
+def with_features(written: Sequence[list[str]], encoder: "TextEncoder") -> Iterator[Candidates]:
+    """The texts that were written for each picture, with their features."""
+    texts = [text for of_picture in written for text in of_picture]
+    found = encoder.encode(texts).cpu().numpy() if texts else np.zeros((0, 0), np.float32)
+    ends = np.cumsum([len(of_picture) for of_picture in written])
+    for of_picture, end in zip(written, ends, strict=True):
+        yield Candidates(of_picture, found[end - len(of_picture) : end])

@@ -15,13 +15,14 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from models.compute import Precision, pick_device, pick_dtype
+from models.options import DeviceOptions
 from tools import processes, runs
 from tools.blocks import Blocks
 from tools.captions import Split, read_captions
@@ -30,11 +31,15 @@ from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Floats, Rows, normalized, read_features
 from tools.files import read_array, read_json, write_json, write_json_lines
 from tools.logs import progress
+from tools.options import RunOptions
 from tools.pictures import open_picture
 
 from ..data import GENERATED_BY, PSEUDO_QUERIES, Queries, read_data
-from .candidates import Candidates, Pool, TrainCaptions
+from .candidates import Candidates, Pool, TrainCaptions, with_features
 from .endpoint import Endpoint, Request, ask_all, make_prompt
+
+if TYPE_CHECKING:
+    from models.clip import TextEncoder
 
 Source = Literal["nearest", "model", "endpoint"]
 
@@ -52,12 +57,10 @@ BELONGS_TO: dict[str, tuple[Source, ...]] = {
 """Flags that mean nothing to other sources."""
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, DeviceOptions):
     """Which pictures get pseudo queries, who writes them, and which are kept."""
 
-    output: Path
-    """Run folder to write."""
     source: Source
     """nearest: captions of similar train pictures; model: an image-to-text model; endpoint: a model behind an
     OpenAI-compatible address."""
@@ -90,8 +93,6 @@ class Config:
     precision: Precision = "auto"
     """Arithmetic of the models; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32 (model,
     endpoint)."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
     url: str | None = None
     """Address of the endpoint, usually ending in /v1 (endpoint)."""
     language_model: str | None = None
@@ -110,8 +111,6 @@ class Config:
     """Count the requests, show one prompt, ask nothing and write nothing (endpoint)."""
     seed: int = 0
     """Of the sampling."""
-    overwrite: bool = False
-    """Throw away what the output folder holds and start again."""
 
     def __post_init__(self) -> None:
         if (self.dataset is None) == (self.features is None):
@@ -289,10 +288,16 @@ def find_candidates(run: runs.Run, pool: Pool, config: Config) -> Callable[[slic
         train = TrainCaptions(pool)
         return lambda block: train.candidates(pool.chosen[block], config.neighbours)
     written = ask_model(run, pool, config) if config.source == "model" else ask_endpoint(run, pool, config)
-    from .text_tower import TextTower  # slow to load, the nearest captions have features already
+    encoder = text_encoder(pool, config)
+    return lambda block: with_features(written[block], encoder)
 
-    tower = TextTower(pool.features, precision=config.precision, device=config.device)
-    return lambda block: tower.candidates(written[block])
+
+def text_encoder(pool: Pool, config: Config) -> "TextEncoder":
+    """The text tower of the model that made the pictures' features."""
+    from models.clip import TextEncoder  # slow to load, the nearest captions have features already
+
+    device = pick_device(config.device)
+    return TextEncoder.recorded(pool.features.facts, device, pick_dtype(config.precision, device))
 
 
 def select(candidates: Candidates, image: Floats, config: Config) -> list[tuple[str, float]]:

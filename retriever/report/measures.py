@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.clip import TextEncoder
 from models.decoding import Scoring, Writer
 from tools.errors import BadInput
 from tools.features import Features, Floats
@@ -26,7 +27,7 @@ from ..flat_index import flat_index
 from ..index import build_index, to_device
 from ..queries import LiveQueries
 from ..retrieve import ranks_of, search_queries
-from ..two_tower import QueryTower
+from ..two_tower import encoded
 
 SIZES = tuple(number * 10**power for power in range(2, 8) for number in (1, 3))  # 100, 300, 1,000, ...
 BATCH = 64
@@ -180,10 +181,10 @@ def generative_answer(system: System, codes: NDArray[np.int64]) -> Callable[[lis
     return answer
 
 
-def two_tower_answer(tower: QueryTower, images: Floats) -> Callable[[list[str]], object]:
+def two_tower_answer(encoder: TextEncoder, images: Floats) -> Callable[[list[str]], object]:
     """Answering a batch of texts by the features (pool, width) of pictures: tokenised, encoded, compared with all."""
-    index = flat_index(images, tower.device)
-    return lambda texts: index.search(tower.encode(texts), keep=KEEP)
+    index = flat_index(images, encoder.device)
+    return lambda texts: index.search(encoded(encoder, texts), keep=KEEP)
 
 
 def timed(answers: dict[str, Callable[[list[str]], object]], texts: Sequence[str], *, rounds: int) -> dict[str, float]:
@@ -207,7 +208,7 @@ def timed(answers: dict[str, Callable[[list[str]], object]], texts: Sequence[str
 
 def speed_by_pool(
     system: System,
-    tower: QueryTower | None,
+    encoder: TextEncoder | None,
     data: RetrieverData,
     images: Floats | None,
     texts: Sequence[str],
@@ -216,21 +217,21 @@ def speed_by_pool(
     rounds: int,
     seed: int,
 ) -> list[Speed]:
-    """Speed of a retriever, and of two-tower search where there is a tower, at each size of the pool.
+    """Speed of a retriever, and of two-tower search where there is an encoder, at each size of the pool.
 
     Args:
-        images: (pictures, width) features that the tower's are compared with.
+        images: (pictures, width) features that the encoder's are compared with.
     """
     order = np.random.default_rng(seed).permutation(len(data.codes))
     speeds = []
     for size in sizes:
         rows = np.sort(order[:size])
-        codes, own = data.codes[rows], None if tower is None or images is None else np.asarray(images[rows])
+        codes, own = data.codes[rows], None if encoder is None or images is None else np.asarray(images[rows])
         if size > len(rows):
             codes, own = enlarged(codes, own, size, codebook_size=data.space.codebook_size, seed=seed)
         answers = {system.name: generative_answer(system, codes)}
-        if tower is not None and own is not None:
-            answers[TWO_TOWER] = two_tower_answer(tower, own)
+        if encoder is not None and own is not None:
+            answers[TWO_TOWER] = two_tower_answer(encoder, own)
         found = timed(answers, texts, rounds=rounds)
         speeds += [Speed(name, size, each, size - len(rows)) for name, each in found.items()]
     return speeds

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from models.arithmetic import Arithmetic
 from models.compute import machine, pick_device
 from models.decoding import make_writer
 from models.voken_lm import VokenLM
@@ -25,11 +24,13 @@ from tools.errors import BadInput
 from tools.features import Features, Rows, read_features
 from tools.files import read_json, replacing, write_json
 from tools.logs import Tracker
+from tools.options import RunOptions
 from tools.report_page import Html, Page, Part, Section, Thumbnails, escape, joined, paragraph
 from tools.results import printable, read_rows
 
 from ..data import TRAINED_BY, Queries, RetrieverData, read_data, read_retriever
-from ..two_tower import QueryTower
+from ..retrieve import ArithmeticOptions
+from ..two_tower import query_encoder
 from .examples import choose, explain, read_found, reordered_ranks
 from .gallery import gallery_part
 from .measures import (
@@ -63,8 +64,8 @@ STAGES = ("[0-9][0-9]_*", "[0-9][0-9]_*/*")  # where run folders lie: a stage's 
 ResultT = TypeVar("ResultT")
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, ArithmeticOptions):
     """What is shown, and how much is measured for it."""
 
     dataset: Path
@@ -73,8 +74,6 @@ class Config:
     """JSON file of the dataset's results; without it there is no table."""
     name: str
     """Name of the dataset."""
-    output: Path
-    """Run folder to write."""
     runs: tuple[Path, ...] = ()
     """Folders whose finished run folders (NN_stage, NN_stage/SYSTEM) are shown."""
     systems: tuple[str, ...] = ()
@@ -93,12 +92,8 @@ class Config:
     """Best, typical and worst queries, so many of each."""
     paths: int = 4
     """Pictures whose codes are shown from coarse to fine."""
-    precision: Arithmetic = "auto"
-    """Arithmetic of the forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
     seed: int = 0
     """Which queries and pictures are drawn."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
     overwrite: bool = False
     """Make the report again though nothing has changed."""
 
@@ -235,12 +230,12 @@ class Report:
         texts = self.queries.texts[: config.speed_queries]
         sizes = speed_sizes(len(self.data.codes), largest=config.largest_pool)
         print(f"{system.name}: speed over {len(sizes)} pools ...", flush=True)
-        images = tower = None
+        images = encoder = None
         if features is not None:
-            tower = self.attempt("speed of two-tower search", lambda: QueryTower(features, config.device))
+            encoder = self.attempt("speed of two-tower search", lambda: query_encoder(features, config.device))
             images = features.images
         self.speeds = speed_by_pool(
-            system, tower, self.data, images, texts, sizes=sizes, rounds=config.speed_rounds, seed=config.seed
+            system, encoder, self.data, images, texts, sizes=sizes, rounds=config.speed_rounds, seed=config.seed
         )
         return speed_part(self.speeds, len(texts), config.speed_rounds, machine(), self.folder, self.styles)
 

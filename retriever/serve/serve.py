@@ -14,11 +14,10 @@ from pathlib import Path
 
 import uvicorn
 
-from models.arithmetic import Arithmetic
-from models.decoding import Scoring
 from tools.errors import BadInput
 
 from ..gallery.api import Retriever
+from ..retrieve import SearchOptions
 from .guard import is_loopback
 from .service import Service
 from .web import make_app
@@ -28,16 +27,16 @@ IDLE_SECONDS = 30  # after which a silent connection is closed
 CONNECTIONS = 2048
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(SearchOptions):
     """What is served, and where."""
 
     index: Path | None = None
-    """Run folder of retriever.gallery.build: the pictures that can be found."""
+    """Run folder of retriever.gallery.build."""
     retriever: Path | None = None
     """Run folder of retriever.train or retriever.train_stage2."""
     weights: Path | None = None
-    """Run folder of reranker.test, which chose the features' share on val; passed over while there is none."""
+    """Run folder of reranker.test, passed over while there is none."""
     folder: Path | None = None
     """In the place of these: a folder that retriever.gallery.export wrote."""
     uploads: Path | None = None
@@ -54,12 +53,6 @@ class Config:
     """Queries that are answered together at most."""
     waiting: int = 512
     """Queries that wait at most; others are told to try again."""
-    scoring: Scoring = "full"
-    """Softmax over the whole vocabulary (published), or over the vokens of each level, which is faster."""
-    precision: Arithmetic = "auto"
-    """Arithmetic of the forward passes; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; by default the GPU where there is one."""
 
     def __post_init__(self) -> None:
         runs = (self.index, self.retriever)
