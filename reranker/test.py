@@ -31,7 +31,7 @@ from tools.logs import Tracker, table
 from tools.options import RunOptions, TableOptions
 from tools.ranked import RankedLists, reordered_ranks, write_lists
 from tools.recall import Report, report
-from tools.results import MRR_NOTE, merge_summary, printable, scalars
+from tools.results import MRR_NOTE, Row, merge_summary, printable, scalars
 from tools.two_tower import two_tower_recall
 
 from .data import Lists, PictureTokens, read_ranked, read_tokens
@@ -169,37 +169,34 @@ class Table:
     def two_tower(self, case: Case) -> dict[str, Any]:
         """Brute-force search of a case's queries over its whole pool."""
         figures = two_tower_recall(self.features, case.lists.captions, self.pool_rows(case.pool))
-        return {**self.row("two-tower", case, figures), "setting": "inductive"}
+        return self.row("two-tower", case, figures, setting="inductive").line()
 
     def reordered(self, name: str, case: Case, choice: Choice) -> dict[str, Any]:
         """A case's queries in the order of the interpolated scores."""
         order = interpolated(case.lists.scores, case.scores, choice.weights)
-        row = self.row(f"{self.config.system}+{name}", case, report(reordered_ranks(case.lists, order)))
-        return {
-            **row,
-            "weights": choice.weights,
-            "top_k": case.lists.rows.shape[1],
-            "before": report(reordered_ranks(case.lists, case.lists.scores)).rounded()["recall"],
-            "ceiling": ceiling(case.lists),
-            "reranker_queries_per_second": None if case.speed is None else round(case.speed, 1),
-        }
+        figures = report(reordered_ranks(case.lists, order))
+        return self.row(f"{self.config.system}+{name}", case, figures, setting=self.setting).line(
+            weights=choice.weights,
+            top_k=case.lists.rows.shape[1],
+            before=report(reordered_ranks(case.lists, case.lists.scores)).rounded()["recall"],
+            ceiling=ceiling(case.lists),
+            reranker_queries_per_second=None if case.speed is None else round(case.speed, 1),
+        )
 
-    def row(self, system: str, case: Case, figures: Report) -> dict[str, Any]:
+    def row(self, system: str, case: Case, figures: Report, *, setting: str) -> Row:
         """What every row of summary.json has."""
-        return {
-            "system": system,
-            "dataset": self.config.name,
-            "split": case.split,
-            "pool": case.pool,
-            "pool_size": len(self.pool_rows(case.pool)),
-            "level": "image",
-            "setting": self.setting,
-            **figures.rounded(),
-            "captions_per_picture": case.captions_per_picture,
-            "queries_per_second": None,
-            "machine": machine(),
-            "run": str(self.config.output),
-        }
+        return Row(
+            system=system,
+            dataset=self.config.name,
+            split=case.split,
+            pool=case.pool,
+            pool_size=len(self.pool_rows(case.pool)),
+            setting=setting,
+            figures=figures,
+            captions_per_picture=case.captions_per_picture,
+            machine=machine(),
+            run=self.config.output,
+        )
 
     def pool_rows(self, pool: str) -> NDArray[np.int64]:
         """Rows of the pictures that could be found."""

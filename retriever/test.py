@@ -26,7 +26,7 @@ from tools.files import read_json_lines, replacing
 from tools.logs import Tracker
 from tools.options import RunOptions, TableOptions
 from tools.recall import Ranks, Report, code_rank, image_rank, report
-from tools.results import MRR_NOTE, merge_summary, printable, scalars
+from tools.results import MRR_NOTE, Row, merge_summary, printable, scalars
 from tools.two_tower import two_tower_recall
 
 from .data import UNKNOWN, RetrieverData, read_data
@@ -95,24 +95,19 @@ class Case:
             ]
         return np.array(each, dtype=np.int64)
 
-    def row(
-        self, config: Config, system: str, level: str, figures: Report, speed: float | None, run: str
-    ) -> dict[str, Any]:
-        """One line of summary.json."""
-        return {
-            "system": system,
-            "dataset": config.name,
-            "split": self.split,
-            "pool": self.pool,
-            "pool_size": len(self.rows),
-            "level": level,
-            "setting": self.setting,
-            **figures.rounded(),
-            "captions_per_picture": self.captions_per_picture,
-            "queries_per_second": None if speed is None else round(speed, 1),
-            "machine": machine(),
-            "run": run,
-        }
+    def row(self, config: Config, system: str, figures: Report, **more: Any) -> dict[str, Any]:
+        """One line of summary.json.
+
+        Args:
+            more: fields of `Row`, in place of the retriever's own.
+        """
+        values = {"setting": self.setting, "run": self.manifest.folder, **more}
+        place = {"split": self.split, "pool": self.pool, "pool_size": len(self.rows)}
+        some = self.captions_per_picture
+        return Row(
+            system=system, dataset=config.name, **place, figures=figures, captions_per_picture=some, machine=machine(),
+            **values,
+        ).line()  # fmt: skip
 
 
 def two_tower_row(case: Case, pictures: Floats, config: Config, *, system: str) -> dict[str, Any]:
@@ -122,8 +117,8 @@ def two_tower_row(case: Case, pictures: Floats, config: Config, *, system: str) 
     speed = None
     if system == "two-tower" and case.captions_per_picture is None:
         speed = queries_per_second(features, case.texts, pictures[case.rows], device=config.device)
-    row = case.row(config, system, "image", figures, speed, str(features.manifest.folder))
-    return {**row, "setting": "inductive"}  # whatever the retriever beside it was trained on
+    own = {"setting": "inductive", "run": features.manifest.folder}  # whatever the retriever beside it was trained on
+    return case.row(config, system, figures, speed=speed, **own)
 
 
 def quantized_features(rqvae: Path, data: RetrieverData) -> Floats:
@@ -152,7 +147,7 @@ def result_rows(cases: list[Case], config: Config) -> list[dict[str, Any]]:
         speed = case.manifest.metrics[case.pool]["queries_per_second"]
         for level in ("image", "code"):
             figures = report(case.ranks(case.ranked, level))
-            rows.append(case.row(config, config.system, level, figures, speed, str(case.manifest.folder)))
+            rows.append(case.row(config, config.system, figures, speed=speed, level=level))
     return rows
 
 

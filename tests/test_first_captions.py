@@ -110,5 +110,5 @@ def test_rows_of_a_reranker(chain: Chain, retriever: Path, tmp_path: Path) -> No
 def test_no_captions_are_refused(config: Any, tmp_path: Path) -> None:
     paths = {"output": tmp_path, "summary": tmp_path, "predictions": tmp_path, "lists": tmp_path}
     wanted = {name: path for name, path in paths.items() if name in config.__dataclass_fields__}
-    with pytest.raises(BadInput, match="--captions-per-picture must be at least 1"):
+    with pytest.raises(BadInput, match="`captions_per_picture` must be at least 1"):
         config(name="toy", captions_per_picture=0, **wanted)

@@ -721,7 +721,7 @@ def test_contradictions_are_named_before_any_work(
         (tokens, {"tokenizer": "seed"}, "--tokenizer seed needs --quantizer seed_quantizer.pt and --vision"),
         (tokens, {"model": None}, "--tokenizer patches needs the --model"),
         (tokens, {"grid": 0}, "--grid, "),
-        (lists, {"beams": 0}, "--beams, "),
+        (lists, {"beams": 0}, "--train-beams, --beams and "),
         (lists, {"pools": ()}, "number of --pools must be at least 1"),
         (lists, {"pools": ("test", "val")}, "--pools val has no picture of the test captions"),
         (lists, {"train_per_picture": -1}, "--train-per-picture must be at least 0"),

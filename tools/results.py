@@ -14,7 +14,7 @@ from .commands import run_command
 from .errors import BadInput
 from .files import read_json, write_json
 from .logs import table
-from .recall import CUTOFFS
+from .recall import CUTOFFS, Report
 from .sweeps import own_place
 from .texts import as_markdown_cell
 
@@ -34,6 +34,50 @@ class Config:
     """Rows to show: recall of pictures, of codes, or both."""
     markdown: bool = False
     """A table for a Markdown file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of summary.json: one system's figures on one split's queries over one pool."""
+
+    system: str
+    dataset: str
+    split: str
+    pool: str
+    pool_size: int
+    level: Literal["image", "code"] = "image"
+    setting: str
+    """inductive, or transductive where something was trained on texts for pictures of val or test."""
+    figures: Report
+    captions_per_picture: int | None
+    """Of each picture so many captions are queries; None: all."""
+    speed: float | None = None
+    """Queries a second, where it was measured."""
+    machine: str
+    run: Path
+    """Folder of the run that gave the figures."""
+
+    def line(self, **more: Any) -> dict[str, Any]:
+        """The row as it lies in the file.
+
+        Args:
+            more: what rows of this kind have besides.
+        """
+        return {
+            "system": self.system,
+            "dataset": self.dataset,
+            "split": self.split,
+            "pool": self.pool,
+            "pool_size": self.pool_size,
+            "level": self.level,
+            "setting": self.setting,
+            **self.figures.rounded(),
+            "captions_per_picture": self.captions_per_picture,
+            "queries_per_second": None if self.speed is None else round(self.speed, 1),
+            "machine": self.machine,
+            "run": str(self.run),
+            **more,
+        }
 
 
 def merge_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
