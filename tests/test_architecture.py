@@ -80,6 +80,13 @@ def test_models_speak_of_arguments_and_not_of_options_or_scripts(path: Path) -> 
     assert "scripts/" not in text
 
 
+def test_tools_find_the_script_of_a_command_and_name_none() -> None:
+    """But for the preflight, whose list is of scripts."""
+    for path in (ROOT / "tools").glob("*.py"):
+        if not path.stem.startswith("preflight"):
+            assert not re.findall(r"scripts/\d\d_", path.read_text()), path.name
+
+
 def test_rq_vae_is_a_folder_of_commands() -> None:
     assert not (ROOT / "RQ-VAE" / "__init__.py").exists()
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from .command_names import again
 from .errors import BadInput
 from .files import read_json_lines, write_json_lines
 from .runs import Manifest, read_manifest
@@ -20,7 +21,7 @@ from .runs import Manifest, read_manifest
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 FILE_NAME = "captions.jsonl"
-AGAIN = "run scripts/01_prepare_captions.sh again"
+COMMAND = "tools.prepare_captions"
 
 
 class Record(NamedTuple):
@@ -51,7 +52,7 @@ def read_captions(folder: Path) -> CaptionSet:
     Raises:
         BadInput: the folder is not finished, or a line is not a record; the message names it.
     """
-    manifest = read_manifest(folder, "tools.prepare_captions")
+    manifest = read_manifest(folder, COMMAND)
     return CaptionSet(read_records(folder / FILE_NAME), Path(manifest.facts["images"]), manifest)
 
 
@@ -61,13 +62,13 @@ def read_records(path: Path) -> list[Record]:
     for number, row in read_json_lines(path):
         where = f"{path}, line {number}"
         if missing := [key for key in Record._fields if key not in row]:
-            raise BadInput(f"{where}: no {missing[0]!r} in it; {AGAIN}")
+            raise BadInput(f"{where}: no {missing[0]!r} in it; {again(COMMAND)}")
         if row["split"] not in SPLITS:
             raise BadInput(f"{where}: split is {row['split']!r}, expected one of {', '.join(SPLITS)}")
         if not _is_record(row):
-            raise BadInput(f"{where}: image and file must be texts, captions a list of texts; {AGAIN}")
+            raise BadInput(f"{where}: image and file must be texts, captions a list of texts; {again(COMMAND)}")
         if leaves_folder(row["file"]):
-            raise BadInput(f"{where}: file {row['file']!r} lies outside the folder of pictures; {AGAIN}")
+            raise BadInput(f"{where}: file {row['file']!r} lies outside the folder of pictures; {again(COMMAND)}")
         records.append(Record(row["image"], row["file"], row["split"], tuple(row["captions"])))
     return records
 

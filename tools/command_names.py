@@ -36,3 +36,8 @@ def scripts_of_commands() -> dict[str, str]:
 def script_of(command: str) -> str:
     """What to run for a command's folder: its script, or the command where there is no script."""
     return scripts_of_commands().get(current_name(command), command)
+
+
+def again(command: str) -> str:
+    """What to do where a command's folder has something that it does not write."""
+    return f"run {script_of(command)} again"

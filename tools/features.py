@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .captions import Record, Split, query_owners, read_captions
+from .command_names import script_of
 from .errors import BadInput
 from .files import read_array
 from .runs import Manifest, fingerprint, read_manifest
 
+TOWERS, HEADS = "RQ-VAE.prepare_emb", "RQ-VAE.train_heads"  # the commands that write features
 IMAGES, TEXTS = "images.npy", "texts.npy"
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -61,13 +63,11 @@ def read_features(folder: Path, *, layer: str = "embedding") -> Features:
     Raises:
         BadInput: not a finished feature folder, of the other layer, or the captions have changed since.
     """
-    manifest = read_manifest(folder, "RQ-VAE.prepare_emb", "RQ-VAE.train_heads")
+    manifest = read_manifest(folder, TOWERS, HEADS)
     facts: dict[str, Any] = manifest.facts
     if facts["layer"] != layer:
-        hint = (
-            "run scripts/04_train_heads.sh" if layer == "embedding" else "run scripts/03_prepare_emb.sh --layer tower"
-        )
-        raise BadInput(f"{folder} holds {facts['layer']} features, {layer} features are needed: {hint}")
+        script = script_of(HEADS) if layer == "embedding" else f"{script_of(TOWERS)} --layer tower"
+        raise BadInput(f"{folder} holds {facts['layer']} features, {layer} features are needed: run {script}")
     captions = read_captions(Path(facts["captions"]))
     if captions.manifest.fingerprint != facts["captions_fingerprint"]:
         raise BadInput(f"{facts['captions']} has changed since {folder} was made: make it again with --overwrite")

@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .command_names import again
 from .errors import BadInput
 from .files import read_json_lines, write_json_lines
 from .recall import NOT_FOUND, Ranks
 
 NO_PICTURE = -1  # fills the end of a short list
-MADE_BY = "run scripts/16_prepare_reranker_dataset.sh again"
+COMMAND = "retriever.rank_splits"
 
 
 class RankedLists(NamedTuple):
@@ -77,10 +78,10 @@ def read_lists(path: Path) -> RankedLists:
     rows, scores = Packed("q"), Packed("f")
     for number, line in read_json_lines(path):
         if missing := [key for key in ("query", "caption", "picture", "ranked", "scores") if key not in line]:
-            raise BadInput(f"{path}, line {number}: no {missing[0]!r} in it: {MADE_BY}")
+            raise BadInput(f"{path}, line {number}: no {missing[0]!r} in it: {again(COMMAND)}")
         if len(line["ranked"]) != len(line["scores"]):
             raise BadInput(
-                f"{path}, line {number}: {len(line['ranked'])} pictures, {len(line['scores'])} scores: {MADE_BY}"
+                f"{path}, line {number}: {len(line['ranked'])} pictures, {len(line['scores'])} scores: {again(COMMAND)}"
             )
         texts.append(line["query"])
         captions.append(line["caption"])
@@ -88,7 +89,7 @@ def read_lists(path: Path) -> RankedLists:
         rows.append(line["ranked"])
         scores.append(line["scores"])
     if not texts:
-        raise BadInput(f"{path} has no ranked lists: {MADE_BY}")
+        raise BadInput(f"{path} has no ranked lists: {again(COMMAND)}")
     return RankedLists(
         texts,
         np.array(captions, dtype=np.int64),

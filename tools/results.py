@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .command_names import script_of
 from .commands import run_command
 from .errors import BadInput
 from .files import read_json, write_json
@@ -107,7 +108,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = read_json(path)
     wanted = {*KEY, "recall"}
     if not isinstance(rows, list) or not all(isinstance(row, dict) and wanted <= row.keys() for row in rows):
-        raise BadInput(f"{path} holds no rows of results: give a summary.json of scripts/13_test_retriever.sh")
+        raise BadInput(f"{path} holds no rows of results: give a summary.json of {script_of('retriever.test')}")
     return rows
 
 
