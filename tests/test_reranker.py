@@ -733,7 +733,7 @@ def test_contradictions_are_named_before_any_work(
         (learning, {"random_negatives": 8}, "--random-negatives must be between 0 and the 7 --negatives"),
         (learning, {"easing": 1.5}, "--easing must be in"),
         (learning, {"negatives": 0}, "`negatives` must be at least 1"),
-        (learning, {"lora_alpha": 0.0}, "--lora-alpha above 0"),
+        (learning, {"lora_alpha": 0.0}, "`lora_alpha` above 0"),
         (testing, {"tokens": None}, "--reranker and --tokens belong together"),
         (testing, {"reranker": None}, "--reranker and --tokens belong together"),
         (testing, {"reranker": None, "tokens": None, "features": False}, "leaves nothing to reorder by"),
