@@ -4,9 +4,10 @@ A *tower* maps pictures or texts to a vector, its *head* is the projection at th
 Towers may stay frozen while new heads are trained on their outputs (LiT, Zhai et al. 2022).
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from zipfile import is_zipfile
@@ -41,8 +42,6 @@ QUICK_NAMES = "-quickgelu"
 OPENAI_ENTRIES = {"input_resolution", "context_length", "vocab_size"}  # of the states that OpenAI's archives hold
 CONTEXT_LENGTH = 77  # tokens of a caption at most, as CLIP has it
 TEXT_BATCH = 256
-
-dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # of open_clip's text towers: code of their own is refused, not asked for
 
 
 class Clip(NamedTuple):
@@ -112,18 +111,8 @@ def load_clip(name: str, pretrained: str | None = None, *, activation: Activatio
         config = _read_config(folder / CONFIG_NAME)
         name, options = f"local-dir:{folder}", _local_text_tower(config, folder)
     elif not name.startswith("hf-hub:"):
-        if name not in open_clip.list_models():
-            near = did_you_mean(name, open_clip.list_models())
-            raise BadInput(
-                f"`model` {name} is neither a folder nor an open_clip model name (open_clip.list_models()){near}"
-            )
-        if not pretrained:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-            raise BadInput(f"`model` {name} needs `pretrained`: a checkpoint file or one of {tags}")
-        if not (open_clip.get_pretrained_cfg(name, pretrained) or Path(pretrained).is_file()):
-            raise BadInput(f"open_clip cannot load {name} ({pretrained}): that is neither a file nor one of its tags")
         config = open_clip.get_model_config(name)
-        activation = trained_with(name, pretrained, activation)
+        activation = trained_with(name, _known_weights(name, pretrained), activation)
         if activation == "quick_gelu":
             config["quick_gelu"] = options["force_quick_gelu"] = True
     else:
@@ -132,15 +121,46 @@ def load_clip(name: str, pretrained: str | None = None, *, activation: Activatio
         if name.startswith("hf-hub:"):
             config = open_clip.get_model_config(name)
         weights = openai_state(Path(pretrained)) if pretrained else None
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=None if weights else pretrained, force_custom_text=True, **options
-        )
+        with refusing_remote_code():
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=None if weights else pretrained, force_custom_text=True, **options
+            )
+            tokenizer = open_clip.get_tokenizer(name)
         if weights:  # open_clip refuses archives
             model.load_state_dict(open_clip.model.convert_to_custom_text_state_dict(weights))
-        tokenizer = open_clip.get_tokenizer(name)
     except (*LOADING_ERRORS, AttributeError, EOFError, KeyError) as error:
         raise BadInput(f"open_clip cannot load {name} ({pretrained or 'no tag'}): {first_line(error)}") from None
     return Clip(model.eval(), preprocess, tokenizer, config, activation)
+
+
+def _known_weights(name: str, pretrained: str | None) -> str:
+    """Tag or file of a named model's weights.
+
+    Raises:
+        BadInput: open_clip knows no such model, or no such tag of it.
+    """
+    if name not in open_clip.list_models():
+        near = did_you_mean(name, open_clip.list_models())
+        raise BadInput(
+            f"`model` {name} is neither a folder nor an open_clip model name (open_clip.list_models()){near}"
+        )
+    if not pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise BadInput(f"`model` {name} needs `pretrained`: a checkpoint file or one of {tags}")
+    if not (open_clip.get_pretrained_cfg(name, pretrained) or Path(pretrained).is_file()):
+        raise BadInput(f"open_clip cannot load {name} ({pretrained}): that is neither a file nor one of its tags")
+    return pretrained
+
+
+@contextlib.contextmanager
+def refusing_remote_code() -> Iterator[None]:
+    """Inside it, a text tower with code of its own is refused at once; transformers would ask the user for a while."""
+    shipped = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = shipped
 
 
 def load_recorded(facts: Mapping[str, Any]) -> Clip:
@@ -275,22 +295,31 @@ def assemble_clip(
     }
     custom = {**config, "text_cfg": {**config["text_cfg"], "hf_model_pretrained": True}}  # type: ignore[dict-item]
     try:
-        model = open_clip.CustomTextCLIP(**custom)
+        with refusing_remote_code():
+            model = open_clip.CustomTextCLIP(**custom)
     except (*LOADING_ERRORS, AssertionError, KeyError, AttributeError) as error:
         raise BadInput(f"`image_tower` {image_tower} or `text_tower` {text_tower}: {first_line(error)}") from None
-    weights = _read_weights(image_weights)
-    if "_conv_stem.weight" in weights:
-        weights = rename_efficientnet_lite(weights)
-    trunk = model.visual.trunk
-    wanted = trunk.state_dict()
-    missing = [key for key in wanted if key not in weights]
-    if missing:
-        raise BadInput(f"{image_weights} has no {missing[0]} ({len(missing)} missing) for timm's {image_tower}")
-    trunk.load_state_dict({key: weights[key] for key in wanted})
+    _load_trunk(model.visual.trunk, image_weights, image_tower)
     open_clip.model.set_model_preprocess_cfg(model, preprocess)
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), is_train=False)
     tokenizer = open_clip.tokenizer.HFTokenizer(str(text_tower), context_length=context_length)
     return Clip(model.eval(), transform, tokenizer, config)
+
+
+def _load_trunk(trunk: nn.Module, path: Path, image_tower: str) -> None:
+    """Load a timm model's weights.
+
+    Raises:
+        BadInput: some are missing.
+    """
+    weights = _read_weights(path)
+    if "_conv_stem.weight" in weights:
+        weights = rename_efficientnet_lite(weights)
+    wanted = trunk.state_dict()
+    missing = [key for key in wanted if key not in weights]
+    if missing:
+        raise BadInput(f"{path} has no {missing[0]} ({len(missing)} missing) for timm's {image_tower}")
+    trunk.load_state_dict({key: weights[key] for key in wanted})
 
 
 def rename_efficientnet_lite(weights: dict[str, Tensor]) -> dict[str, Tensor]:

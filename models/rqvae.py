@@ -226,7 +226,7 @@ class Tokens(NamedTuple):
 def tokenize(
     model: RqVae, features: Floats, *, groups: Sequence[Rows] | None, taken: NDArray[np.integer] | None = None
 ) -> Tokens:
-    """Codes and latents of pictures; the model, in eval mode, is on the CPU afterwards where collisions are resolved.
+    """Codes and latents of pictures, by a model in eval mode.
 
     Args:
         features: (pictures, features)
@@ -235,7 +235,7 @@ def tokenize(
     placed = torch.from_numpy(np.array(features)).to(next(model.parameters()).device)
     latents, codes = model.latents(placed).cpu().numpy(), model.codes(placed).cpu().numpy()
     if groups is not None:
-        codes = resolve_collisions(codes, latents, model.cpu(), groups, taken=taken)
+        codes = resolve_collisions(codes, latents, model, groups, taken=taken)
     return Tokens(codes, latents)
 
 
@@ -259,7 +259,8 @@ def resolve_collisions(
     """
     codes = codes.copy()
     last = model.quantizer.codebook(codes.shape[1] - 1).detach().cpu().numpy()
-    behind = model.quantizer.decode(torch.from_numpy(codes)).detach().cpu().numpy() - last[codes[:, -1]]
+    placed = torch.from_numpy(codes).to(model.mean.device)
+    behind = model.quantizer.decode(placed).detach().cpu().numpy() - last[codes[:, -1]]
     residuals = latents - behind
     own = ((residuals - last[codes[:, -1]]) ** 2).sum(axis=1)
     used_behind = _last_codes(codes[:0] if taken is None else taken, prefixes=codes[:, :-1])
