@@ -10,19 +10,15 @@ Candidates come from the nearest train pictures, from an image-to-text model, or
 model then decides: a picture keeps the candidates whose text features are nearest to its own.
 """
 
-import os
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from models.compute import Precision, pick_device, pick_dtype
-from models.options import DeviceOptions
+from models.compute import pick_device, pick_dtype
 from tools import processes, runs
 from tools.blocks import Blocks
 from tools.captions import Split, read_captions
@@ -37,28 +33,17 @@ from tools.pictures import open_picture
 from ..data import GENERATED_BY, PSEUDO_QUERIES, Queries, read_data
 from .candidates import Candidates, Pool, TrainCaptions, with_features
 from .endpoint import Endpoint, Request, ask_all, make_prompt
+from .options import CaptionerOptions, EndpointOptions, NearestOptions, Source, check_source
 
 if TYPE_CHECKING:
     from models.clip import TextEncoder
 
-Source = Literal["nearest", "model", "endpoint"]
-
 SELECT_BLOCK = 256  # pictures that are decided on at a time
 EXAMPLES = 3  # pictures shown at the end
-ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-NAMES_A_KEY = re.compile(r"(?i)(.*_)?(key|token|secret)")
-BELONGS_TO: dict[str, tuple[Source, ...]] = {
-    **dict.fromkeys(("neighbours",), ("nearest",)),
-    **dict.fromkeys(("candidates", "precision"), ("model", "endpoint")),
-    **dict.fromkeys(("captioner", "prompt", "temperature", "top_p", "max_new_tokens", "batch_size"), ("model",)),
-    **dict.fromkeys(("url", "language_model", "api_key_variable", "requests_per_minute"), ("endpoint",)),
-    **dict.fromkeys(("parallel", "retries", "skip_refused", "dry_run"), ("endpoint",)),
-}
-"""Flags that mean nothing to other sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions, DeviceOptions):
+class Config(RunOptions, NearestOptions, CaptionerOptions, EndpointOptions):
     """Which pictures get pseudo queries, who writes them, and which are kept."""
 
     source: Source
@@ -72,92 +57,23 @@ class Config(RunOptions, DeviceOptions):
     """Whose pictures get pseudo queries."""
     per_picture: int = 5
     """Pseudo queries kept of a picture, at most."""
-    candidates: int = 10
-    """Captions written of a picture, to choose from (model, endpoint)."""
     min_similarity: float | None = None
     """Candidates whose two-tower cosine to the picture is below this are dropped; by default none."""
-    neighbours: int = 5
-    """Train pictures whose captions are a picture's candidates (nearest)."""
-    captioner: str | None = None
-    """Name or folder of a Hugging Face image-to-text model: BLIP, BLIP-2, or any other (model)."""
-    prompt: str | None = None
-    """What a caption goes on from, or what a chat model is asked; by default what the model needs (model)."""
-    temperature: float = 1.0
-    """Of the sampling (model)."""
-    top_p: float = 0.9
-    """Words are drawn from the likeliest that have this probability together (model)."""
-    max_new_tokens: int = 30
-    """Length of a caption, at most (model)."""
-    batch_size: int = 16
-    """Pictures a batch (model)."""
-    precision: Precision = "auto"
-    """Arithmetic of the models; auto: bf16 or fp16 on a GPU and on CPUs with bf16 units, else fp32 (model,
-    endpoint)."""
-    url: str | None = None
-    """Address of the endpoint, usually ending in /v1 (endpoint)."""
-    language_model: str | None = None
-    """Name of a model there that reads pictures (endpoint)."""
-    api_key_variable: str = "OPENAI_API_KEY"
-    """Name of the environment variable that holds the key; the key itself is written nowhere (endpoint)."""
-    requests_per_minute: float = 60.0
-    """At most, of all processes together; requests made again are not counted (endpoint)."""
-    parallel: int = 4
-    """Requests under way at a time, in each process (endpoint)."""
-    retries: int = 5
-    """Times a request is made again, with growing pauses, after HTTP 408, 409, 429, 5xx or no answer (endpoint)."""
-    skip_refused: bool = False
-    """Go on without captions of pictures that the endpoint refuses (endpoint)."""
-    dry_run: bool = False
-    """Count the requests, show one prompt, ask nothing and write nothing (endpoint)."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the words that are drawn."""
 
     def __post_init__(self) -> None:
         if (self.dataset is None) == (self.features is None):
             raise BadInput("give --dataset, or --features in its place")
-        for field in fields(self):
-            sources = BELONGS_TO.get(field.name, (self.source,))
-            if self.source not in sources and getattr(self, field.name) != field.default:
-                raise BadInput(f"{flag(field.name)} is for --source {' or '.join(sources)}, not --source {self.source}")
-        self._check_numbers()
-        if self.source == "model" and self.captioner is None:
-            raise BadInput("--source model needs --captioner, for example Salesforce/blip2-opt-2.7b")
-        if self.source == "endpoint":
-            self._check_endpoint()
-
-    def _check_numbers(self) -> None:
-        whole = ("per_picture", "candidates", "neighbours", "max_new_tokens", "batch_size", "parallel")
-        if wrong := [name for name in whole if getattr(self, name) < 1]:
-            raise BadInput(f"{flag(wrong[0])} must be at least 1")
+        check_source(self, self.source)
+        if self.per_picture < 1 or self.seed < 0:
+            raise BadInput("--per-picture must be at least 1, --seed at least 0")
         if self.source != "nearest" and self.candidates < self.per_picture:
             raise BadInput(f"--candidates {self.candidates} cannot give --per-picture {self.per_picture}: raise it")
         if not self.splits or len(set(self.splits)) < len(self.splits):
             raise BadInput("--splits takes each of train, val, test at most once, and at least one of them")
-        if not (self.temperature > 0 and 0 < self.top_p <= 1):
-            raise BadInput("--temperature must be above 0, --top-p above 0 and at most 1")
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise BadInput("--min-similarity is a cosine: between -1 and 1")
-        if not self.requests_per_minute > 0 or min(self.retries, self.seed) < 0:
-            raise BadInput("--requests-per-minute must be above 0, --retries and --seed at least 0")
-
-    def _check_endpoint(self) -> None:
-        if self.url is None or self.language_model is None:
-            missing = "--url" if self.url is None else "--language-model"
-            raise BadInput(f"--source endpoint needs {missing}")
-        address = urlsplit(self.url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise BadInput("--url must begin with http:// or https:// and name a host")
-        if address.username or address.password or address.query:  # the manifest would tell
-            raise BadInput("--url takes no user, password or query: export the key, --api-key-variable names it")
-        name = self.api_key_variable
-        if not ENVIRONMENT_NAME.fullmatch(name) or (name not in os.environ and not NAMES_A_KEY.fullmatch(name)):
-            # perhaps the key itself: neither to be shown nor to be written into a manifest
-            raise BadInput("--api-key-variable takes the name of an environment variable that is set, not the key")
-
-
-def flag(name: str) -> str:
-    """A field of the configuration as it is typed."""
-    return f"--{name.replace('_', '-')}"
 
 
 def read_pool(config: Config) -> Pool:
