@@ -11,9 +11,9 @@ from pathlib import Path
 from models.clip import assemble_clip, save_clip
 from models.compute import seed_everything
 from tools import runs
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
-from tools.options import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)

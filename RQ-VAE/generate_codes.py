@@ -17,12 +17,12 @@ from models.options import DeviceOptions
 from models.rqvae import RqVae, tokenize
 from tools import runs
 from tools.captions import SPLITS
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import encoder_of, read_features
 from tools.files import write_array, write_json
 from tools.logs import Tracker
-from tools.options import RunOptions
 from tools.tokenizer_report import TokenizerReport, make_report
 
 

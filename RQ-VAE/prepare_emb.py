@@ -31,12 +31,12 @@ from models.options import DeviceOptions
 from tools import processes, runs
 from tools.blocks import Blocks
 from tools.captions import CaptionSet, portable, read_captions
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Rows
 from tools.files import new_array, read_array, replacing, write_array
 from tools.logs import progress
-from tools.options import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,12 @@ from models.rqvae import BLOCK, AlignAt, Alignment, RqVae, RqVaeConfig
 from models.stepper import Stepper
 from models.training import Checkpoint
 from tools import processes, runs
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import Features, Rows, encoder_of, read_features
 from tools.files import read_json_lines, write_json
 from tools.logs import Tracker, progress
-from tools.options import RunOptions
 from tools.recall import CUTOFFS
 from tools.tokenizer_report import TokenizerReport, make_report
 

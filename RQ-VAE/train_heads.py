@@ -23,12 +23,12 @@ from models.options import TrainingOptions
 from models.stepper import Stepper
 from models.training import Checkpoint
 from tools import runs
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Features, Floats, normalized, read_features
 from tools.files import write_array
 from tools.logs import Tracker, progress
-from tools.options import RunOptions
 from tools.recall import search_recall
 
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5

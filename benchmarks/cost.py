@@ -23,7 +23,7 @@ from models.decoding import make_writer
 from models.rqvae import RqVae
 from reranker.rerank import score_lists
 from retriever.retrieve import search_queries
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.training_memory import GIB
 

@@ -43,7 +43,7 @@ from retriever.training import Training
 from tests import folders
 from tests.tiny import COLOURS, tokenizer
 from tools import captions, runs
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.files import write_json_lines
 from tools.logs import Tracker, table
 

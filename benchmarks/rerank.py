@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from models.compute import DTYPES, autocast, pick_device
 from models.scorer import CLOSE_IMAGE, OPEN_IMAGE, START_SPREAD, ImageTokens, Scorer, scoring_head
 from reranker.rerank import CPU_PAIRS, GPU_PAIRS, Scores, score_lists
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.files import write_json
 from tools.logs import table
 from tools.ranked import RankedLists

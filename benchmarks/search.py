@@ -24,7 +24,7 @@ from models.decoding import Writer, make_writer
 from retriever.index import DeviceLevel, build_index, to_device
 from tests.oracle import dictionary_trie, generate
 from tools import runs
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
 from tools.logs import table

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from retriever.data import read_data
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.files import write_json
 from tools.logs import table

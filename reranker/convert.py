@@ -25,11 +25,11 @@ from models.seed_tokenizer import Interpolation, SeedTokenizer
 from tools import processes, runs
 from tools.blocks import Blocks, wait_for
 from tools.captions import CaptionSet, portable, read_captions
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.files import read_array, write_array
 from tools.logs import progress
-from tools.options import RunOptions
 
 from .data import CODEBOOK, TOKENS
 

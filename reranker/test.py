@@ -22,13 +22,13 @@ from models.options import PrecisionOptions
 from models.scorer import Scorer
 from tools import processes, runs
 from tools.captions import first_captions
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions, TableOptions
 from tools.errors import BadInput
 from tools.features import Features, normalized, read_features
 from tools.files import replacing, write_array
 from tools.interpolation import COSINE_SCALE, Choice, choose_weights, interpolated
 from tools.logs import Tracker, table
-from tools.options import RunOptions, TableOptions
 from tools.ranked import RankedLists, reordered_ranks, write_lists
 from tools.recall import Report, report
 from tools.results import MRR_NOTE, Row, merge_summary, printable, scalars

@@ -27,11 +27,11 @@ from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora, Scorer, build_new_s
 from models.stepper import Stepper
 from models.training import Checkpoint
 from tools import runs
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.interpolation import choose_weights, interpolated
 from tools.logs import Tracker
-from tools.options import RunOptions
 from tools.ranked import NO_PICTURE, reordered_ranks
 from tools.recall import report
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from tools import runs
 from tools.captions import SPLITS, CaptionSet, Split, portable, query_owners, read_captions
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.files import read_array, replacing, write_json_lines
 from tools.logs import table
-from tools.options import RunOptions
 
 from .data import ARRAYS, POOL
 from .setting import setting_of_codes

@@ -21,9 +21,9 @@ from models.decoding import Writer, make_writer
 from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.captions import Split, first_captions
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
-from tools.options import RunOptions
 from tools.ranked import NO_PICTURE, RankedLists, write_lists
 
 from .beam import RankedPictures

@@ -25,11 +25,11 @@ from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.blocks import Blocks
 from tools.captions import Split
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.files import read_json_lines, write_json_lines
 from tools.logs import progress
-from tools.options import RunOptions
 from tools.recall import Ranks, code_rank, image_rank
 
 from .beam import RankedPictures, beam_search, expand

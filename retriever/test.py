@@ -18,13 +18,13 @@ from models.options import DeviceOptions
 from models.rqvae import RqVae
 from tools import runs
 from tools.captions import first_captions
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions, TableOptions
 from tools.contact_sheet import SheetRow, draw_sheet
 from tools.errors import BadInput
 from tools.features import Features, Floats, read_features
 from tools.files import read_json_lines, replacing
 from tools.logs import Tracker
-from tools.options import RunOptions, TableOptions
 from tools.recall import Ranks, Report, code_rank, image_rank, report
 from tools.results import MRR_NOTE, Row, merge_summary, printable, scalars
 from tools.two_tower import two_tower_recall

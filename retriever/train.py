@@ -17,7 +17,7 @@ from models.compute import pick_device, pick_dtype, seed_everything
 from models.options import LoraOptions
 from models.voken_lm import Kind, Lora, VokenLM, build_causal, build_encoder_decoder, build_seq2seq
 from tools import runs
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.logs import Tracker
 

@@ -27,7 +27,7 @@ from models.options import NegativeOptions
 from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.blocks import wait_for
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.files import read_array, write_array
 from tools.logs import Tracker

@@ -20,8 +20,8 @@ from models.stepper import Stepper
 from models.training import Checkpoint
 from models.voken_lm import VokenLM
 from tools import captions, runs
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
-from tools.options import RunOptions
 from tools.recall import CUTOFFS, report
 
 from .data import Pairs, RetrieverData, read_pseudo_queries

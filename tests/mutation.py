@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.files import hash_file, read_json, replacing, write_json
 from tools.logs import progress

@@ -54,7 +54,7 @@ from tests.tiny import (
 )
 from tools import fetch_emoji, prepare_captions, results, runs
 from tools.captions import Record, read_captions, read_records
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.contact_sheet import SheetRow, draw_sheet
 from tools.errors import BadInput
 from tools.files import read_array, read_json

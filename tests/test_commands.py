@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tools.commands import help_text
+from tools.command_line.commands import help_text
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 '''A command.'''
 from dataclasses import dataclass
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_a_command_ends_with_one_line_and_says_what_it_takes(tmp_path: Path, mon
     program = """
 from dataclasses import dataclass
 from models.compute import pick_device, pick_dtype
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 import torch
 torch.cuda.is_available = lambda: False
 

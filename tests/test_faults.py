@@ -29,9 +29,9 @@ from tests.faults.zygote import zygote
 from tests.test_commands import PROGRAM, ROOT
 from tests.test_runs import Config, begin, config, finish
 from tools import runs
-from tools.command_names import scripts_of_commands
+from tools.command_line.command_names import scripts_of_commands
+from tools.command_line.failures import explain, why_not_written
 from tools.errors import BadInput
-from tools.failures import explain, why_not_written
 from tools.files import new_array, read_json, replacing, verified_hash, write_array, write_json
 from tools.results import merge_summary
 

@@ -16,7 +16,7 @@ from tests.folders import Config as Plain
 from tests.folders import finished
 from tests.test_runs import Config, begin, finish
 from tools import environment, processes, runs
-from tools.command_names import EARLIER, scripts_of_commands
+from tools.command_line.command_names import EARLIER, scripts_of_commands
 from tools.errors import BadInput
 from tools.files import hash_file, read_json, verified_hash
 

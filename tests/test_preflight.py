@@ -14,9 +14,11 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from tests.tiny import bert_folder, clip_folder, draw_picture, llama_folder, t5_folder
-from tools import preflight, preflight_devices, preflight_models
-from tools.preflight_devices import Gpu
-from tools.preflight_list import MISSING, OK, UNKNOWN, Need
+from tools.preflight import __main__ as preflight
+from tools.preflight import devices as preflight_devices
+from tools.preflight import models as preflight_models
+from tools.preflight.devices import Gpu
+from tools.preflight.needs import MISSING, OK, UNKNOWN, Need
 from tools.training_memory import GIB
 
 ROOT = Path(__file__).parent.parent
@@ -398,7 +400,7 @@ def test_a_folder_of_pictures_needs_the_models_of_another_dataset(tmp_path: Path
 def test_nothing_left_to_do_needs_nothing() -> None:
     code = (
         "import io, sys; sys.stdin = io.TextIOWrapper(io.BytesIO(b''))\n"
-        "from tools import preflight; assert preflight.main(['--brief']) == 0\n"
+        "from tools.preflight.__main__ import main; assert main(['--brief']) == 0\n"
         "slow = {'torch', 'open_clip', 'transformers', 'huggingface_hub', 'PIL', 'numpy'} & set(sys.modules)\n"
         "assert not slow, slow"
     )

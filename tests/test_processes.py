@@ -41,8 +41,9 @@ from tests.chain import RQVAE, Chain, encode_config, encoder_decoder_config, fil
 from tests.test_pipeline import retrieve_config, t5_config
 from tests.test_training import llama_config, stage2_config
 from tests.tiny import prepare_emb, rqvae_train, tiny_encoder_decoder
-from tools import commands, processes
+from tools import processes
 from tools.blocks import Blocks
+from tools.command_line import commands
 from tools.errors import EXIT_BAD_INPUT, BadInput
 from tools.files import read_json, write_json
 from tools.vokens import VokenSpace

@@ -29,7 +29,7 @@ from retriever.report.sections import Styles
 from tests.chain import Chain, files_of
 from tests.test_pipeline import retrieve_config
 from tools import curves, plots, runs
-from tools.command_names import script_of
+from tools.command_line.command_names import script_of
 from tools.curves import Curves, read_curves
 from tools.errors import BadInput
 from tools.features import normalized, read_features

@@ -25,8 +25,9 @@ from retriever.pseudo_queries import generate as generate_pseudo_query
 from retriever.serve.uploads import safe_name
 from tests import folders
 from tests.test_pseudo_queries import Endpoint
-from tools import arguments, environment, logs, prepare_captions, report_page, results, runs
+from tools import environment, logs, prepare_captions, report_page, results, runs
 from tools.captions import read_captions
+from tools.command_line import arguments
 from tools.errors import BadInput
 from tools.fetch_emoji import Package, fetch, read_emojis, read_member
 from tools.files import read_array
@@ -493,7 +494,7 @@ def test_a_key_does_not_reach_wandb_or_a_manifest(
 def test_a_key_on_the_command_line_is_not_repeated(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tools.commands import run_command
+    from tools.command_line.commands import run_command
 
     line = ["x", "--dataset", "x", "--output", str(tmp_path / "y"), "--source", "endpoint", "--language-model", "m"]
     line += [] if "--url" in flags else ["--url", "http://host/v1"]

@@ -16,7 +16,8 @@ from retriever import test as final
 from tests.chain import RQVAE, Chain, encoder_decoder_config
 from tests.offline_runs import OfflineRun, read_offline_runs
 from tests.test_architecture import ROOT
-from tools import logs, results, runs, sweeps
+from tools import logs, results, runs
+from tools.command_line import sweeps
 from tools.files import read_json
 
 SETTINGS = {"precision": "fp32", "device": "cpu"}

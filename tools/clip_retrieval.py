@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .captions import read_captions
-from .commands import run_command
+from .command_line.commands import run_command
 from .errors import BadInput
 from .features import Features, Floats, Rows, normalized, read_features
 from .files import replacing, write_array

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .captions import Record, Split, query_owners, read_captions
-from .command_names import script_of
+from .command_line.command_names import script_of
 from .errors import BadInput
 from .files import read_array
 from .runs import Manifest, fingerprint, read_manifest

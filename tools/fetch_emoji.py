@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import resvg_py
 
 from . import runs
-from .commands import run_command
+from .command_line.commands import run_command
+from .command_line.options import RunOptions
 from .errors import BadInput
 from .files import replacing, write_json_lines
 from .logs import progress
-from .options import RunOptions
 
 SKIN_TONES = frozenset(f"1f3f{tone:x}" for tone in range(0xB, 0x10))
 CAPTIONS_PER_PICTURE = 5

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from .command_line.failures import why_not_written
 from .errors import BadInput
-from .failures import why_not_written
 
 HASH_CHUNK_BYTES = 1 << 20
 SETTLED_SECONDS = 2.0  # a file changed later than this before it was hashed may change again unseen by its times

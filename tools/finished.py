@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from . import runs
+from .command_line.sweeps import own_place
 from .errors import BadInput
 from .files import read_json
-from .sweeps import own_place
 
 SHOWN = "table.txt"
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from . import environment, processes, runs, sweeps
+from . import environment, processes, runs
+from .command_line import sweeps
 
 ItemT = TypeVar("ItemT")
 

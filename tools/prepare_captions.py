@@ -20,11 +20,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from . import runs
 from .captions import FILE_NAME, SPLITS, Record, leaves_folder, portable, write_captions
-from .commands import run_command
+from .command_line.commands import run_command
+from .command_line.options import RunOptions
 from .errors import BadInput
 from .files import read_json, read_json_lines
 from .logs import table
-from .options import RunOptions
 from .pictures import find_unreadable, pictures_below
 from .shards import shards_of, unpack
 from .texts import clean, is_unicode, printable

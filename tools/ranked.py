@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .command_names import again
+from .command_line.command_names import again
 from .errors import BadInput
 from .files import read_json_lines, write_json_lines
 from .recall import NOT_FOUND, Ranks

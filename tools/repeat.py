@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 
 from . import environment, runs
-from .commands import run_command
+from .command_line.commands import run_command
 from .errors import BadInput
 from .files import read_json
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .command_names import script_of
-from .commands import run_command
+from .command_line.command_names import script_of
+from .command_line.commands import run_command
+from .command_line.sweeps import own_place
 from .errors import BadInput
 from .files import read_json, write_json
 from .logs import table
 from .recall import CUTOFFS, Report
-from .sweeps import own_place
 from .texts import as_markdown_cell
 
 KEY = ("system", "dataset", "split", "pool", "level")

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TextIO
 
 from . import environment, processes
-from .command_names import current_name, script_of, scripts_of_commands
+from .command_line.command_names import current_name, script_of, scripts_of_commands
 from .errors import EXIT_BAD_INPUT, BadInput
 from .files import hash_file, read_json, remove_torn, verified_hash, write_json
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import runs
-from .commands import run_command
+from .command_line.commands import run_command
 from .errors import BadInput
 from .features import read_features
 from .files import read_json_lines, replacing

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.files import read_json
 from tools.logs import table

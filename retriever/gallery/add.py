@@ -22,7 +22,7 @@ from models.compute import Precision, pick_device
 from models.options import DeviceOptions
 from models.rqvae import RqVae, tokenize
 from tools.captions import portable
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.features import Floats, Rows
 from tools.logs import progress

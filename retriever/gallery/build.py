@@ -11,10 +11,10 @@ from typing import Any
 
 from tools import runs
 from tools.captions import portable
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import Floats, read_features
-from tools.options import RunOptions
 
 from ..data import RetrieverData, read_data
 from .gallery import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.results import read_rows
 

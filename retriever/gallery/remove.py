@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.features import Rows
 

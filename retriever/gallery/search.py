@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.contact_sheet import SheetRow, draw_sheet
 from tools.errors import BadInput
 from tools.texts import clean, printable, shortened

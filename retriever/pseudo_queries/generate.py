@@ -22,12 +22,12 @@ from models.compute import pick_device, pick_dtype
 from tools import processes, runs
 from tools.blocks import Blocks
 from tools.captions import Split, read_captions
-from tools.commands import run_command
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Floats, Rows, normalized, read_features
 from tools.files import read_array, read_json, write_json, write_json_lines
 from tools.logs import progress
-from tools.options import RunOptions
 from tools.pictures import open_picture
 
 from ..data import GENERATED_BY, PSEUDO_QUERIES, Queries, read_data

@@ -20,11 +20,11 @@ from models.compute import machine, pick_device
 from models.decoding import make_writer
 from models.voken_lm import VokenLM
 from tools import runs
+from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import Features, Rows, read_features
 from tools.files import read_json, replacing, write_json
 from tools.logs import Tracker
-from tools.options import RunOptions
 from tools.report_page import Html, Page, Part, Section, Thumbnails, escape, joined, paragraph
 from tools.results import printable, read_rows
 

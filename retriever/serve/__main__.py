@@ -1,4 +1,4 @@
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 
 from .serve import Config, main
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.commands import run_command
+from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.files import read_json_lines, write_json, write_json_lines
 

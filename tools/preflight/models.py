@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .preflight_list import MISSING, OK, UNKNOWN, Finding, Need
-from .texts import did_you_mean
-from .training_memory import SHAPES, Shape, read_shape
+from ..texts import did_you_mean
+from ..training_memory import SHAPES, Shape, read_shape
+from .needs import MISSING, OK, UNKNOWN, Finding, Need
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")

@@ -6,7 +6,7 @@ The scripts themselves say which command they run, in their last line. So no lis
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EARLIER = {  # names that manifests of earlier versions have
     "retriever.build_index": "retriever.gallery.build",
     "retriever.generate_pseudo_query": "retriever.pseudo_queries.generate",

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from .errors import EXIT_BAD_INPUT
-from .preflight_devices import check_memory, check_processes, trained_weights
-from .preflight_list import MISSING, OK, UNKNOWN, Finding, Need
-from .preflight_models import check_clip, check_model, check_tokenizer, size_of
-from .training_memory import GIB
+from ..errors import EXIT_BAD_INPUT
+from ..training_memory import GIB
+from .devices import check_memory, check_processes, trained_weights
+from .models import check_clip, check_model, check_tokenizer, size_of
+from .needs import MISSING, OK, UNKNOWN, Finding, Need
 
 SAMPLED = 16  # pictures that are opened
 KEPT_BYTES = 4  # of a trained weight, in the model that a training leaves
@@ -54,7 +54,7 @@ def check_pictures(need: Need) -> Iterator[Finding]:
 
 
 def _picture_endings() -> frozenset[str]:
-    from .pictures import PICTURE_ENDINGS
+    from ..pictures import PICTURE_ENDINGS
 
     return PICTURE_ENDINGS
 
@@ -64,7 +64,7 @@ def _files_below(folder: Path, *, links: bool) -> list[Path]:
 
 
 def _opens(path: Path) -> bool:
-    from .pictures import open_picture
+    from ..pictures import open_picture
 
     try:
         open_picture(path)
@@ -175,7 +175,7 @@ def shown(found: list[Finding], *, brief: bool) -> str:
     ]
     if not rows:
         return ""
-    from .logs import table  # brings numpy: not above
+    from ..logs import table  # brings numpy: not above
 
     return table(rows)
 

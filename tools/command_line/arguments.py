@@ -10,8 +10,8 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import BadInput
-from .texts import did_you_mean, shortened
+from ..errors import BadInput
+from ..texts import did_you_mean, shortened
 
 HELP = ("help",)
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any, NoReturn, TypeVar
 
-from . import environment, processes
+from .. import environment, processes
+from ..errors import EXIT_BAD_INPUT, BadInput
+from ..logs import end_progress
 from .arguments import check_arguments, check_numbers, with_options
-from .errors import EXIT_BAD_INPUT, BadInput
 from .failures import explain
-from .logs import end_progress
 from .sweeps import of_trial
 
 ConfigT = TypeVar("ConfigT")

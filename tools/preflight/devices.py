@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from .preflight_list import MISSING, OK, UNKNOWN, Finding, Need
-from .preflight_models import shape_of
-from .training_memory import GIB, Training, need
+from ..training_memory import GIB, Training, need
+from .models import shape_of
+from .needs import MISSING, OK, UNKNOWN, Finding, Need
 
 DRIVERS = {11: 450, 12: 525, 13: 580}  # the oldest that runs a major version of CUDA
 COMPATIBLE = Path("/usr/local/cuda/compat")  # NVIDIA's package for older drivers, in its containers
