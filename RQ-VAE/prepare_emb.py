@@ -55,7 +55,7 @@ class Config(RunOptions, DeviceOptions):
     layer: Literal["embedding", "tower"] = "embedding"
     """Features of the shared space, or what the projection heads read (for RQ-VAE.train_heads)."""
     batch_size: int = 64
-    """Pictures a batch; captions go in batches of four times as many."""
+    """Pictures per batch; captions go in batches of four times as many."""
     precision: Precision = "auto"
     """Arithmetic of the towers, weights included; auto: fp32 on a GPU, bf16 on CPUs with bf16
     units, else fp32. The features are stored in fp32."""
@@ -86,7 +86,7 @@ def encode(
     """Encode `batches` of dataset rows, this process its share of those that are missing.
 
     Returns:
-        one file a batch, of vectors (batch, width), from all processes.
+        one file per batch, of vectors (batch, width), from all processes.
     """
     work = Blocks(folder, len(batches))
     left: Any = [batches[number] for number in work.left]

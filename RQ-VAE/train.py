@@ -31,7 +31,7 @@ from tools.logs import Tracker, progress
 from tools.recall import CUTOFFS
 from tools.tokenizer_report import TokenizerReport, make_report
 
-LEAST = 2  # pairs of a process in a batch: batch norm needs company
+LEAST = 2  # pairs per process in a batch, which batch norm needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
     hidden: tuple[int, ...] = (1024, 512)
     """Hidden widths of the encoder, mirrored in the decoder."""
     levels: int = 4
-    """Vokens a picture."""
+    """Vokens per picture."""
     codebook_size: int = 1024
-    """Codes a codebook."""
+    """Codes per codebook."""
     shared_codebook: bool = False
-    """One codebook for all levels (published), or one a level."""
+    """One codebook for all levels (published), or one per level."""
     dropout: float = 0.25
     """Dropout of the MLPs."""
     normalize: bool = True
@@ -79,16 +79,16 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
     """Epochs between moves of unused codes onto data; 0: never."""
     pairs: Literal["picture", "caption"] = "picture"
     """What an epoch passes over: each picture once, with one of its captions, drawn anew; or each caption once, with
-    its picture. Published: caption, which is as many times more steps as a picture has captions."""
+    its picture. Published: caption; with n captions per picture that takes n times the steps."""
     pseudo_queries: Path | None = None
     """Run folder of retriever.pseudo_queries.generate: with --pairs caption, train on these captions of pool pictures
     too (transductive)."""
     epochs: int = 3000
     """Passes over the train pictures, or over their captions."""
     batch_size: int = 16384
-    """Pairs of a picture and a caption a batch, of all processes together."""
+    """Pairs of a picture and a caption per batch, of all processes together."""
     shuffle: bool = True
-    """Other batches in each epoch; published: no."""
+    """Shuffle the pairs in each epoch; published: no."""
     lr: float = 1e-4
     validate_every: int = 20
 
@@ -112,8 +112,12 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
         if self.pseudo_queries is not None and self.pairs != "caption":
             raise BadInput("--pseudo-queries are pairs of their own: add --pairs caption")
 
-    def model(self, features: int) -> RqVaeConfig:
-        """The model's part of this configuration."""
+    def rqvae(self, features: int) -> RqVaeConfig:
+        """The model's configuration.
+
+        Args:
+            features: width of the features.
+        """
         return RqVaeConfig(
             features=features,
             width=self.width,
@@ -206,7 +210,7 @@ class TrainData:
 
 
 def score(report: TokenizerReport) -> float:
-    """What the best checkpoint has most of: recall of quantised features, averaged over the cutoffs; without val
+    """What the best checkpoint is chosen by: recall of quantised features, averaged over the cutoffs; without val
     captions, the reconstruction."""
     if report.quantized_recall:
         return sum(report.quantized_recall[str(cutoff)] for cutoff in CUTOFFS) / len(CUTOFFS)
@@ -275,13 +279,15 @@ def make_stepper(model: RqVae, config: Config, *, steps: int) -> Stepper:
     if several and next(model.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     stepper = Stepper(model, config, steps=steps, decay="none", seeded=several)
-    if stepper.sharded:
+    if stepper.deepspeed:
         raise BadInput("the tokenizer is trained in whole copies: start it without DeepSpeed")
     return stepper
 
 
 def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Checkpoint:
     """Train, validate, keep the best. Resumes from the last state.
+
+    The curves have the losses of each epoch's last batch, of the main process's part of it.
 
     Args:
         model: on the device where it is trained.
@@ -304,7 +310,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Ch
         figures = {f"val/{name.removeprefix('val/')}": value for name, value in report.figures().items()}
         tracker.log(figures, step=checkpoint.epoch)
         checkpoint.curves.mark(checkpoint.epoch, figures)
-        checkpoint.keep_best({}, model.save_pretrained, mean=score(report))
+        checkpoint.keep_best({}, model.save_pretrained, score=score(report))
 
     if not checkpoint.resume():
         if config.kmeans_start:
@@ -325,7 +331,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Ch
         tracker.log(figures, step=checkpoint.epoch)
         checkpoint.curves.step(checkpoint.epoch, figures)
         bar.set_postfix({name.removeprefix("train/"): f"{value:.3f}" for name, value in figures.items()}, refresh=False)
-        if checkpoint.validates(config.validate_every):
+        if checkpoint.validation_is_due(config.validate_every):
             validate()
         checkpoint.save_if_due()
     checkpoint.save()
@@ -353,7 +359,7 @@ def main(config: Config) -> None:
     if run is None:
         return
     seed_everything(config.seed)
-    model = RqVae(config.model(features.images.shape[1])).to(pick_device(config.device))
+    model = RqVae(config.rqvae(features.images.shape[1])).to(pick_device(config.device))
     checkpoint = train(model, features, run, config)
     figures = write_best(checkpoint, features, run.folder) if processes.is_main() else {}
     run.finish(

@@ -44,7 +44,7 @@ class Config(RunOptions, TrainingOptions):
     epochs: int = 40
     """Passes over the train pictures, one random caption each."""
     batch_size: int = 1024
-    """Pairs a batch; each is contrasted with all others."""
+    """Pairs per batch; each is contrasted with all others."""
     lr: float = 1e-3
     weight_decay: float = 0.1
     warmup: float = 0.1
@@ -116,7 +116,7 @@ def batches_of(features: Features, config: Config, epoch: int) -> list[NDArray[n
 
 
 def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) -> dict[str, float]:
-    """Train for all epochs, saving the state now and then. Returns the last validation.
+    """Train for all epochs, saving the state now and then. Returns the validation at the end.
 
     Args:
         model: on the device where it is trained.
@@ -141,7 +141,7 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) ->
         steps_of_epoch = checkpoint.steps(batches, seed=config.seed, shown=False)
         mean = sum(stepper.step(loss, some).item() for some in steps_of_epoch) / len(batches)
         checkpoint.epoch_ends()
-        tracker.log({"loss": mean, "temperature": 1 / model.log_scale.exp().item()}, step=epoch)
+        tracker.log({"loss": mean, "temperature": 1 / model.log_scale.exp().item()}, step=checkpoint.epoch)
         checkpoint.curves.step(checkpoint.epoch, {"train/loss": mean})
         bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
         checkpoint.save_if_due()

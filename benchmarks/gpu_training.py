@@ -325,7 +325,7 @@ def measure_checkpointed(work: Work, report: Report) -> None:
 
 
 def train_rqvae(sizes: Sizes, report: Report, *, graphs: bool) -> None:
-    """The image tokenizer at Flickr30k's size: its start, a step, an epoch of one row a caption."""
+    """The image tokenizer at Flickr30k's size: its start, a step, an epoch of one row per caption."""
     device = report.device
     seed_everything(0)
     shape = RqVaeConfig(

@@ -1,4 +1,4 @@
-"""Queries a second of reranking 50 pictures a query: whole prompts padded as published, one at a time or a list at a
+"""Queries per second of reranking 50 pictures a query: whole prompts padded as published, one at a time or a list at a
 time; whole prompts without padding; and every picture's part of the prompt computed once (reranker/rerank.py).
 
 In:  nothing; random weights, random pictures and queries.
@@ -278,7 +278,7 @@ def order(scores: Scores) -> NDArray[np.int64]:
 
 
 def ratios_of(rows: list[Row]) -> dict[str, float]:
-    """How many times as many queries a second sharing answers as each other system of the same precision."""
+    """How many times as many queries per second sharing answers as each other system of the same precision."""
     return {
         f"{row.shape}, {row.lists}, {row.precision}: {row.system} / {other.system}": round(
             row.queries_per_second / other.queries_per_second, 3

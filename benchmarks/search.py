@@ -1,5 +1,5 @@
-"""Queries a second and memory of constrained search: the published way, `generate` with a cache, this engine, the bare
-forward passes, and two-tower search with and without an approximate index.
+"""Queries per second and memory of constrained search: the published way, `generate` with a cache, this engine, the
+bare forward passes, and two-tower search with and without an approximate index.
 
 In:  nothing; where the emoji sample's retriever is trained (`bash scripts/quickstart.sh`), that too.
 Out: `benchmarks/results/search.json`, every row and the ratios; `search.txt`, the same as tables; `search.png`.

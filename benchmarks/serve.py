@@ -1,7 +1,7 @@
 """The search page under load: many clients that ask again as soon as they are answered, against a server of its own.
 
 In:  the emoji sample's index, retriever and test captions (`bash scripts/quickstart.sh`).
-Out: `benchmarks/results/serve.json`: requests, errors, latencies, queries a second, and the server's memory over time.
+Out: `benchmarks/results/serve.json`: requests, errors, latencies, queries per second, the server's memory over time.
 Command: python -m benchmarks.serve [--clients 64] [--seconds 60]
 
 Server and clients share the machine. A client speaks HTTP over one connection that stays open, and asks for a random

@@ -19,10 +19,10 @@ class Batch(NamedTuple):
     rows: NDArray[np.int64]
     """(batch, ...) what the stage calls an example: a train query, or a picture and a caption."""
     seed: int
-    """The training's."""
+    """The training's seed."""
     epoch: int
     number: int
-    """Among the batches of its epoch."""
+    """Position in its epoch."""
 
     def stream(self, number: int) -> int:
         """A seed for one purpose: 0 what is drawn alike in every process, 1 + n in process n."""
@@ -31,13 +31,16 @@ class Batch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One process's part of a batch."""
+    """One process's part of a batch.
+
+    What is drawn at random is drawn for the whole batch, alike in every process, and then indexed with `own`.
+    """
 
     batch: Batch
     own: NDArray[np.int64]
     """(part,) places in the batch; never empty"""
     weight: float
-    """Of the mean loss over the part, such that the mean over processes is the mean over the batch."""
+    """Factor for the part's mean loss; it makes the mean over processes equal the batch's mean."""
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -47,8 +50,8 @@ class Part(NamedTuple):
     def pieces(self, most: int | None) -> "list[Part]":
         """The part in pieces of nearly equal size, at most `most` examples each, whose losses add up to the part's.
 
-        They are as many in every process, which DeepSpeed needs to keep step. Where this process has fewer examples
-        than others, one of its pieces may carry no weight.
+        Every process gets the same number of pieces; DeepSpeed would hang otherwise. Where this process has fewer
+        examples than others, one of its pieces may have no weight.
         """
         largest = -(-len(self.batch.rows) // processes.count())
         if most is None or largest <= most:
@@ -60,7 +63,7 @@ class Part(NamedTuple):
 
 
 def part_of(batch: Batch) -> Part:
-    """This process's part of a batch; where it is smaller than the processes are many, some carry no weight."""
+    """This process's part of a batch. If there are fewer examples than processes, some parts have weight 0."""
     places = np.arange(len(batch.rows))[processes.number() :: processes.count()]
     weight = len(places) * processes.count() / len(batch.rows)
     return Part(batch, places if len(places) else np.zeros(1, dtype=np.int64), weight)
@@ -86,13 +89,13 @@ def bucketed_batches(
 
 
 def check_batch_size(batch_size: int, *, least: int = 1) -> None:
-    """Whether every process gets a part of a batch.
+    """Refuse a batch size that leaves a process without examples.
 
     Args:
         least: examples that a process needs.
 
     Raises:
-        BadInput: the processes are more than the batch has parts.
+        BadInput: it is too small.
     """
     needed = least * processes.count()
     if batch_size < needed and processes.count() == 1:

@@ -10,8 +10,8 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 
 from tools.errors import BadInput
 
-from .checkpoints import first_line
 from .pretrained import LOADING_ERRORS, load_tokenizer
+from .weights import first_line
 
 CHAT_PROMPT = "Write a caption for this picture: one short sentence, and nothing else."
 

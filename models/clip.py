@@ -30,9 +30,9 @@ from tools.runs import check_files
 from tools.texts import did_you_mean
 
 from .archives import is_scripted, read_archive
-from .checkpoints import first_line, read_state
 from .compute import Precision, pick_dtype
 from .pretrained import LOADING_ERRORS, load_config
+from .weights import first_line, read_state
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"

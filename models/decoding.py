@@ -203,7 +203,7 @@ class CrossWriter(Writer):
 
 
 class CrossSession(Session):
-    """Keys and values of the encoder states, one set a query, and of the tokens written."""
+    """Keys and values of the encoder states, one set per query, and of the tokens written."""
 
     def __init__(self, writer: CrossWriter, memory: Memory) -> None:
         super().__init__(memory)
@@ -258,7 +258,7 @@ class CrossSession(Session):
 
 class CausalWriter(Writer):
     """A causal Hugging Face model that takes masks of four dimensions and position ids (`build_causal` refuses known
-    others): the prompt's keys and values are computed once a query and shared by its beams."""
+    others): the prompt's keys and values are computed once per query and shared by its beams."""
 
     def __init__(self, lm: VokenLM, head: Head, model: Any, dtype: torch.dtype) -> None:
         super().__init__(lm, head, lm.read)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .checkpoints import first_line
+from .weights import first_line
 
 ResultT = TypeVar("ResultT")
 

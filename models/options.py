@@ -33,7 +33,7 @@ class TrainingOptions(DeviceOptions):
     epochs: int
     """Passes over what is trained on."""
     batch_size: int
-    """Examples a batch, of all processes together."""
+    """Examples per batch, of all processes together."""
     optimizer: str = "adamw"
     """Name of an optimiser of torch.optim."""
     lr: float
@@ -76,14 +76,15 @@ class ValidationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LargeModelOptions(PrecisionOptions):
-    """What the training of a large model has besides."""
+    """Further options for training a large model."""
 
     accumulate: int = 1
-    """Batches a step of the optimiser."""
+    """Batches per step of the optimiser."""
     at_once: int | None = None
-    """Examples of a forward pass in each process, at most: less memory for the same step; by default its whole part."""
+    """Most examples per forward pass in one process; by default its whole part. Lower it to save memory: the step stays
+    the same."""
     max_grad_norm: float = float("inf")
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to it."""
     compile: Compile = "never"
     """Compile the model (torch.compile), which takes minutes once, and starts a third of the kernels from then on; gpu:
     where there is a GPU with Triton and a C compiler; always: on a CPU too, with a C++ compiler."""
@@ -124,12 +125,12 @@ class LoraOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class NegativeOptions:
-    """What a right picture is told from."""
+    """The wrong pictures that a right one is compared with."""
 
     negatives: int
-    """Wrong pictures of a caption."""
+    """Wrong pictures per caption."""
     spare_same_words: bool = True
-    """A picture that a train caption of the very same words belongs to is no negative; published: it is one."""
+    """Do not use a picture as a negative if one of its train captions has the same words; published: it is used."""
 
     def __post_init__(self) -> None:
         if self.negatives < 1:

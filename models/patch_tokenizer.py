@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
 
-from .checkpoints import ANEW, read_state
 from .clip import Activation, Clip, load_clip, patch_map, recorded_activation, with_image_size
 from .quantizer import QuantizerConfig, ResidualQuantizer
+from .weights import ANEW, read_state
 
 CONFIG_NAME, WEIGHTS_NAME = "patch_tokenizer.json", "patch_tokenizer.safetensors"
 KMEANS_ITERATIONS = 10
@@ -41,9 +41,9 @@ class PatchConfig:
     width: int = 128
     """Main directions of the patches' features that are kept."""
     levels: int = 2
-    """Tokens a patch."""
+    """Tokens per patch."""
     codebook_size: int = 1024
-    """Tokens of a level."""
+    """Tokens per level."""
     activation: Activation = "auto"
     """What the model was trained with, for a checkpoint file that does not tell."""
 

@@ -18,7 +18,7 @@ from tools.errors import BadInput
 from tools.files import read_json
 from tools.texts import did_you_mean
 
-from .checkpoints import ANEW, first_line
+from .weights import ANEW, first_line
 
 LOADING_ERRORS = (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
 UNUSED = ".pooler."  # of BERTs

@@ -1,4 +1,4 @@
-"""Residual vector quantisation: a vector becomes one code a level, each level coding what the last one left over.
+"""Residual vector quantisation: a vector becomes one code per level, each level coding what the last one left over.
 
 Codebooks start from residual k-means and stay in use: dead codes are put back on data, and both the start and training
 may balance the assignment with Sinkhorn iterations (Cuturi 2013). Lee et al. 2022 (RQ-VAE), section 3.1, is the source
@@ -27,7 +27,7 @@ class QuantizerConfig:
     levels: int = 4
     codebook_size: int = 1024
     shared: bool = False
-    """One codebook reused at every level (as published), or one a level."""
+    """One codebook reused at every level (as published), or one per level."""
     sinkhorn_temperature: float = 0.0
     """Above 0: balanced assignment during training, softer for larger values."""
 
@@ -144,7 +144,7 @@ class ResidualQuantizer(nn.Module):
 
 
 def squared_distances(vectors: Tensor, book: Tensor) -> Tensor:
-    """(rows, width) against (codes, width): (rows, codes), up to a constant a row."""
+    """(rows, width) against (codes, width): (rows, codes), up to a constant per row."""
     return (book * book).sum(dim=1) - 2 * vectors @ book.T
 
 

@@ -24,8 +24,8 @@ from tools.features import Floats, Rows
 from tools.files import read_json, replacing, write_json
 from tools.vokens import Codes
 
-from .checkpoints import ANEW, load_weights
 from .quantizer import QuantizerConfig, ResidualQuantizer
+from .weights import ANEW, load_weights
 
 Alignment = Literal["none", "mse", "l1", "contrastive"]
 AlignAt = Literal["before", "after"]

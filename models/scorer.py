@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
 
-from .checkpoints import load_weights
 from .cooccurrence import factorise
 from .opened_pictures import KeysAndValues, behind_pictures
 from .pretrained import (
@@ -43,6 +42,7 @@ from .pretrained import (
     set_rows,
     widened,
 )
+from .weights import load_weights
 
 # Without a space before <img>: that is how SEED-LLaMA was trained (its tokenizer took the space away).
 PROMPT = "USER: Image:<img>{image}</img> Query: {query} ASSISTANT:"
@@ -60,7 +60,7 @@ class ImageTokens(NamedTuple):
     """The tokens that stand for a picture."""
 
     length: int
-    """Tokens a picture."""
+    """Tokens per picture."""
     size: int
     """Distinct tokens."""
 

@@ -27,8 +27,8 @@ from transformers.utils import cached_file
 from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
 
-from .checkpoints import read_state
 from .quantizer import nearest
+from .weights import read_state
 
 Attention = Literal["sdpa", "eager"]
 Interpolation = Literal["bilinear", "bicubic"]

@@ -1,4 +1,4 @@
-"""The step of an optimiser: alone it knows accumulation, scaling, clipping, processes and DeepSpeed.
+"""The only module that handles gradient accumulation, loss scaling, clipping, several processes and DeepSpeed.
 
 stepper = Stepper(model, config, steps=100, decay="cosine", large=config)
 for batches in checkpoint.steps(...):
@@ -29,7 +29,7 @@ from .options import LargeModelOptions, TrainingOptions
 Decay = Literal["none", "linear", "cosine"]
 
 COMPILER = "inductor"  # of torch.compile
-PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -37,17 +37,17 @@ class Stepper:
     """A model with its optimiser, as the processes of this command share them.
 
     Args:
-        module: on the device where it is trained; its parameters with `requires_grad` are.
+        module: the model, on its training device. Only parameters with `requires_grad` are trained.
         steps: of the whole training.
         decay: how the learning rate falls after the warmup.
-        seeded: the draws of every batch start from its own seed, and not from where the batch before left them.
+        seeded: reseed torch before each batch, so that dropout does not depend on earlier batches.
         large: by default fp32, one batch a step, and no clipping.
 
     Attributes:
         module: the model as it was built: to evaluate, to write, to look into.
-        model: the same as the processes share it: to call in the loss, where its gradients are wanted.
+        model: `module` wrapped for several processes. Call this one in the loss.
         device, dtype: where the model lies, and the arithmetic of its forward passes.
-        sharded: DeepSpeed trains it, and may keep its weights in parts; see `whole_weights`.
+        deepspeed: DeepSpeed trains it, and may keep its weights in parts; see `whole_weights`.
 
     Raises:
         BadInput: the way in which `accelerate launch` shares the model is not one that this training supports.
@@ -74,24 +74,24 @@ class Stepper:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=buffers)],
         )
         check_launch(self.accelerator.distributed_type)
-        self.sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if self.sharded and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
+        self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.deepspeed and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
             raise BadInput("DeepSpeed does not train with `precision` fp16: write bf16 or fp32")
         if self.device.type == "cuda":
             fuse_norms(module)
-        compile_module(module, large, self.device, sharded=self.sharded)
+        compile_module(module, large, self.device, deepspeed=self.deepspeed)
         optimizer = make_optimizer(
             config.optimizer,
             module,
             lr=config.lr,
             weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda" and not self.sharded,
+            fused=self.device.type == "cuda" and not self.deepspeed,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_share(step, steps=steps, warmup=config.warmup, decay=decay)
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if self.sharded:
+        if self.deepspeed:
             self._tell_deepspeed(config.batch_size)
         self.model: Any
         self.optimizer: Any
@@ -105,18 +105,20 @@ class Stepper:
     def step(self, loss: Callable[[Part], Tensor], batches: Sequence[Batch]) -> Tensor:
         """One step of the optimiser, on the gradients of `accumulate` batches, or of what an epoch has left.
 
+        Each batch counts 1 / `accumulate`, so that the shorter last group of an epoch makes a smaller step.
+
         Args:
             loss: the mean loss over a part of a batch, from one call of `model`.
 
         Returns:
-            mean loss over the batches and this process's part of them; a scalar where the model is.
+            mean loss over the batches and this process's part of them; a scalar on the model's device.
         """
         losses = []
         for batch in batches:
             if self.seeded:
                 torch.manual_seed(batch.stream(1 + processes.number()))
             losses.append(self._backward(loss, part_of(batch), last=batch is batches[-1]))
-        if not self.sharded:  # DeepSpeed has stepped behind the last gradient
+        if not self.deepspeed:  # DeepSpeed steps by itself after the last backward pass
             raw = self.optimizer.optimizer  # the scaler looks inside it
             if self.large.max_grad_norm < float("inf"):
                 self.scaler.unscale_(raw)
@@ -155,8 +157,8 @@ class Stepper:
 
     @property
     def layout(self) -> str:
-        """How the state lies in files: DeepSpeed's, in parts that fit the same stage and processes alone."""
-        if not self.sharded:
+        """How the state is saved. DeepSpeed's files fit only the same ZeRO stage and number of processes."""
+        if not self.deepspeed:
             return "without DeepSpeed"
         return f"with DeepSpeed's ZeRO-{self._zero_stage} on {processes.count()} processes"
 
@@ -167,7 +169,7 @@ class Stepper:
             shards: folder for what DeepSpeed writes, in all processes; not written without it.
         """
         state = {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(), "layout": self.layout}
-        if self.sharded:
+        if self.deepspeed:
             self.model.save_checkpoint(shards, exclude_frozen_parameters=True)
             processes.wait()
             return {**state, "shards": shards.name}
@@ -182,7 +184,7 @@ class Stepper:
         Args:
             folder: where its shards lie, if it has any.
         """
-        if self.sharded:
+        if self.deepspeed:
             options = {"load_module_strict": False, "load_lr_scheduler_states": False}
             self.model.load_checkpoint(folder / state["shards"], **options)
         else:
@@ -208,7 +210,7 @@ class Stepper:
     @property
     def _zero_stage(self) -> int:
         """What DeepSpeed keeps in parts: 0 nothing, 2 optimiser and gradients, 3 weights too."""
-        return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.sharded else 0
+        return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.deepspeed else 0
 
     def _tell_deepspeed(self, batch_size: int) -> None:
         """Write into DeepSpeed's configuration what it must know of the training."""
@@ -222,15 +224,15 @@ class Stepper:
             settings["torch_autocast"] = {"enabled": True, "dtype": str(self.dtype), **exact}
 
 
-def compile_module(module: nn.Module, options: LargeModelOptions, device: torch.device, *, sharded: bool) -> None:
+def compile_module(module: nn.Module, options: LargeModelOptions, device: torch.device, *, deepspeed: bool) -> None:
     """Compile a model in place where that is asked for.
 
     Raises:
-        BadInput: it is asked for in any case, and DeepSpeed shares the model.
+        BadInput: `compile` is "always" and DeepSpeed is in use.
     """
-    if options.compile == "always" and sharded:
+    if options.compile == "always" and deepspeed:
         raise BadInput("`compile` is for whole models, DeepSpeed shares this one: leave one of the two out")
-    if options.compile == "always" or (options.compile == "gpu" and not sharded and gpu_compiles(device)):
+    if options.compile == "always" or (options.compile == "gpu" and not deepspeed and gpu_compiles(device)):
         module.compile(backend=COMPILER, dynamic=True)
 
 
@@ -257,7 +259,7 @@ def check_launch(kind: DistributedType) -> None:
     Raises:
         BadInput: `accelerate launch` shares it by FSDP, Megatron or another way that is not known here.
     """
-    if kind not in PLAIN:
+    if kind not in SUPPORTED:
         raise BadInput(
             f"accelerate launch was told to share the model by {kind.value}, which is not supported: write "
             "--multi_gpu for whole copies, or use DeepSpeed's ZeRO-3 for weights in parts (docs/scale.md)"

@@ -2,7 +2,7 @@
 
 A training that was killed goes on as if it had not been. A stage owns its loop:
 
-    checkpoint = Checkpoint(run, stepper, epochs=config.epochs, batches=len(batches_of(0)))
+    checkpoint = Checkpoint(run, stepper, epochs=config.epochs, points=steps)
     checkpoint.resume()
     while checkpoint.epoch < config.epochs:
         model.train()
@@ -40,8 +40,8 @@ from .stepper import Stepper
 
 SAVE_EVERY_SECONDS = 30.0
 MOST_SAVING = 0.05  # share of the time that may go into saving: a large model is saved less often
-STEPS_UNREAD = {"cuda": 20}  # at most, between looks at the losses: each waits until the GPU has done what it was given
-SECONDS_UNREAD = 5.0  # or about so long: a slow step is looked at, and saved, by itself
+STEPS_UNREAD = {"cuda": 20}  # most steps between reads of the loss: each read waits for the GPU
+SECONDS_UNREAD = 5.0  # most time between them: after a slow step the loss is read, and the state saved, at once
 SHARDED = "sharded"  # folders of DeepSpeed's own checkpoints
 STATE = "state.pt"
 
@@ -60,8 +60,7 @@ class Checkpoint:
     """The state of one training in its run folder. What only a resumed run needs lies in the `resume_folder`.
 
     Args:
-        points: figures of training that the curve gets in all, such as one for each step.
-        accumulate: batches a step.
+        points: losses that the curve gets in the whole training, such as one per step.
 
     Attributes:
         epoch, batch: what comes next; finished epochs, and finished batches of the current one.
@@ -69,8 +68,8 @@ class Checkpoint:
         best: the figures of the best model so far, their "mean" and its "epoch"; empty before the first validation.
     """
 
-    def __init__(self, run: runs.Run, stepper: Stepper, *, epochs: int, points: int, accumulate: int = 1) -> None:
-        self.run, self.stepper, self.epochs, self.accumulate = run, stepper, epochs, accumulate
+    def __init__(self, run: runs.Run, stepper: Stepper, *, epochs: int, points: int) -> None:
+        self.run, self.stepper, self.epochs = run, stepper, epochs
         self.curves = Curves(points)
         self.best: dict[str, Any] = {}
         self.epoch, self.batch, self.of_epoch = 0, 0, 0
@@ -89,12 +88,13 @@ class Checkpoint:
         """
         self.of_epoch = len(batches)
         label = f"epoch {self.epoch + 1}/{self.epochs}"
-        starts = range(self.batch, len(batches), self.accumulate)
-        total = -(-len(batches) // self.accumulate)
+        accumulate = self.stepper.large.accumulate
+        starts = range(self.batch, len(batches), accumulate)
+        total = -(-len(batches) // accumulate)
         self._bar = progress(starts, label, total=total, unit="step", initial=total - len(starts)) if shown else None
         self._read_at = time.monotonic()
         for start in starts if self._bar is None else self._bar:
-            some = batches[start : start + self.accumulate]
+            some = batches[start : start + accumulate]
             self.batch = start + len(some)
             yield [Batch(rows, seed, self.epoch, start + place) for place, rows in enumerate(some)]
 
@@ -111,8 +111,8 @@ class Checkpoint:
         """Go on to the next epoch."""
         self.epoch, self.batch = self.epoch + 1, 0
 
-    def validates(self, every: int) -> bool:
-        """Whether a validation follows the epochs so far: each `every` epochs, and behind the last."""
+    def validation_is_due(self, every: int) -> bool:
+        """Whether a validation follows the epochs so far: every `every` epochs, and after the last."""
         return self.epoch % every == 0 or self.epoch == self.epochs
 
     @contextlib.contextmanager
@@ -129,14 +129,16 @@ class Checkpoint:
         processes.wait()
         self._drop_validations()
 
-    def keep_best(self, figures: dict[str, float], write: Callable[[Path], None], *, mean: float | None = None) -> None:
+    def keep_best(
+        self, figures: dict[str, float], write: Callable[[Path], None], *, score: float | None = None
+    ) -> None:
         """Write the model where it is the best so far; in every process, while `validating`.
 
         Args:
             write: writes the whole model, as it is used later, into a folder that need not exist.
-            mean: what the best has most of; by default the mean of the figures.
+            score: what the best model has most of; by default the mean of the figures.
         """
-        mean = sum(figures.values()) / len(figures) if mean is None else mean
+        mean = sum(figures.values()) / len(figures) if score is None else score
         if not self.best or mean > self.best["mean"]:
             self.best = {"mean": mean, "epoch": self.epoch, **figures}
             if processes.is_main():
@@ -148,10 +150,10 @@ class Checkpoint:
         return self.run.resume_folder / f"best-{self.best['epoch']}"
 
     def report(self, tracker: Tracker, figures: dict[str, float]) -> None:
-        """Show the figures of a validation, shares of 1 as "val/<name>", and keep them."""
+        """Print and store the figures of a validation, given as fractions named "val/<name>"."""
         tracker.log({**figures, "epoch": self.epoch})
         self.curves.mark(self.epoch, figures)
-        words = ", ".join(f"{name[4:]} {value:.1%}" for name, value in figures.items())
+        words = ", ".join(f"{name.removeprefix('val/')} {value:.1%}" for name, value in figures.items())
         print(f"epoch {self.epoch}, val: {words}", flush=True)
 
     def save(self) -> None:
@@ -170,7 +172,7 @@ class Checkpoint:
             self.run.note_time()
             if self.best:
                 runs.keep_only(self.run.resume_folder, "best-*", self.best_folder)
-            if self.stepper.sharded:
+            if self.stepper.deepspeed:
                 runs.keep_only(self.run.resume_folder, f"{SHARDED}-*", shards)
         self._saved = time.monotonic()
         self._pause = max(SAVE_EVERY_SECONDS, (self._saved - began) / MOST_SAVING)
@@ -178,15 +180,14 @@ class Checkpoint:
     def save_if_due(self) -> None:
         """Save where it is time by the main process's clock; with DeepSpeed, saving takes all processes."""
         due = time.monotonic() - self._saved > self._pause
-        if processes.share(due) if self.stepper.sharded else due and processes.is_main():
+        if processes.share(due) if self.stepper.deepspeed else due and processes.is_main():
             self.save()
 
     def resume(self) -> bool:
         """Take up the last saved state; False when there is none.
 
         Raises:
-            BadInput: an earlier version saved it, or DeepSpeed would have to take up another state than its own, or
-                another one its.
+            BadInput: an earlier version saved it, or a run with another DeepSpeed setting did.
         """
         self._drop_validations()
         state = load_state(self.run.resume_folder / STATE)

@@ -63,15 +63,15 @@ class Config(RunOptions, DeviceOptions):
     patch_width: int = 128
     """patches: main directions of the features that are kept."""
     levels: int = 2
-    """patches: tokens a patch."""
+    """patches: tokens per patch."""
     codebook_size: int = 1024
-    """patches: tokens a level."""
+    """patches: tokens per level."""
     fit_pictures: int = 4096
     """patches: train pictures that the codebooks are fitted on, at most."""
     seed: int = 0
     """patches: which pictures these are, and where k-means starts."""
     batch_size: int = 64
-    """Pictures a batch."""
+    """Pictures per batch."""
     precision: Precision = "auto"
     """Arithmetic of the image tower; what follows it is fp32. auto: bf16 or fp16 on a GPU and on CPUs with bf16
     units, else fp32."""

@@ -82,7 +82,7 @@ class Case(NamedTuple):
     scores: dict[str, Scores]
     """Name -> (queries, longest)"""
     speed: float | None
-    """Queries a second of the reranker, where it was measured."""
+    """Queries per second of the reranker, where it was measured."""
     captions_per_picture: int | None = None
     """Of each picture so many captions are queries; None: all."""
 
@@ -125,7 +125,7 @@ class Reranking:
         self.scorer = Scorer.from_pretrained(config.reranker / "model", self.dtype).to(self.device)
 
     def score(self, lists: RankedLists, blocks_folder: Path) -> tuple[Scores, float | None]:
-        """Scores (queries, longest), and queries a second; None where a killed run has left scores."""
+        """Scores (queries, longest), and queries per second; None where a killed run has left scores."""
         resumed = processes.share(processes.is_main() and any(blocks_folder.glob("*.npy")))
         began = time.monotonic()
         scores = score_lists(
@@ -211,7 +211,7 @@ def ceiling(lists: RankedLists) -> float:
 
 
 def explanation(rows: list[dict[str, Any]]) -> str:
-    """Before, after, ceiling and shares, a line a row that was reordered."""
+    """Before, after, ceiling and shares, a line per row that was reordered."""
     return table(
         [
             {

@@ -52,7 +52,7 @@ class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions, 
     tokenizer: str | None = None
     """Name or folder of the tokenizer, where it is not the model's; published: AILab-CVC/seed-tokenizer-2."""
     layers: int | None = None
-    """Take the model's first so many layers alone."""
+    """Use only the first layers of the model, so many of them."""
     new_layers: int = 0
     """Above 0: a new small LLaMA of so many layers, trained from nothing; its embeddings start with which words and
     image tokens occur together."""
@@ -70,12 +70,12 @@ class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions, 
     negatives: int = 7
     """Wrong pictures of a group."""
     random_negatives: int = 0
-    """So many of them are drawn from all train pictures, the others from the list; published: 0."""
+    """Number of them that are drawn from all train pictures, the others from the list; published: 0."""
     easing: float = 0.0
     """Share of the training over which the negatives go from all random to --random-negatives; published: 0."""
     by_picture: bool = False
-    """A batch holds all captions of a picture, those without a list of their own too, which share negatives from the
-    picture's lists: pictures are read once for several queries. Published: no."""
+    """A batch holds all captions of a picture, including those without a list. They share one set of negatives from the
+    picture's lists, so that pictures are read once for several queries. Published: no."""
     lora_rank: int = 16
     """Rank of low-rank adapters; 0: all weights are trained, as those of a new model are."""
     lora_alpha: float = 32.0
@@ -88,7 +88,7 @@ class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions, 
     queries_per_epoch: int | None = None
     """Train queries of an epoch, drawn anew each time; by default all."""
     batch_size: int = 16
-    """Groups a batch, of all processes together."""
+    """Groups per batch, of all processes together."""
     lr: float = 3e-5
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises; it then falls as a cosine to 0."""
@@ -148,7 +148,7 @@ class Training:
         scorer: on the device where it is trained.
 
     Attributes:
-        stepper, checkpoint: how it goes on, and where it stands.
+        stepper, checkpoint: the optimiser's step, and the saved progress.
     """
 
     def __init__(self, config: Config, lists: Lists, pictures: PictureTokens, run: runs.Run, scorer: Scorer) -> None:
@@ -165,9 +165,7 @@ class Training:
         self.epoch_batches = len(self.batches(0))
         steps = config.epochs * -(-self.epoch_batches // config.accumulate)
         self.stepper = Stepper(scorer, config, steps=steps, decay="cosine", large=config)
-        self.checkpoint = Checkpoint(
-            run, self.stepper, epochs=config.epochs, points=steps, accumulate=config.accumulate
-        )
+        self.checkpoint = Checkpoint(run, self.stepper, epochs=config.epochs, points=steps)
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, places in the train lists."""
@@ -229,7 +227,7 @@ class Training:
         return np.concatenate([hard, generator.choice(others, left, replace=left > len(others))])
 
     def validate(self) -> dict[str, float]:
-        """Recall on val of the retriever's order and the reranker's interpolated; the reranker's alone is logged."""
+        """Recall on val of the retriever's order and the reranker's interpolated; each alone is logged too."""
         with self.checkpoint.validating() as blocks:
             dtype = self.stepper.dtype
             scores = score_lists(self.scorer, self.tokens, self.val, dtype=dtype, blocks_folder=blocks, quiet=True)
@@ -265,7 +263,7 @@ def train_queries(lists: Lists, pictures: PictureTokens, *, by_picture: bool) ->
 
 
 def spared_pictures(pictures: PictureTokens) -> dict[str, set[int]]:
-    """For each text that train captions have the pictures it stands under."""
+    """For the text of each train caption, the pictures that have it."""
     under: dict[str, set[int]] = defaultdict(set)
     for row, record in enumerate(pictures.records):
         if record.split == "train":
@@ -319,7 +317,7 @@ def train(training: Training, tracker: Tracker) -> None:
         for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
             checkpoint.record(training.stepper.step(training.loss, batches), tracker)
         checkpoint.epoch_ends()
-        if checkpoint.validates(config.validate_every):
+        if checkpoint.validation_is_due(config.validate_every):
             checkpoint.report(tracker, training.validate())
         checkpoint.save()
 

@@ -1,6 +1,6 @@
 """The retriever's dataset: who asks for which picture, and the codes of all pictures.
 
-pool.jsonl                    {"image", "file", "split"} a line a picture, in the order of codes.npy
+pool.jsonl                    {"image", "file", "split"} a line per picture, in the order of codes.npy
 train.jsonl, val.jsonl, test.jsonl  {"query", "picture", "caption"} a line a caption; `picture` is a row of the pool,
                               `caption` the row of that text in the features' texts.npy
 codes.npy, latents.npy, codebooks.npy  as RQ-VAE.generate_codes wrote them

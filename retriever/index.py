@@ -30,7 +30,7 @@ PICTURES, LEAF_BASES, LEAF_DELTAS = "pictures.npy", "leaf_bases.npy", "leaf_delt
 
 
 class Offsets(NamedTuple):
-    """A rising sequence in which each number is at least one above the one before, in 1 or 2 bytes a number.
+    """A rising sequence in which each number is at least one above the one before, in 1 or 2 bytes per number.
 
     Number i is i + bases[i >> 6] + deltas[i]: what lies above the smallest such sequence, and that relative to the
     start of a block of 64.

@@ -80,7 +80,7 @@ def queries_of(data: RetrieverData, split: Split, config: Config) -> Queries:
 def rank(
     writer: Writer, data: RetrieverData, split: Split, pool: Pool, config: Config, blocks_folder: Path
 ) -> tuple[RankedLists, float]:
-    """The lists of one split over one pool, and the queries a second."""
+    """The lists of one split over one pool, and the queries per second."""
     queries = queries_of(data, split, config)
     beams = config.train_beams if split == "train" else config.beams
     began = time.monotonic()

@@ -1,7 +1,7 @@
 """Rank the pictures of one or more pools for every query of a split, by constrained beam search.
 
 In:  a `retriever.prepare` folder and a `retriever.train` or `retriever.train_stage2` folder.
-Out: `<output>/<pool>.jsonl`: {"query", "image", "ranked": [image, ...], "scores": [...]} a line a query. Several
+Out: `<output>/<pool>.jsonl`: {"query", "image", "ranked": [image, ...], "scores": [...]} a line per query. Several
      processes share the queries, and a killed run goes on where it was.
 Command: python -m retriever.retrieve --dataset DIR --retriever DIR --split test --pools test all --output DIR
 """
@@ -72,7 +72,7 @@ class ListOptions(SearchOptions):
     score_end: bool = False
     """Add the end token's log-probability to a score; published: yes."""
     batch_size: int = 64
-    """Queries a batch."""
+    """Queries per batch."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

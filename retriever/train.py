@@ -47,7 +47,7 @@ class Config(TrainingConfig, LoraOptions):
     """Dropout of the language model; a causal one keeps its own."""
     lora_rank: int = 0
     """Above 0: train low-rank adapters of this rank, the embeddings and the head of a causal model; its other weights
-    stay, in --precision. Published for LLaMA: 8."""
+    are frozen, and kept in --precision. Published for LLaMA: 8."""
     lora_alpha: float = 16.0
     lora_dropout: float = 0.1
     lora_targets: tuple[str, ...] = ()
@@ -129,7 +129,7 @@ def train(training: Training, tracker: Tracker) -> None:
         for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
             checkpoint.record(training.stepper.step(training.loss, batches), tracker)
         checkpoint.epoch_ends()
-        if checkpoint.validates(config.validate_every):
+        if checkpoint.validation_is_due(config.validate_every):
             checkpoint.report(tracker, training.validate())
         checkpoint.save()
 

@@ -60,9 +60,9 @@ class Config(TrainingConfig, NegativeOptions):
     margin: float = 1.0
     """Of the margin forms."""
     negatives: int = 9
-    """Wrong sequences a caption, at most; they are searched with one beam more."""
+    """Wrong sequences per caption, at most; they are searched with one beam more."""
     search_batch: int = 64
-    """Captions a batch of the search for negatives."""
+    """Captions per batch of the search for negatives."""
     mix: tuple[float, ...] = (0.5, 0.75)
     """After each epoch also validate weights of which this share is new and the rest the start's (Wortsman et al. 2022,
     WiSE-FT): they keep more of what the start knew; published: none."""
@@ -88,15 +88,15 @@ class Stage2(Training):
         self.pool = np.unique(self.pairs.pictures)
         self.negatives: NDArray[np.int64] = np.zeros((0, config.negatives), dtype=np.int64)
         self.start = {name: value.detach().clone() for name, value in self.stepper.trained().items()}
-        if self.stepper.sharded and config.mix:
-            raise BadInput("--mix needs whole weights, DeepSpeed keeps them in parts: give --mix no values")
+        if self.stepper.deepspeed and config.mix:
+            raise BadInput("--mix writes to the weights, of which DeepSpeed keeps copies: give --mix no values")
         self.spared: dict[str, set[bytes]] = defaultdict(set)
         if config.spare_same_words:
             for text, picture in zip(*self.pairs, strict=True):
                 self.spared[text].add(data.codes[picture].tobytes())
 
     def find_negatives(self) -> None:
-        """Search this epoch's negatives, unless a run that was killed has done so."""
+        """Find this epoch's negatives, or load those that an interrupted run saved."""
         path = self.run.resume_folder / f"negatives-{self.checkpoint.epoch}.npy"
         if processes.share(path.exists()):
             wait_for([path])
@@ -190,7 +190,7 @@ class Stage2(Training):
         return negatives
 
     def _wrong(self, ranked: RankedPictures, query: int) -> list[int]:
-        """The first picture of each codes that are not right for a caption."""
+        """One picture for each wrong code sequence, in ranked order."""
         codes, right = self.data.codes, self.train_split.pictures[query]
         seen = {codes[right].tobytes()} | self.spared.get(self.train_split.texts[query], set())
         wrong = []
@@ -205,7 +205,7 @@ def read_start(config: Config, data: RetrieverData) -> tuple[VokenLM, runs.Manif
     """The model that stage 1 left.
 
     Raises:
-        BadInput: it is not finished, writes other codebooks' vokens, or is made of adapters.
+        BadInput: it is not finished, writes other codebooks' vokens, or is a causal model.
     """
     manifest = read_retriever(config.stage1, data, "retriever.train")
     lm = VokenLM.from_pretrained(config.stage1 / "model")
@@ -223,7 +223,7 @@ def train(training: Stage2, tracker: Tracker) -> None:
         for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
             checkpoint.record(training.stepper.step(training.loss, batches), tracker)
         checkpoint.epoch_ends()
-        if checkpoint.validates(config.validate_every):
+        if checkpoint.validation_is_due(config.validate_every):
             checkpoint.report(tracker, training.validate_mixtures())
         checkpoint.save()
 

@@ -1,4 +1,4 @@
-"""One training of a retriever: what a batch, its loss and its validation are, which both stages share.
+"""One training of a retriever: batches, loss and validation, which both stages share.
 
 The loops are in train.py and train_stage2.py.
 """
@@ -43,7 +43,7 @@ class TrainingConfig(RunOptions, TrainingOptions, ValidationOptions, LargeModelO
     queries_per_epoch: int | None = None
     """Train captions of an epoch, drawn anew each time; by default all."""
     batch_size: int = 128
-    """Captions a batch, of all processes together."""
+    """Captions per batch, of all processes together."""
     lr: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
@@ -53,7 +53,7 @@ class TrainingConfig(RunOptions, TrainingOptions, ValidationOptions, LargeModelO
     """The generative loss is the cross-entropy of softmax(logits / temperature)."""
     label_temperature: float = 0.0
     """Above 0: soft labels and stochastic codes by distance to the codebook, in units of the latents' mean squared
-    norm (Lee et al. 2022, section 3.2.3); published: 0, one right code a level."""
+    norm (Lee et al. 2022, section 3.2.3); published: 0, one right code per level."""
     train_end: bool = True
     """The end token counts in the losses; published: yes."""
     score_end: bool = False
@@ -108,7 +108,7 @@ class Training:
         lm: on the device where it is trained.
 
     Attributes:
-        stepper, checkpoint: how it goes on, and where it stands.
+        stepper, checkpoint: the optimiser's step, and the saved progress.
     """
 
     config: TrainingConfig
@@ -118,9 +118,9 @@ class Training:
         self.device = next(lm.parameters()).device
         self.dtype = pick_dtype(config.precision, self.device)
         self.pairs = self._train_pairs()
-        self.read = self._read()
-        self.train_split = self._encodable(self.pairs.some(self.read), "train")
-        self.val_split = self._encodable(self._val_pairs(), "val")
+        self.used = self._used_rows()
+        self.train_split = self._split(self.pairs.some(self.used), "train")
+        self.val_split = self._split(self._val_pairs(), "val")
         self.codes = torch.tensor(data.codes)
         if config.label_temperature > 0:
             self.latents = torch.from_numpy(np.array(data.latents)).to(self.device)
@@ -129,13 +129,11 @@ class Training:
             self.label_scale = float(squares.mean()) * config.label_temperature
         steps = config.epochs * -(-len(self.batches(0)) // config.accumulate)
         self.stepper = Stepper(lm, config, steps=steps, decay="linear", large=config)
-        self.checkpoint = Checkpoint(
-            run, self.stepper, epochs=config.epochs, points=steps, accumulate=config.accumulate
-        )
+        self.checkpoint = Checkpoint(run, self.stepper, epochs=config.epochs, points=steps)
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, places in `train_split`; the same in every process."""
-        drawn = np.searchsorted(self.read, self._drawn(epoch))
+        drawn = np.searchsorted(self.used, self._rows_of_epoch(epoch))
         generator = np.random.default_rng([self.config.seed, epoch])
         lengths = self.train_split.queries.lengths[drawn]
         return [drawn[batch] for batch in bucketed_batches(lengths, self.config.batch_size, generator)]
@@ -204,20 +202,20 @@ class Training:
             raise BadInput(f"{self.data.folder} has no {name} captions: a retriever cannot be trained on it")
         return Pairs(queries.texts, queries.pictures)
 
-    def _read(self) -> NDArray[np.int64]:
+    def _used_rows(self) -> NDArray[np.int64]:
         """Places in `pairs` of the captions that some epoch draws, sorted."""
         if self.config.queries_per_epoch is None:
             return np.arange(len(self.pairs.texts))
-        return np.unique(np.concatenate([self._drawn(epoch) for epoch in range(self.config.epochs)]))
+        return np.unique(np.concatenate([self._rows_of_epoch(epoch) for epoch in range(self.config.epochs)]))
 
-    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+    def _rows_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         """Places in `pairs` of an epoch's captions, sorted."""
         every = np.arange(len(self.pairs.texts))
         if (most := self.config.queries_per_epoch) is None:
             return every
         return np.sort(np.random.default_rng([self.config.seed, epoch, 1]).permutation(every)[:most])
 
-    def _encodable(self, pairs: Pairs, name: str) -> Split:
+    def _split(self, pairs: Pairs, name: str) -> Split:
         if not self.lm.frozen_encoder:
             return Split(LiveQueries(self.lm, pairs.texts), pairs.pictures, pairs.texts)
         stored = StoredQueries(self.lm, pairs.texts, folder=self.run.resume_folder, name=name, dtype=self.dtype)

@@ -1,4 +1,4 @@
-"""The one caption format: a line an image.
+"""The one caption format: a line per image.
 
     {"image": "1000092795.jpg", "file": "1000092795.jpg", "split": "train", "captions": ["Two young guys ...", ...]}
 

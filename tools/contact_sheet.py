@@ -1,4 +1,4 @@
-"""A picture of searches: a row a query, its best pictures from left to right, the right one framed."""
+"""A picture of searches: a row per query, its best pictures from left to right, the right one framed."""
 
 from collections.abc import Sequence
 from pathlib import Path

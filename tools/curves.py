@@ -1,6 +1,6 @@
 """The curve of a training, kept with its saved state and written into its run folder at the end.
 
-curves.jsonl  {"epoch": 0.5, "train/loss": 3.2} or {"epoch": 2.0, "val/R@1": 0.31} a line a point, in order
+curves.jsonl  {"epoch": 0.5, "train/loss": 3.2} or {"epoch": 2.0, "val/R@1": 0.31} a line per point, in order
 
 Equal trainings leave equal files: no times stand in them, and a training that was killed and resumed has the curve of
 one that was not. Losses are means over windows of steps: a long training leaves no more points than a short one.

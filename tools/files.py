@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write one JSON object a line, atomically. Returns the number of rows."""
+    """Write one JSON object per line, atomically. Returns the number of rows."""
     count = 0
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:

@@ -99,7 +99,7 @@ class Dots(NamedTuple):
 
 
 class DotPanel(NamedTuple):
-    """A dot plot: a row a system, a marker a measure."""
+    """A dot plot: a row per system, a marker per measure."""
 
     title: str
     rows: Sequence[Dots]
@@ -228,7 +228,7 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def dot_figure(theme: Theme, *, panels: Sequence[DotPanel], measures: Sequence[str]) -> Figure:
-    """Dot plots one above the other: a row a system, its measures joined, each with its number."""
+    """Dot plots one above the other: a row per system, its measures joined, each with its number."""
     counts = [len(panel.rows) for panel in panels]
     head, row, foot = 0.45, 0.3, 0.55
     tall = sum(head + row * count for count in counts) + foot

@@ -154,7 +154,7 @@ def read_coco(path: Path, value: Any) -> Iterator[Found]:
 
 
 def read_table(path: Path) -> Iterator[Found]:
-    """A CSV, TSV or JSONL of `image`, `caption` (or `captions`) and optionally `split`; one row a caption is fine."""
+    """A CSV, TSV or JSONL of `image`, `caption` (or `captions`) and optionally `split`; one row per caption is fine."""
     found: dict[str, Found] = {}
     for number, row in _table_rows(path):
         where = f"{path.name}, line {number}"

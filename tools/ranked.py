@@ -1,4 +1,4 @@
-"""Ranked lists, as the retriever hands them to the reranker: a line a query, pictures by their row in captions.jsonl.
+"""Ranked lists, as the retriever hands them to the reranker: a line per query, pictures by their row in captions.jsonl.
 
     {"query": "a red car", "caption": 17, "picture": 3, "ranked": [12, 3, 40], "scores": [-1.2, -1.5, -4.0]}
 

@@ -53,7 +53,7 @@ class Row:
     captions_per_picture: int | None
     """Of each picture so many captions are queries; None: all."""
     speed: float | None = None
-    """Queries a second, where it was measured."""
+    """Queries per second, where it was measured."""
     machine: str
     run: Path
     """Folder of the run that gave the figures."""

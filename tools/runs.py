@@ -7,7 +7,7 @@
     run.finish(facts={"levels": 4}, metrics={"collisions": 0.002})
 
 The next command asks `read_manifest(folder, "RQ-VAE.generate_codes")` and is refused when the folder is not complete,
-or a file in it is no longer what the manifest's hashes say (once a process, about a second for a gigabyte;
+or a file in it is no longer what the manifest's hashes say (once per process, about a second for a gigabyte;
 `VERIFY=off` leaves that out).
 `started.json`, written first, holds the configuration of a run that has not finished: the same command then resumes.
 """

@@ -38,7 +38,7 @@ class Config(RunOptions):
     rqvae: Path
     """Run folder of RQ-VAE.train, the tokenizer that coded the dataset; pictures added later are coded by it too."""
     keep_features: bool = True
-    """Keep the pictures' features too, 2 bytes a number, by which search reorders what it finds."""
+    """Keep the pictures' features too, 2 bytes per number, by which search reorders what it finds."""
     overwrite: bool = False
     """Throw away what the output folder holds, pictures added since included, and start again."""
 

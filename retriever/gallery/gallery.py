@@ -4,7 +4,7 @@ It is a run folder of `retriever.gallery.build` whose manifest points at one com
 
 version-000007/     the arrays of the tree (retriever/index.py)
     codes.npy       (pictures, levels), in the order of rows
-    pictures.jsonl  {"image": id, "file": path} a line a row; the path as seen from the repository's root
+    pictures.jsonl  {"image": id, "file": path} a line per row; the path as seen from the repository's root
     lines.npy       (pictures + 1,) int64 bytes, where each line begins
     features.npy    (pictures, width) float16, the pictures' normalised features, where they are kept
 
@@ -107,7 +107,7 @@ class Gallery:
         return Path(self._place(self.facts["rqvae"]["path"]))
 
     def check_clip(self, advice: str) -> None:
-        """Whether the two-tower model is still the one that made the features.
+        """Refuse a two-tower model that is no longer the one that made the features.
 
         Args:
             advice: what to do where it is not.

@@ -1,6 +1,6 @@
 """Search pictures with words: load the trained retriever once, answer each query, draw the answers.
 
-In:  a `retriever.train` folder, a `retriever.gallery.build` folder, and queries on the command line, or one a line on
+In:  a `retriever.train` folder, a `retriever.gallery.build` folder, and queries on the command line, or one per line on
      standard input.
 Out: ranked pictures on standard output, and a contact sheet of the last answer.
 Command: python -m retriever.gallery.search --retriever DIR --index DIR "outlined drawing of a turtle"
@@ -33,7 +33,7 @@ class Config(SearchOptions, RetrieverOptions):
     """What is searched, and with what words."""
 
     queries: tyro.conf.Positional[tuple[str, ...]]
-    """Texts to search for; none: read from standard input, one a line."""
+    """Texts to search for; none: read from standard input, one per line."""
     sheet: Path
     """PNG to draw the answers to."""
     beams: int | None = None

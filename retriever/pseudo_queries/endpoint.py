@@ -87,7 +87,7 @@ def make_prompt(captions: int, style: Sequence[str]) -> str:
 
 
 def parse_captions(answer: str) -> list[str]:
-    """The captions of an answer, one a line, however the model has decorated them.
+    """The captions of an answer, one per line, however the model has decorated them.
 
     >>> parse_captions('Here you are:\\n\\n1. "A dog."\\n2) **3 cats**\\n- a cow,\\n')
     ['A dog.', '3 cats', 'a cow']

@@ -58,7 +58,7 @@ class CaptionerOptions(WrittenOptions):
     max_new_tokens: int = 30
     """Length of a caption, at most (model)."""
     batch_size: int = 16
-    """Pictures a batch (model)."""
+    """Pictures per batch (model)."""
 
     def check(self) -> None:
         WrittenOptions.check(self)

@@ -69,7 +69,7 @@ class Figure(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Queries a second at one size of the pool."""
+    """Queries per second at one size of the pool."""
 
     system: str
     pool: int
@@ -188,7 +188,7 @@ def two_tower_answer(encoder: TextEncoder, images: Floats) -> Callable[[list[str
 
 
 def timed(answers: dict[str, Callable[[list[str]], object]], texts: Sequence[str], *, rounds: int) -> dict[str, float]:
-    """Queries a second of each system: they take turns, so that a slow moment meets all of them; the median round.
+    """Queries per second of each system: they take turns, so that a slow moment meets all of them; the median round.
 
     The texts go in batches of 64 of similar length. One batch of each warms it up.
     """

@@ -351,19 +351,19 @@ def speed_part(speeds: Sequence[Speed], queries: int, rounds: int, machine: str,
     ]
     sizes = sorted({each.pool for each in speeds})
     panel = Panel(
-        "Speed", "pictures in the pool", "queries a second", drawn, log_x=True, log_y=True, x_ticks=_spaced(sizes)
+        "Speed", "pictures in the pool", "queries per second", drawn, log_x=True, log_y=True, x_ticks=_spaced(sizes)
     )
     images = draw(folder / "speed", partial(line_figure, panels=[panel], width=5.2))
     made_up = min((each.pool for each in speeds if each.made_up), default=None)
     filled = f" Pools from {made_up:,} on are filled up with made-up pictures, for speed alone." if made_up else ""
     caption = (
-        f"Queries a second, tokenised, encoded and searched in batches of 64; both systems took turns in one run, the "
-        f"median of {rounds} rounds of {queries:,} val queries. Machine: {machine}. Two-tower is exact search (faiss, "
+        f"Queries per second, tokenised, encoded and searched in batches of 64; both systems took turns in one run, "
+        f"the median of {rounds} rounds of {queries:,} val queries. Machine: {machine}. Two-tower is exact search (faiss, "
         f"flat).{filled}"
     )
     rows = [each.row() for each in speeds]
     parts = [
-        figure(images, caption, alt="Queries a second of the retriever and of two-tower search by pool size."),
+        figure(images, caption, alt="Queries per second of the retriever and of two-tower search by pool size."),
         details("The numbers", table([_measured_cells(row) for row in rows], numbers=tuple(rows[0])[1:])),
     ]
     return Part(Section("speed", "Speed against pool size", parts), {"speed_by_pool": rows}, {"speed": images.light})
