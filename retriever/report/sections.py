@@ -358,8 +358,8 @@ def speed_part(speeds: Sequence[Speed], queries: int, rounds: int, machine: str,
     filled = f" Pools from {made_up:,} on are filled up with made-up pictures, for speed alone." if made_up else ""
     caption = (
         f"Queries per second, tokenised, encoded and searched in batches of 64; both systems took turns in one run, "
-        f"the median of {rounds} rounds of {queries:,} val queries. Machine: {machine}. Two-tower is exact search (faiss, "
-        f"flat).{filled}"
+        f"the median of {rounds} rounds of {queries:,} val queries. Machine: {machine}. Two-tower is exact search "
+        f"(faiss, flat).{filled}"
     )
     rows = [each.row() for each in speeds]
     parts = [
