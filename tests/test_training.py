@@ -470,7 +470,7 @@ def test_parts_of_a_batch_weigh_as_the_batch(processes: int, monkeypatch: pytest
 def test_contradictions_are_named_before_any_work(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--lora-rank 8 is for --kind causal, not for --kind seq2seq"):
         train.Config(dataset=tmp_path, language_model="t5-base", output=tmp_path / "x", lora_rank=8)
-    with pytest.raises(BadInput, match="--negatives"):
+    with pytest.raises(BadInput, match="`negatives` must be at least 1"):
         stage2_config(chain, tmp_path, tmp_path / "x", negatives=0)
     with pytest.raises(BadInput, match=r"run scripts/09_train_retriever_t5\.sh first"):
         train_stage2.main(stage2_config(chain, tmp_path, tmp_path / "x"))
