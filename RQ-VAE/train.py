@@ -97,7 +97,7 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
         ValidationOptions.__post_init__(self)
         if min(self.levels, self.codebook_size, self.width) < 1:
             raise BadInput("--levels, --codebook-size and --width must be at least 1")
-        check_batch_size(self.batch_size, least=LEAST)
+        check_batch_size(self.batch_size, least=LEAST, accumulates=False)
         if self.epochs < 0 or not 0 <= self.dropout < 1:
             raise BadInput("--epochs must not be negative, --dropout must be in [0, 1)")
         if self.sinkhorn_temperature < 0 or self.kmeans_balance < 0:
@@ -166,9 +166,9 @@ class TrainData:
 
     def __init__(self, features: Features, config: Config, device: torch.device) -> None:
         self.features, self.config, self.rows = features, config, features.captioned_rows("train")
-        if len(self.rows) < 2:
+        if len(self.rows) < (needed := LEAST * processes.count()):
             found = f"{len(self.rows)} train pictures with captions"
-            raise BadInput(f"{features.manifest.folder} has {found}, needs at least 2")
+            raise BadInput(f"{features.manifest.folder} has {found}, needs at least {needed} ({LEAST} per process)")
         self.images = torch.from_numpy(features.images[self.rows].copy()).to(device)
         self.texts = torch.tensor(features.texts).to(device)
         if config.pairs == "caption":
@@ -270,24 +270,17 @@ class Validation:
 
 
 def make_stepper(model: RqVae, config: Config, *, steps: int) -> Stepper:
-    """The optimiser of the tokenizer, in whole copies of the model.
-
-    Raises:
-        BadInput: DeepSpeed would keep copies of weights that this training writes to (k-means, unused codes).
-    """
+    """The optimiser of the tokenizer, in whole copies of the model."""
     several = processes.count() > 1  # alone, dropout goes on with the draws of the batch before
     if several and next(model.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    stepper = Stepper(model, config, steps=steps, decay="none", seeded=several)
-    if stepper.deepspeed:
-        raise BadInput("the tokenizer is trained in whole copies: start it without DeepSpeed")
-    return stepper
+    return Stepper(model, config, steps=steps, decay="none", seeded=several)
 
 
 def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Checkpoint:
     """Train, validate, keep the best. Resumes from the last state.
 
-    The curves have the losses of each epoch's last batch, of the main process's part of it.
+    The curves have the losses of each epoch's last batch.
 
     Args:
         model: on the device where it is trained.
@@ -327,7 +320,8 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Ch
         if config.revive_every and checkpoint.epoch % config.revive_every == 0 and checkpoint.epoch < config.epochs:
             revive(model, data, config, epoch)
             stepper.align()
-        figures = {name: value.item() for name, value in parts.items()}
+        means = stepper.mean_over_processes(torch.stack(list(parts.values()))).tolist()
+        figures = dict(zip(parts, means, strict=True))
         tracker.log(figures, step=checkpoint.epoch)
         checkpoint.curves.step(checkpoint.epoch, figures)
         bar.set_postfix({name.removeprefix("train/"): f"{value:.3f}" for name, value in figures.items()}, refresh=False)
@@ -351,6 +345,7 @@ def write_best(checkpoint: Checkpoint, features: Features, folder: Path) -> dict
 
 
 def main(config: Config) -> None:
+    processes.share_whole_models()  # DeepSpeed keeps copies of weights, and k-means and `revive` write to the weights
     features = read_features(config.features)
     inputs = {"features": config.features}
     if config.pseudo_queries is not None:

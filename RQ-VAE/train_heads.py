@@ -136,7 +136,6 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) ->
     epochs = range(checkpoint.epoch, config.epochs)
     bar = progress(epochs, "training heads", total=config.epochs, unit="epoch", initial=checkpoint.epoch)
     for epoch in bar:
-        model.train()
         batches = batches_of(features, config, epoch)
         steps_of_epoch = checkpoint.steps(batches, seed=config.seed, shown=False)
         mean = sum(stepper.step(loss, some).item() for some in steps_of_epoch) / len(batches)

@@ -167,12 +167,8 @@ def need_peft() -> None:
         raise Skipped("peft is not installed")
 
 
-def measure(work: Work, report: Report, *, graphs: bool, loop: bool = True) -> None:
-    """A training's step beside its parts, each in turn.
-
-    Args:
-        loop: it is one of those that `models.stepper` takes.
-    """
+def measure(work: Work, report: Report, *, graphs: bool) -> None:
+    """A training's step beside its parts, each in turn."""
     report.need_time()
     seed_everything(0)
     flops = count_flops(work)
@@ -180,9 +176,8 @@ def measure(work: Work, report: Report, *, graphs: bool, loop: bool = True) -> N
     calls: dict[str, Callable[[], object]] = {"step": step, "forward and backward": step.backward}
     repeats = rounds(step, device=report.device)
     memory = memory_of(step, report.device)  # before anything else has an optimiser of its own
-    if loop:
-        with report.attempt("the training's own loop"):
-            calls[LOOP_STEP] = loop_steps(work, report.device)
+    with report.attempt("the training's own loop"):
+        calls[LOOP_STEP] = loop_steps(work, report.device)
     timings = interleave(calls, repeats=repeats, memory=False)
     seconds = {name: timing.median / (LOOP_BATCHES if name == LOOP_STEP else 1) for name, timing in timings.items()}
     for name, timing in timings.items():
@@ -348,7 +343,7 @@ def train_rqvae(sizes: Sizes, report: Report, *, graphs: bool) -> None:
     batch = min(sizes.rqvae_batch, sizes.pictures)
     with report.attempt("step"):
         work = Work(model.train(), lambda: model(images[:batch], texts[:batch]).total(1.0), batch, batch)
-        measure(work, report, graphs=graphs, loop=False)
+        measure(work, report, graphs=graphs)
     with report.attempt("epoch"):
         report.need_time()
         time_epoch(model, images, texts, batch, report)

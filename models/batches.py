@@ -7,7 +7,10 @@ alone. So the number of processes changes the speed, and dropout's masks, but no
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
 
 from tools import processes
 from tools.errors import BadInput
@@ -69,6 +72,18 @@ def part_of(batch: Batch) -> Part:
     return Part(batch, places if len(places) else np.zeros(1, dtype=np.int64), weight)
 
 
+def rows_of_all(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows (part, width) of all processes one behind the other, and where this process's begin; no gradient."""
+    if processes.count() == 1:
+        return rows.detach(), 0
+    counts = processes.collect(len(rows))
+    padded = F.pad(rows.detach(), (0, 0, 0, max(counts) - len(rows)))
+    found = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(found, padded)
+    every = torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+    return every, sum(counts[: processes.number()])
+
+
 def bucketed_batches(
     lengths: NDArray[np.int64], size: int, generator: np.random.Generator, *, bucket: int = 32
 ) -> list[NDArray[np.int64]]:
@@ -88,11 +103,12 @@ def bucketed_batches(
     return batches
 
 
-def check_batch_size(batch_size: int, *, least: int = 1) -> None:
+def check_batch_size(batch_size: int, *, least: int = 1, accumulates: bool = True) -> None:
     """Refuse a batch size that leaves a process without examples.
 
     Args:
         least: examples that a process needs.
+        accumulates: several batches may make one step.
 
     Raises:
         BadInput: it is too small.
@@ -103,5 +119,5 @@ def check_batch_size(batch_size: int, *, least: int = 1) -> None:
     if batch_size < needed:
         raise BadInput(
             f"`batch_size` {batch_size} counts the examples of all {processes.count()} processes: raise it to "
-            f"{needed} or more"
+            f"{needed} or more{', and lower `accumulate` as much' if accumulates else ''}"
         )

@@ -111,8 +111,9 @@ def load_clip(name: str, pretrained: str | None = None, *, activation: Activatio
         config = _read_config(folder / CONFIG_NAME)
         name, options = f"local-dir:{folder}", _local_text_tower(config, folder)
     elif not name.startswith("hf-hub:"):
+        weights_of = _known_weights(name, pretrained)
         config = open_clip.get_model_config(name)
-        activation = trained_with(name, _known_weights(name, pretrained), activation)
+        activation = trained_with(name, weights_of, activation)
         if activation == "quick_gelu":
             config["quick_gelu"] = options["force_quick_gelu"] = True
     else:
@@ -297,12 +298,12 @@ def assemble_clip(
     try:
         with refusing_remote_code():
             model = open_clip.CustomTextCLIP(**custom)
+            tokenizer = open_clip.tokenizer.HFTokenizer(str(text_tower), context_length=context_length)
     except (*LOADING_ERRORS, AssertionError, KeyError, AttributeError) as error:
         raise BadInput(f"`image_tower` {image_tower} or `text_tower` {text_tower}: {first_line(error)}") from None
     _load_trunk(model.visual.trunk, image_weights, image_tower)
     open_clip.model.set_model_preprocess_cfg(model, preprocess)
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), is_train=False)
-    tokenizer = open_clip.tokenizer.HFTokenizer(str(text_tower), context_length=context_length)
     return Clip(model.eval(), transform, tokenizer, config)
 
 

@@ -78,6 +78,9 @@ class ValidationOptions:
 class LargeModelOptions(PrecisionOptions):
     """Further options for training a large model."""
 
+    precision: Precision = "auto"
+    """Arithmetic of the forward passes; weights that are trained are kept in fp32. auto: bf16 or fp16 on a GPU and on
+    CPUs with bf16 units, else fp32."""
     accumulate: int = 1
     """Batches per step of the optimiser."""
     at_once: int | None = None

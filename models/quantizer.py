@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .batches import rows_of_all
+
 COMMITMENT = 0.25  # weight of the commitment term, van den Oord et al. 2017, section 3.2
 SINKHORN_ITERATIONS = 10
 UNBALANCED_ITERATIONS = 5  # of k-means, before the balanced ones: they only spread the centres
@@ -140,7 +142,9 @@ class ResidualQuantizer(nn.Module):
     def _assign(self, vectors: Tensor, book: Tensor) -> Tensor:
         if not self.training or self.config.sinkhorn_temperature <= 0:
             return nearest(vectors, book)
-        return balanced_plan(vectors, book, self.config.sinkhorn_temperature).argmax(dim=1)
+        every, start = rows_of_all(vectors)  # the balance is that of the whole batch
+        plan = balanced_plan(every, book, self.config.sinkhorn_temperature)
+        return plan[start : start + len(vectors)].argmax(dim=1)
 
 
 def squared_distances(vectors: Tensor, book: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from tools.features import Floats, Rows
 from tools.files import read_json, replacing, write_json
 from tools.vokens import Codes
 
+from .batches import rows_of_all
 from .quantizer import QuantizerConfig, ResidualQuantizer
 from .weights import ANEW, load_weights
 
@@ -202,15 +203,16 @@ class RqVae(nn.Module):
 def alignment_loss(kind: Alignment, output: Tensor, captions: Tensor) -> Tensor:
     """Distance of outputs (batch, features) to caption features (batch, features).
 
-    "contrastive" is InfoNCE over the batch on L2-normalised vectors at temperature 1.
+    "contrastive" is InfoNCE over the batch of all processes, on L2-normalised vectors at temperature 1.
     """
     if kind == "mse":
         return F.mse_loss(output, captions)
     if kind == "l1":
         return F.l1_loss(output, captions)
     if kind == "contrastive":
-        logits = F.normalize(output, dim=1) @ F.normalize(captions, dim=1).T
-        return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+        every, start = rows_of_all(F.normalize(captions, dim=1))
+        logits = F.normalize(output, dim=1) @ every.T
+        return F.cross_entropy(logits, start + torch.arange(len(logits), device=logits.device))
     return output.new_zeros(())
 
 

@@ -71,7 +71,9 @@ class Stepper:
         self.accelerator = Accelerator(
             cpu=self.device.type == "cpu",
             mixed_precision="no",
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=buffers)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=buffers, gradient_as_bucket_view=True)  # no second copy
+            ],
         )
         check_launch(self.accelerator.distributed_type)
         self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED

@@ -44,6 +44,7 @@ from tests.tiny import prepare_emb, rqvae_train, tiny_encoder_decoder
 from tools import processes
 from tools.blocks import Blocks
 from tools.command_line import commands
+from tools.curves import read_curves
 from tools.errors import EXIT_BAD_INPUT, BadInput
 from tools.files import read_json, write_json
 from tools.vokens import VokenSpace
@@ -207,9 +208,13 @@ def test_training_on_two_processes(kind: str, chain: Chain, tmp_path: Path) -> N
     assert torch.allclose(logits[0], logits[1], atol=1e-3)
 
 
-def test_the_tokenizer_on_two_processes(chain: Chain, tmp_path: Path) -> None:
-    """Without hidden layers there is no batch norm, and the weights are those of one process, to rounding."""
-    settings: dict[str, Any] = {**RQVAE, "batch_size": 15, "pairs": "caption", "dropout": 0.0, "hidden": ()}
+@pytest.mark.parametrize("options", [{}, {"sinkhorn_temperature": 0.05, "alignment": "contrastive", "epochs": 4}])
+def test_the_tokenizer_on_two_processes(options: dict[str, Any], chain: Chain, tmp_path: Path) -> None:
+    """Without hidden layers there is no batch norm, and the weights are those of one process, to rounding.
+
+    Balance and contrast are those of the whole batch.
+    """
+    settings: dict[str, Any] = {**RQVAE, "batch_size": 15, "pairs": "caption", "dropout": 0.0, "hidden": (), **options}
     one, two = (
         rqvae_train.Config(features=chain.features, output=tmp_path / name, **settings) for name in ("one", "two")
     )
@@ -220,6 +225,19 @@ def test_the_tokenizer_on_two_processes(chain: Chain, tmp_path: Path) -> None:
     first, second = (load_file(config.output / "model.safetensors") for config in (one, two))
     for name, value in first.items():
         assert torch.allclose(value, second[name], atol=1e-4), name
+    losses = [[row["train/alignment"] for row in read_curves(config.output) if "train/alignment" in row]
+              for config in (one, two)]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_sharing_a_model_in_parts_is_not_for_the_tokenizer(chain: Chain, tmp_path: Path) -> None:
+    """A launch with DeepSpeed for the whole chain trains it in whole copies."""
+    config = rqvae_train.Config(features=chain.features, output=tmp_path / "run", **{**RQVAE, "epochs": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        train_anew(rqvae_train.main, config)
+        assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+    assert (config.output / "model.safetensors").is_file()
 
 
 def test_every_process_has_the_tokenizers_weights(chain: Chain, tmp_path: Path) -> None:

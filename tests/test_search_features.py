@@ -278,8 +278,11 @@ def test_a_model_that_cannot_encode_queries_is_one_clear_line(
     manifest = read_json(folder / "manifest.json")
     made_by = manifest["facts"]["clip"]
     for other, message in (
-        ({"content": ["another"]}, r"clip has changed since .*index was built: search with"),
-        ({"model": str(tmp_path / "gone")}, "gone was moved or removed since .*index was built: search with"),
+        ({"content": ["another"]}, r"clip has changed, or was moved or removed, since .*index was built: search with"),
+        (
+            {"model": str(tmp_path / "gone")},
+            "gone has changed, or was moved or removed, since .*index was built: search with",
+        ),
         ({"model": "no-such-model", "content": []}, r"cannot be loaded \(`model` no-such-model is neither"),
     ):
         manifest["facts"]["clip"] = {**made_by, **other}

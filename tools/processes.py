@@ -42,9 +42,17 @@ def is_main() -> bool:
 
 
 def go_alone() -> None:
-    """Let this process forget the others, and how `accelerate launch` was told to share a model with them."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        os.environ.pop(name, None)
+    """Let this process forget the others, and all that `accelerate launch` was told of them."""
+    for name in list(os.environ):
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith("ACCELERATE_"):
+            del os.environ[name]
+
+
+def share_whole_models() -> None:
+    """Forget that `accelerate launch` was told to share a model in parts: each process keeps a whole copy."""
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU":
+            del os.environ[name]
 
 
 def connect() -> None:

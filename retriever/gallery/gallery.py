@@ -115,7 +115,10 @@ class Gallery:
         Raises:
             BadInput: its files have changed.
         """
-        self._refuse_changed(self.clip[0], model_content(*self.clip), self.facts["clip"]["content"], advice)
+        places = [each for each in self.clip if each and Path(each).is_absolute()]
+        self._refuse_changed(
+            " or ".join(places) or self.clip[0], model_content(*self.clip), self.facts["clip"]["content"], advice
+        )
 
     def check_rqvae(self, advice: str) -> Path:
         """The tokenizer's run folder, if it is still the one that made the codes.
@@ -132,8 +135,7 @@ class Gallery:
 
     def _refuse_changed(self, name: str, content: Any, recorded: Any, advice: str) -> None:
         if content != recorded:
-            how = "has changed" if Path(name).exists() else "was moved or removed"
-            raise BadInput(f"{name} {how} since {self.folder} was built: {advice}")
+            raise BadInput(f"{name} has changed, or was moved or removed, since {self.folder} was built: {advice}")
 
     def _place(self, recorded: str) -> str:
         return str(self.folder.parent / recorded) if EXPORTED in self.facts else recorded
