@@ -1,5 +1,6 @@
 """Scoring ranked lists with the reranker: in batches, every picture's part of the prompt computed once."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,9 +131,14 @@ class _Scoring:
 def _score_blocks(
     scoring: _Scoring, batches: list[NDArray[np.int64]], folder: Path, *, quiet: bool
 ) -> Iterator[Scores]:
-    """Scores of all batches, this process computing its share of the blocks that are missing."""
+    """Scores of all batches, this process computing its share of the blocks that are missing.
+
+    Blocks of other batches, which a run with another `pairs` or `memory` has left, are not taken for these.
+    """
     blocks = [batches[start : start + BLOCK_BATCHES] for start in range(0, len(batches), BLOCK_BATCHES)]
-    work = Blocks(folder, len(blocks))
+    ends = np.cumsum([len(batch) for batch in batches])
+    cut = hashlib.blake2b(np.concatenate([ends, *batches]).astype(np.int64).tobytes(), digest_size=8).hexdigest()
+    work = Blocks(folder / f"batches-{cut}", len(blocks))
     for number in work.left if quiet else progress(work.left, "scoring"):
         write_array(work.path(number), np.concatenate([scoring.score(batch) for batch in blocks[number]]))
     for path, block in zip(work.gather(), blocks, strict=True):

@@ -126,7 +126,7 @@ class Reranking:
 
     def score(self, lists: RankedLists, blocks_folder: Path) -> tuple[Scores, float | None]:
         """Scores (queries, longest), and queries per second; None where a killed run has left scores."""
-        resumed = processes.share(processes.is_main() and any(blocks_folder.glob("*.npy")))
+        resumed = processes.share(processes.is_main() and any(blocks_folder.rglob("*.npy")))
         began = time.monotonic()
         scores = score_lists(
             self.scorer,

@@ -442,6 +442,14 @@ def test_scores_in_blocks_are_in_the_same_arithmetic(folders: dict[str, str], tm
     assert np.array_equal(blocks, rough)
 
 
+def test_blocks_of_another_cut_are_not_taken_for_these(folders: dict[str, str], tmp_path: Path) -> None:
+    """A killed run may go on on a device with another number of pairs in a batch."""
+    scorer, lists = built(folders), random_lists(9, 4, len(PICTURES))
+    for pairs in (36, 8, 36):  # one batch, five, and one again
+        blocks = score_lists(scorer, PICTURES, lists, pairs=pairs, blocks_folder=tmp_path / "blocks", quiet=True)
+        assert np.allclose(blocks, score_lists(scorer, PICTURES, lists, pairs=pairs, quiet=True), atol=1e-6)
+
+
 def test_scores_that_are_no_numbers_are_refused(folders: dict[str, str]) -> None:
     scorer = built(folders)
     with torch.no_grad():
