@@ -160,7 +160,7 @@ def count_tokenizer(recipe: Recipe) -> int:
     """Kernels of one step of the RQ-VAE with its optimiser."""
     config = recipe.config("TRAIN_RQVAE", import_module("RQ-VAE.train").Config, features=SOME, output=SOME)
     narrow = replace(config, width=8, hidden=tuple(8 for _ in config.hidden), codebook_size=8)
-    model = RqVae(narrow.model(8)).train()
+    model = RqVae(narrow.rqvae(8)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     rows = torch.randn(16, 8)
 
