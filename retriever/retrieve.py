@@ -265,7 +265,7 @@ def main(config: Config) -> None:
         if processes.is_main():
             write_json_lines(run.folder / f"{pool}.jsonl", predictions(data, queries, ranking))
         metrics[pool] = {"queries": len(queries.texts), "queries_per_second": round(speed, 2)}
-        print(f"{len(queries.texts):,} queries over pool {pool}: {speed:.0f} a second")
+        print(f"{len(queries.texts):,} queries over pool {pool}: {speed:.0f} per second")
     run.finish(facts={"dataset": str(config.dataset), "setting": setting_on(trained, data)}, metrics=metrics)
 
 
