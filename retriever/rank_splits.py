@@ -134,7 +134,8 @@ def main(config: Config) -> None:
             write_lists(run.folder / f"{name}.jsonl", lists)
         found = float((lists.rows == lists.pictures[:, None]).any(axis=1).mean())
         metrics[name] = {"queries": len(lists.texts), "found": found, "queries_per_second": round(speed, 2)}
-        print(f"{name}: {len(lists.texts):,} queries, {speed:.0f} per second; {found:.1%} of the pictures in their list")
+        told = f"{len(lists.texts):,} queries, {speed:.0f} per second; {found:.1%} of the pictures in their list"
+        print(f"{name}: {told}")
     kept = ("features", "captions_fingerprint")
     facts = {key: data.manifest.facts[key] for key in kept}
     run.finish(facts={**facts, "dataset": str(config.dataset), "setting": setting_on(trained, data)}, metrics=metrics)
