@@ -180,8 +180,8 @@ def table_of(stages: list[Stage], device: Device, devices: int) -> tuple[list[st
     total = 0.0
     for stage in stages:
         times = [time_of(part, device, devices) for part in stage.parts]
-        seconds = sum(each.seconds for each in times)
-        main = max(range(len(times)), key=[each.seconds for each in times].__getitem__)
+        seconds = sum(time.seconds for time in times)
+        main = max(range(len(times)), key=[time.seconds for time in times].__getitem__)
         memory = "–" if stage.memory is None else f"{stage.memory / GIB:.0f}"
         repetitions = f"{stage.parts[main].times:,.0f}" if stage.parts[main].times > 1 else "–"
         outside = stage.name.startswith("11_")

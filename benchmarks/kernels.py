@@ -91,7 +91,7 @@ class KernelCounter(TorchDispatchMode):
 def _launches(name: str, args: tuple[Any, ...]) -> int:
     if name in NO_KERNEL:
         return 0
-    lists = [each for each in args if isinstance(each, list | tuple) and each and isinstance(each[0], Tensor)]
+    lists = [arg for arg in args if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor)]
     if not name.startswith(("_foreach_", "_fused_")) or not lists:
         return 1
     parts = sum(-(-each.numel() // ELEMENTS_A_PART) for each in lists[0])

@@ -96,7 +96,7 @@ def _inputs(captioner: Captioner, pictures: Sequence[Image.Image], prompt: str |
     processor = captioner.processor
     if getattr(processor, "chat_template", None):
         content = [{"type": "text", "text": prompt or CHAT_PROMPT}]
-        asked = [[{"role": "user", "content": [{"type": "image", "image": one}, *content]}] for one in pictures]
+        asked = [[{"role": "user", "content": [{"type": "image", "image": picture}, *content]}] for picture in pictures]
         found = processor.apply_chat_template(
             asked,
             add_generation_prompt=True,

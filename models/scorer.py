@@ -488,7 +488,7 @@ def _adapt(name: str, model: Any, lora: Lora) -> "PeftModel":
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=[each for each in lora.targets if fits(each, there)],
+        target_modules=[target for target in lora.targets if fits(target, there)],
         modules_to_save=[each for each in lora.whole if fits(each, there)],
     )
     try:

@@ -132,10 +132,10 @@ class Page:
 
     def text(self) -> str:
         """The whole file."""
-        links = "".join(f'<li><a href="#{each.name}">{escape(each.title)}</a></li>' for each in self.sections)
+        links = "".join(f'<li><a href="#{section.name}">{escape(section.title)}</a></li>' for section in self.sections)
         body = "".join(
-            f'<section id="{each.name}"><h2>{escape(each.title)}</h2>{"".join(each.parts)}</section>\n'
-            for each in self.sections
+            f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{"".join(section.parts)}</section>\n'
+            for section in self.sections
         )
         return (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'

@@ -72,10 +72,10 @@ def panels(found: Health) -> list[Panel]:
         Line(f"level {level + 1}", range(1, len(counts) + 1), counts.tolist(), style=level, points=False)
         for level, counts in enumerate(found.counts)
     ]
-    lengths = [each.codes for each in found.prefixes]
+    lengths = [prefix.codes for prefix in found.prefixes]
     behind = [
-        Line("largest group", lengths, [each.largest for each in found.prefixes], style=1),
-        Line("group of a picture, on average", lengths, [each.mean for each in found.prefixes], style=2),
+        Line("largest group", lengths, [prefix.largest for prefix in found.prefixes], style=1),
+        Line("group of a picture, on average", lengths, [prefix.mean for prefix in found.prefixes], style=2),
     ]
     return [
         Panel(

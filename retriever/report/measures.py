@@ -105,7 +105,7 @@ def growing_pools(data: RetrieverData, *, seed: int) -> list[Rows]:
 
 def recall_by_beams(system: System, data: RetrieverData, queries: Queries, beams: Sequence[int]) -> list[Figure]:
     """Recall over val's pictures with so many codes kept at each level."""
-    return [_searched(system, data, queries, data.rows("val"), beams=each, x=each) for each in beams]
+    return [_searched(system, data, queries, data.rows("val"), beams=beam, x=beam) for beam in beams]
 
 
 def recall_by_pool(

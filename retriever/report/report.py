@@ -113,7 +113,7 @@ class Finished(NamedTuple):
 
     def of(self, *commands: str) -> list[runs.Manifest]:
         """Those that a command left."""
-        return [each for each in self.manifests if each.command in commands]
+        return [manifest for manifest in self.manifests if manifest.command in commands]
 
     def one(self, command: str, name: str) -> runs.Manifest | None:
         """The run of a command in a folder of that name."""
@@ -308,7 +308,7 @@ class Report:
             for path in sorted(tested.folder.glob(f"{found.config['split']}-{pool}.*.jsonl")):
                 ranks = reordered_ranks(path, lists)
                 if ranks is not None:
-                    reordered[f"+{path.name.split('.')[1]}"] = [int(ranks[each.number]) for each in examples]
+                    reordered[f"+{path.name.split('.')[1]}"] = [int(ranks[example.number]) for example in examples]
         return gallery_part(
             explain(system.writer, examples, data, data.rows(pool), system.searching.scoring), data, self.thumbnails,
             self.folder, system=system.name, split=found.config["split"], pool=pool, keep=found.config["keep"],
@@ -319,9 +319,9 @@ class Report:
         """Every number that was measured for the report."""
         return {
             "machine": machine(),
-            "recall_by_beams": [each.row("beams") for each in self.beams],
-            "recall_by_pool": [each.row("pool") for each in self.pools],
-            "speed_by_pool": [each.row() for each in self.speeds],
+            "recall_by_beams": [beam.row("beams") for beam in self.beams],
+            "recall_by_pool": [pool.row("pool") for pool in self.pools],
+            "speed_by_pool": [speed.row() for speed in self.speeds],
         }
 
 
@@ -361,7 +361,7 @@ def main(config: Config) -> None:
     if not data.images:
         raise BadInput(f"{config.dataset} has no pictures: there is nothing to report")
     finished = find_runs(config.runs)
-    inputs = {"dataset": config.dataset, **{str(each.folder): each.folder for each in finished.manifests}}
+    inputs = {"dataset": config.dataset, **{str(manifest.folder): manifest.folder for manifest in finished.manifests}}
     if config.summary.is_file():
         inputs["summary"] = config.summary
     summary = read_rows(config.summary) if config.summary.is_file() else []

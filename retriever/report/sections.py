@@ -349,19 +349,19 @@ def speed_part(speeds: Sequence[Speed], queries: int, rounds: int, machine: str,
         Line(name, [each.pool for each in own], [each.queries_per_second for each in own], styles.of(name))
         for name, own in lines.items()
     ]
-    sizes = sorted({each.pool for each in speeds})
+    sizes = sorted({speed.pool for speed in speeds})
     panel = Panel(
         "Speed", "pictures in the pool", "queries per second", drawn, log_x=True, log_y=True, x_ticks=_spaced(sizes)
     )
     images = draw(folder / "speed", partial(line_figure, panels=[panel], width=5.2))
-    made_up = min((each.pool for each in speeds if each.made_up), default=None)
+    made_up = min((speed.pool for speed in speeds if speed.made_up), default=None)
     filled = f" Pools from {made_up:,} on are filled up with made-up pictures, for speed alone." if made_up else ""
     caption = (
         f"Queries per second, tokenised, encoded and searched in batches of 64; both systems took turns in one run, "
         f"the median of {rounds} rounds of {queries:,} val queries. Machine: {machine}. Two-tower is exact search "
         f"(faiss, flat).{filled}"
     )
-    rows = [each.row() for each in speeds]
+    rows = [speed.row() for speed in speeds]
     parts = [
         figure(images, caption, alt="Queries per second of the retriever and of two-tower search by pool size."),
         details("The numbers", table([_measured_cells(row) for row in rows], numbers=tuple(rows[0])[1:])),
@@ -413,8 +413,13 @@ def _measured_cells(row: dict[str, Any]) -> dict[str, Any]:
 def runs_part(manifests: Sequence[Manifest]) -> Part:
     """What the report was made of."""
     rows = [
-        {"run": str(each.folder), "command": each.command, "time": _duration(each.seconds), "commit": each.commit[:12]}
-        for each in manifests
+        {
+            "run": str(manifest.folder),
+            "command": manifest.command,
+            "time": _duration(manifest.seconds),
+            "commit": manifest.commit[:12],
+        }
+        for manifest in manifests
     ]
     return Part(Section("runs", "The runs behind it", [table(rows, numbers=("time",))])) if rows else Part()
 

@@ -103,7 +103,7 @@ class Batcher:
 
     def _work(self) -> None:
         while questions := self._take():
-            self._settle([one for one in questions if one.answer.set_running_or_notify_cancel()])
+            self._settle([question for question in questions if question.answer.set_running_or_notify_cancel()])
 
     def _take(self) -> list[Question]:
         """The first question and those of its kind; none when closed."""
@@ -123,7 +123,7 @@ class Batcher:
             return
         began = time.monotonic()
         try:
-            values = questions[0].call([one.asked for one in questions])
+            values = questions[0].call([question.asked for question in questions])
             assert len(values) == len(questions), f"{len(values)} answers to {len(questions)} questions"
         except Exception as error:
             if len(questions) == 1:
