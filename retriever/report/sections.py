@@ -139,20 +139,20 @@ def _recall_cells(row: dict[str, Any], group: Rows) -> dict[str, Any]:
 
 def tokenizer_part(data: RetrieverData, codes: Manifest | None, folder: Path) -> Part:
     """Use of the codes, collisions, and what quantising costs."""
-    found = code_pictures.health(data.codes, data.space)
-    images = draw(folder / "tokenizer", partial(line_figure, panels=code_pictures.panels(found)))
+    health = code_pictures.health(data.codes, data.space)
+    images = draw(folder / "tokenizer", partial(line_figure, panels=code_pictures.panels(health)))
     levels = [
         {
             "level": use.level + 1,
             "codes used": f"{use.used:.1%}",
             "perplexity": f"{use.perplexity:,.1f}",
-            "pictures with the same codes so far": f"{each.mean:,.1f}",
-            "at most": f"{each.largest:,}",
-            "told apart": f"{each.alone:.1%}",
+            "pictures with the same codes so far": f"{prefix.mean:,.1f}",
+            "at most": f"{prefix.largest:,}",
+            "told apart": f"{prefix.alone:.1%}",
         }
-        for use, each in zip(found.use, found.prefixes, strict=True)
+        for use, prefix in zip(health.use, health.prefixes, strict=True)
     ]
-    shared = 1.0 - found.prefixes[-1].alone
+    shared = 1.0 - health.prefixes[-1].alone
     words = [f"{len(data.codes):,} pictures, {data.space.levels} levels of {data.space.codebook_size:,} codes. "]
     words.append(f"{shared:.2%} of the pictures share" if shared else "No two pictures share")
     words.append(" all their codes. ")
@@ -191,17 +191,17 @@ def _quantised_recall(metrics: dict[str, Any]) -> Rows:
 
 def codes_part(data: RetrieverData, folder: Path, thumbnails: Thumbnails, *, count: int, seed: int) -> Part:
     """Pictures behind a code, from coarse to fine."""
-    found = code_pictures.paths(data.codes, count=count, seed=seed)
+    paths = code_pictures.paths(data.codes, count=count, seed=seed)
     files = [data.image_folder / file for file in data.files]
     drawn = folder / "codes.png"
-    code_pictures.draw_paths(drawn, found, files, data.space)
+    code_pictures.draw_paths(drawn, paths, files, data.space)
     parts = [
         paragraph(
             "Each block follows one picture, drawn at random. A row holds pictures that share its first codes, up to "
             f"{code_pictures.SHOWN} of them at random, the picture itself first: the more codes, the more alike."
         )
     ]
-    for levels in found:
+    for levels in paths:
         rows = [
             Html(
                 f'<div class="level"><p><code>{escape(code_pictures.names(level.codes, data.space))}</code><br>'
@@ -275,8 +275,8 @@ def _names(points: Sequence[Point]) -> list[str]:
 
 
 def _curve(points: Sequence[Point], name: str, label: str, style: int, *, points_drawn: bool = False) -> Line:
-    own = [(point["epoch"], point[name]) for point in points if point.get(name) is not None]
-    x, y = [each[0] or 0.0 for each in own], [each[1] or 0.0 for each in own]
+    known = [(point["epoch"], point[name]) for point in points if point.get(name) is not None]
+    x, y = [epoch or 0.0 for epoch, _ in known], [value or 0.0 for _, value in known]
     return Line(label, x, y, style, points=points_drawn or len(x) < 2)
 
 
@@ -284,7 +284,7 @@ def beams_part(figures: Sequence[Figure], reference: Figure | None, folder: Path
     """Recall against the number of beams."""
     if not figures:
         return Part()
-    beams = sorted({each.x for each in figures})
+    beams = sorted({measured.x for measured in figures})
     lines = _by_system(figures)
     panels = [
         Panel(
@@ -295,7 +295,7 @@ def beams_part(figures: Sequence[Figure], reference: Figure | None, folder: Path
         for cutoff in (CUTOFFS[0], CUTOFFS[-1])
     ]  # fmt: skip
     images = draw(folder / "beams", partial(line_figure, panels=panels))
-    rows = [each.row("beams") for each in figures]
+    rows = [measured.row("beams") for measured in figures]
     parts = [
         figure(images, _sampled(figures) + " Searched over val's own pictures. Two-tower is brute-force search of the "
                "same queries.", alt="Recall at 1 and 10 against the number of beams."),
@@ -318,7 +318,7 @@ def pools_part(figures: Sequence[Figure], beams: int, folder: Path, styles: Styl
     if not figures:
         return Part()
     lines = _by_system(figures)
-    sizes = sorted({each.x for each in figures})
+    sizes = sorted({measured.x for measured in figures})
     ticks = _spaced(sizes)
     panels = [
         Panel(
@@ -328,7 +328,7 @@ def pools_part(figures: Sequence[Figure], beams: int, folder: Path, styles: Styl
         for cutoff in (CUTOFFS[0], CUTOFFS[-1])
     ]  # fmt: skip
     images = draw(folder / "pools", partial(line_figure, panels=panels))
-    rows = [each.row("pool") for each in figures]
+    rows = [measured.row("pool") for measured in figures]
     parts = [
         figure(images, _sampled(figures) + f" The pools hold val's pictures first, then others drawn at random, of "
                f"train too; {beams} beams. Of a pool smaller than val, the queries are those of its pictures.",
@@ -343,11 +343,16 @@ def speed_part(speeds: Sequence[Speed], queries: int, rounds: int, machine: str,
     if not speeds:
         return Part()
     lines: dict[str, list[Speed]] = {}
-    for each in speeds:
-        lines.setdefault(each.system, []).append(each)
+    for speed in speeds:
+        lines.setdefault(speed.system, []).append(speed)
     drawn = [
-        Line(name, [each.pool for each in own], [each.queries_per_second for each in own], styles.of(name))
-        for name, own in lines.items()
+        Line(
+            name,
+            [speed.pool for speed in of_system],
+            [speed.queries_per_second for speed in of_system],
+            styles.of(name),
+        )
+        for name, of_system in lines.items()
     ]
     sizes = sorted({speed.pool for speed in speeds})
     panel = Panel(
@@ -371,15 +376,20 @@ def speed_part(speeds: Sequence[Speed], queries: int, rounds: int, machine: str,
 
 def _by_system(figures: Sequence[Figure]) -> dict[str, list[Figure]]:
     lines: dict[str, list[Figure]] = {}
-    for each in figures:
-        lines.setdefault(each.system, []).append(each)
+    for measured in figures:
+        lines.setdefault(measured.system, []).append(measured)
     return lines
 
 
 def _recall_lines(lines: dict[str, list[Figure]], cutoff: int, styles: Styles) -> list[Line]:
     return [
-        Line(name, [each.x for each in own], [each.recall[cutoff] for each in own], styles.of(name))
-        for name, own in lines.items()
+        Line(
+            name,
+            [measured.x for measured in of_system],
+            [measured.recall[cutoff] for measured in of_system],
+            styles.of(name),
+        )
+        for name, of_system in lines.items()
     ]
 
 
@@ -394,7 +404,7 @@ def _spaced(sizes: Sequence[int]) -> list[int]:
 
 def _sampled(figures: Sequence[Figure]) -> str:
     """What the queries of measured figures are."""
-    counts = sorted({each.queries for each in figures})
+    counts = sorted({measured.queries for measured in figures})
     span = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     error = 50.0 / counts[0] ** 0.5
     return (
