@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -123,7 +124,8 @@ def as_on_a_gpu() -> Iterator[None]:
         return torch.native_layer_norm(input, shape, weight, None, eps or 1e-6)[0]  # another norm, as many kernels
 
     many = mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True)
-    each = mock.patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", return_value=["cpu"])
+    optimizers = import_module("torch.optim.optimizer")  # torch.optim has no attribute of that name
+    each = mock.patch.object(optimizers, "_get_foreach_kernels_supported_devices", return_value=["cpu"])
     norm = mock.patch("torch.nn.functional.rms_norm", rms_norm)
     with mock.patch("torch.nn.functional.dropout", dropout), norm, many, each:
         yield
