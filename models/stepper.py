@@ -41,7 +41,7 @@ class Stepper:
         steps: of the whole training.
         decay: how the learning rate falls after the warmup.
         seeded: reseed torch before each batch, so that dropout does not depend on earlier batches.
-        large: by default fp32, one batch a step, and no clipping.
+        large: by default fp32, one batch per step, and no clipping.
 
     Attributes:
         module: the model as it was built: to evaluate, to write, to look into.

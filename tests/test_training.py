@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.kernels import run_epoch
 from models.batches import part_of
 from models.compute import seed_everything
 from models.decoding import make_writer
@@ -26,7 +27,7 @@ from retriever.losses import Discriminative, Rivals, discriminative_loss, writte
 from retriever.training import Training
 from tests.chain import TRAIN, Chain, encoder_decoder_config
 from tests.test_pipeline import interrupted, t5_config
-from tests.tiny import batch_of, codebooks, llama_folder, run_epoch, tiny_llama, tokenizer
+from tests.tiny import batch_of, codebooks, llama_folder, tiny_llama, tokenizer
 from tools import runs
 from tools.curves import read_curves
 from tools.errors import BadInput

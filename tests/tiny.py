@@ -198,12 +198,3 @@ def picture_set(folder: Path) -> list[Record]:
 def batch_of(rows: NDArray[np.int64], *, epoch: int = 0, number: int = 0) -> Batch:
     """A batch of a training whose seed is 0."""
     return Batch(rows, 0, epoch, number)
-
-
-def run_epoch(training: Any, tracker: Any) -> None:
-    """The steps of a training's next epoch, without what its stage does around them."""
-    checkpoint = training.checkpoint
-    training.stepper.module.train()
-    for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=training.config.seed):
-        checkpoint.record(training.stepper.step(training.loss, batches), tracker)
-    checkpoint.epoch_ends()
