@@ -2,7 +2,8 @@
 
 In:  a `RQ-VAE.train` folder and the feature folder it was trained on.
 Out: `<output>/codes.npy` (pictures, levels) int64 and `latents.npy` (pictures, width), in the order of captions.jsonl;
-     `codebooks.npy` (books, codebook_size, width); `report.json`, the tokenizer report.
+     `codebooks.npy` (books, codebook_size, width); `guide.safetensors` (models/guide.py), where the tokenizer has a
+     linear path; `report.json`, the tokenizer report.
 Command: python -m RQ-VAE.generate_codes --features DIR --rqvae DIR --output DIR
 """
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.compute import pick_device
+from models.guide import GUIDE_NAME, guide_of
 from models.options import DeviceOptions
 from models.rqvae import RqVae, tokenize
 from tools import runs
@@ -82,6 +84,9 @@ def main(config: Config) -> None:
     write_array(run.folder / "codes.npy", codes)
     write_array(run.folder / "latents.npy", latents)
     write_array(run.folder / "codebooks.npy", model.quantizer.codebooks.detach().numpy())
+    train = features.image_rows("train")
+    if (guide := guide_of(model, fixed.fixed[train if len(train) else slice(None)])) is not None:
+        guide.save(run.folder / GUIDE_NAME)
     write_json(run.folder / "report.json", report._asdict())
     tracker = Tracker(run.folder, job="generate_codes", config=run.started["config"])
     tracker.summary(report.figures())

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.batches import Part, check_batch_size
+from models.batches import Part, check_batch_size, drawn
 from models.compute import pick_device, seed_everything
-from models.options import TrainingOptions, ValidationOptions
+from models.options import Schedule, TrainingOptions, ValidationOptions, schedule
 from models.rqvae import BLOCK, AlignAt, Alignment, RqVae, RqVaeConfig
 from models.stepper import Stepper
 from models.training import Checkpoint
@@ -47,7 +47,10 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
     levels: int = 4
     """Vokens per picture."""
     codebook_size: int = 1024
-    """Codes per codebook."""
+    """Codes per codebook, at most."""
+    pictures_per_code: float = 2.0
+    """Halve the codebooks until there are so many train pictures for each code, so that small collections fill them;
+    0: keep --codebook-size."""
     shared_codebook: bool = False
     """One codebook for all levels (published), or one per level."""
     dropout: float = 0.25
@@ -98,6 +101,8 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
         if min(self.levels, self.codebook_size, self.width) < 1:
             raise BadInput("--levels, --codebook-size and --width must be at least 1")
         check_batch_size(self.batch_size, least=LEAST, accumulates=False)
+        if self.pictures_per_code < 0:
+            raise BadInput("--pictures-per-code must not be negative")
         if self.epochs < 0 or not 0 <= self.dropout < 1:
             raise BadInput("--epochs must not be negative, --dropout must be in [0, 1)")
         if self.sinkhorn_temperature < 0 or self.kmeans_balance < 0:
@@ -112,7 +117,14 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
         if self.pseudo_queries is not None and self.pairs != "caption":
             raise BadInput("--pseudo-queries are pairs of their own: add --pairs caption")
 
-    def rqvae(self, features: int) -> RqVaeConfig:
+    def codes_for(self, pictures: int) -> int:
+        """Codes per codebook that so many train pictures fill."""
+        codes = self.codebook_size
+        while codes > 1 and pictures < codes * self.pictures_per_code:
+            codes //= 2
+        return codes
+
+    def rqvae(self, features: int, codebook_size: int) -> RqVaeConfig:
         """The model's configuration.
 
         Args:
@@ -123,7 +135,7 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
             width=self.width,
             hidden=self.hidden,
             levels=self.levels,
-            codebook_size=self.codebook_size,
+            codebook_size=codebook_size,
             shared=self.shared_codebook,
             dropout=self.dropout,
             normalize=self.normalize,
@@ -177,11 +189,23 @@ class TrainData:
         if config.pseudo_queries is not None:
             self._add_pseudo_queries(read_pseudo_pairs(config.pseudo_queries, features, device))
 
+    @property
+    def count(self) -> int:
+        """Pairs that there are; of each picture one, or all."""
+        return len(self.rows) if self.config.pairs == "picture" else len(self.captions)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How the training on them is divided."""
+        return schedule(self.config, count=self.count)
+
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, each (batch, 2) rows of `images` and of `texts`; the same in every process."""
         generator, size = np.random.default_rng([self.config.seed, epoch]), self.config.batch_size
-        pairs = len(self.rows) if self.config.pairs == "picture" else len(self.captions)
-        order = generator.permutation(pairs) if self.config.shuffle else np.arange(pairs)
+        pairs = self.count
+        most = self.schedule.examples or pairs
+        order = drawn(pairs, most, generator) if self.config.shuffle else np.resize(np.arange(pairs), most)
+        pairs = len(order)
         if self.config.pairs == "picture":
             captions = self.features.draw_captions(self.rows, generator)
             count = max(1, pairs // size)  # none smaller than `size`
@@ -239,8 +263,8 @@ def start_from_kmeans(model: RqVae, data: TrainData, config: Config) -> None:
         what, (sample, _) = "pairs in the first batch", data.pairs(data.batches(0)[0])
     else:
         what, sample = "train pictures", data.images[torch.randperm(len(data.images))[: config.kmeans_sample]]
-    if len(sample) < config.codebook_size:
-        raise BadInput(f"--codebook-size {config.codebook_size} needs as many {what}, there are {len(sample)}")
+    if len(sample) < (codes := model.config.codebook_size):
+        raise BadInput(f"--codebook-size {codes} needs as many {what}, there are {len(sample)}")
     print(f"residual k-means over the {'first batch' if config.kmeans_first_batch else 'train split'} ...", flush=True)
     model.start_from(
         sample,
@@ -286,8 +310,9 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Ch
         model: on the device where it is trained.
     """
     data = TrainData(features, config, next(model.parameters()).device)
-    stepper = make_stepper(model, config, steps=config.epochs * len(data.batches(0)))
-    checkpoint = Checkpoint(run, stepper, epochs=config.epochs, points=config.epochs)
+    plan = data.schedule
+    stepper = make_stepper(model, config, steps=plan.epochs * len(data.batches(0)))
+    checkpoint = Checkpoint(run, stepper, epochs=plan.epochs, points=plan.epochs, patience=config.patience)
     tracker = Tracker(run.folder, job="train_rqvae", config=run.started["config"])
     validation = Validation(model, features)
     parts: dict[str, Tensor] = {}
@@ -310,14 +335,16 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Ch
             start_from_kmeans(model, data, config)
             stepper.align()
         validate()
-    epochs = range(checkpoint.epoch, config.epochs)
-    bar = progress(epochs, "training RQ-VAE", total=config.epochs, unit="epoch", initial=checkpoint.epoch)
+    epochs = range(checkpoint.epoch, plan.epochs)
+    bar = progress(epochs, "training RQ-VAE", total=plan.epochs, unit="epoch", initial=checkpoint.epoch)
     for epoch in bar:
+        if checkpoint.over:
+            break
         model.train()
         for batches in checkpoint.steps(data.batches(epoch), seed=config.seed, shown=False):
             stepper.step(loss, batches)
         checkpoint.epoch_ends()
-        if config.revive_every and checkpoint.epoch % config.revive_every == 0 and checkpoint.epoch < config.epochs:
+        if config.revive_every and checkpoint.epoch % config.revive_every == 0 and checkpoint.epoch < plan.epochs:
             revive(model, data, config, epoch)
             stepper.align()
         means = stepper.mean_over_processes(torch.stack(list(parts.values()))).tolist()
@@ -325,7 +352,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Ch
         tracker.log(figures, step=checkpoint.epoch)
         checkpoint.curves.step(checkpoint.epoch, figures)
         bar.set_postfix({name.removeprefix("train/"): f"{value:.3f}" for name, value in figures.items()}, refresh=False)
-        if checkpoint.validation_is_due(config.validate_every):
+        if checkpoint.validation_is_due(plan.validate_every):
             validate()
         checkpoint.save_if_due()
     checkpoint.save()
@@ -340,7 +367,7 @@ def write_best(checkpoint: Checkpoint, features: Features, folder: Path) -> dict
     checkpoint.curves.write(folder)
     report = make_report(model, features, split="val")
     write_json(folder / "report.json", report._asdict())
-    print(f"best checkpoint: epoch {checkpoint.best['epoch']}\n{report.text()}")
+    print(f"{checkpoint.told()}\n{report.text()}")
     return report.figures()
 
 
@@ -354,14 +381,17 @@ def main(config: Config) -> None:
     if run is None:
         return
     seed_everything(config.seed)
-    model = RqVae(config.rqvae(features.images.shape[1])).to(pick_device(config.device))
+    pictures = len(features.captioned_rows("train"))
+    if (codes := config.codes_for(pictures)) < config.codebook_size:
+        print(f"note: {pictures} train pictures fill {codes} codes a level, not the {config.codebook_size} asked for")
+    model = RqVae(config.rqvae(features.images.shape[1], codes)).to(pick_device(config.device))
     checkpoint = train(model, features, run, config)
     figures = write_best(checkpoint, features, run.folder) if processes.is_main() else {}
     run.finish(
         facts={
             "encoder": encoder_of(features.manifest),
             "levels": config.levels,
-            "codebook_size": config.codebook_size,
+            "codebook_size": codes,
             "shared": config.shared_codebook,
             "setting": "inductive" if config.pseudo_queries is None else "transductive",
         },

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.batches import Part
+from models.batches import Part, drawn
 from models.clip import Heads, attach_heads, detach_heads, load_recorded, save_clip
 from models.compute import pick_device, seed_everything
-from models.options import TrainingOptions
+from models.options import TrainingOptions, ValidationOptions, schedule
 from models.stepper import Stepper
 from models.training import Checkpoint
 from tools import runs
@@ -31,12 +32,13 @@ from tools.files import write_array
 from tools.logs import Tracker, progress
 from tools.recall import search_recall
 
+HEADS = "heads.safetensors"  # of the best checkpoint so far
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
 BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions, TrainingOptions):
+class Config(RunOptions, TrainingOptions, ValidationOptions):
     """How the heads are trained."""
 
     features: Path
@@ -51,9 +53,11 @@ class Config(RunOptions, TrainingOptions):
     """Share of the steps over which the learning rate rises; it then falls along a cosine."""
     temperature: float = 0.07
     """Temperature of the CLIP loss at the start; it is learned."""
+    validate_every: int = 10
 
     def __post_init__(self) -> None:
         TrainingOptions.__post_init__(self)
+        ValidationOptions.__post_init__(self)
         if self.epochs < 1 or self.batch_size < 2 or self.temperature <= 0:
             raise BadInput("--epochs must be at least 1, --batch-size at least 2, --temperature above 0")
 
@@ -107,23 +111,30 @@ def batches_of(features: Features, config: Config, epoch: int) -> list[NDArray[n
     if len(rows) < 2:
         raise BadInput(f"{config.features} has {len(rows)} train pictures with captions: heads need at least 2")
     size = min(config.batch_size, len(rows))
-    count = len(rows) // size
+    examples = schedule(config, count=len(rows)).examples
+    count = (examples or len(rows)) // size
     generator = np.random.default_rng([config.seed, epoch])
-    order = generator.permutation(rows)[: count * size]
+    order = rows[drawn(len(rows), examples, generator)][: count * size]
     return [
         np.stack([chosen, features.draw_captions(chosen, generator)], axis=1) for chosen in np.array_split(order, count)
     ]
 
 
 def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) -> dict[str, float]:
-    """Train for all epochs, saving the state now and then. Returns the validation at the end.
+    """Train, saving the state now and then, and leave the model as it was when it was best on val.
+
+    Without val captions it stays as it is at the end.
 
     Args:
         model: on the device where it is trained.
+
+    Returns:
+        Recall on val; empty without val captions.
     """
-    steps = config.epochs * len(batches_of(features, config, 0))
+    plan = schedule(config, count=len(features.captioned_rows("train")))
+    steps = plan.epochs * len(batches_of(features, config, 0))
     stepper = Stepper(model, config, steps=steps, decay="cosine", seeded=False)
-    checkpoint = Checkpoint(run, stepper, epochs=config.epochs, points=config.epochs)
+    checkpoint = Checkpoint(run, stepper, epochs=plan.epochs, points=plan.epochs, patience=config.patience)
     checkpoint.resume()
     tracker = Tracker(run.folder, job="train_heads", config=run.started["config"])
 
@@ -133,9 +144,15 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) ->
         value: Tensor = stepper.model(images.to(stepper.device), texts.to(stepper.device))
         return value
 
-    epochs = range(checkpoint.epoch, config.epochs)
-    bar = progress(epochs, "training heads", total=config.epochs, unit="epoch", initial=checkpoint.epoch)
+    def save(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / HEADS)
+
+    epochs = range(checkpoint.epoch, plan.epochs)
+    bar = progress(epochs, "training heads", total=plan.epochs, unit="epoch", initial=checkpoint.epoch)
     for epoch in bar:
+        if checkpoint.over:
+            break
         batches = batches_of(features, config, epoch)
         steps_of_epoch = checkpoint.steps(batches, seed=config.seed, shown=False)
         mean = sum(stepper.step(loss, some).item() for some in steps_of_epoch) / len(batches)
@@ -143,14 +160,18 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) ->
         tracker.log({"loss": mean, "temperature": 1 / model.log_scale.exp().item()}, step=checkpoint.epoch)
         checkpoint.curves.step(checkpoint.epoch, {"train/loss": mean})
         bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+        if checkpoint.validation_is_due(plan.validate_every):
+            figures = validate(model, features, stepper.device)
+            tracker.log({f"val/{name}": value for name, value in figures.items()}, step=checkpoint.epoch)
+            checkpoint.curves.mark(checkpoint.epoch, {f"val/R@{name}": value for name, value in figures.items()})
+            checkpoint.keep_best(figures, save, score=None if figures else float(epoch))
         checkpoint.save_if_due()
     checkpoint.save()
-    figures = validate(model, features, stepper.device)
-    tracker.log({f"val/{name}": value for name, value in figures.items()})
     tracker.finish()
-    checkpoint.curves.mark(config.epochs, {f"val/R@{name}": value for name, value in figures.items()})
     checkpoint.curves.write(run.folder)
-    return figures
+    model.load_state_dict(load_file(checkpoint.best_folder / HEADS))
+    print(checkpoint.told())
+    return {name: value for name, value in checkpoint.best.items() if name not in ("mean", "epoch")}
 
 
 def main(config: Config) -> None:

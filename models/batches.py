@@ -84,6 +84,17 @@ def rows_of_all(rows: Tensor) -> tuple[Tensor, int]:
     return every, sum(counts[: processes.number()])
 
 
+def drawn(count: int, most: int | None, generator: np.random.Generator) -> NDArray[np.int64]:
+    """`most` of `count` examples in random order; of fewer, all of them several times, as evenly as can be.
+
+    Args:
+        most: by default all, each once.
+    """
+    most = count if most is None else most
+    passes = [generator.permutation(count) for _ in range(-(-most // count))]
+    return np.concatenate(passes)[:most]
+
+
 def bucketed_batches(
     lengths: NDArray[np.int64], size: int, generator: np.random.Generator, *, bucket: int = 32
 ) -> list[NDArray[np.int64]]:

@@ -1,7 +1,7 @@
 """Options of commands that run or train a model, written once: a configuration derives from those it takes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 from tools.errors import BadInput
 
@@ -42,6 +42,9 @@ class TrainingOptions(DeviceOptions):
     """Weight decay of the matrices."""
     warmup: float = 0.0
     """Share of the steps over which the learning rate rises."""
+    steps: int | None = None
+    """Steps of the optimiser at least: small data are passed over more often than the epochs say. What is called an
+    epoch then is the steps between two validations, which are what --validate-every counts."""
     seed: int = 0
     """Seed of weights, batches, and all else that is drawn."""
 
@@ -52,8 +55,8 @@ class TrainingOptions(DeviceOptions):
             BadInput: one of them is out of its range.
         """
         check_optimizer(self.optimizer)
-        if self.batch_size < 1:
-            raise BadInput("`batch_size` must be at least 1")
+        if self.batch_size < 1 or (self.steps is not None and self.steps < 1):
+            raise BadInput("`batch_size` and `steps` must be at least 1")
         if not 0 < self.lr < float("inf") or not 0 <= self.weight_decay < float("inf"):
             raise BadInput("`lr` must be above 0, `weight_decay` at least 0, and both finite")
         if not 0 <= self.warmup <= 1:
@@ -67,11 +70,53 @@ class ValidationOptions:
     """When a training is validated."""
 
     validate_every: int = 1
-    """Epochs between validations."""
+    """Epochs between validations; steps between them where --steps is given."""
+    patience: int | None = None
+    """Stop after so many validations in a row that were not the best; by default never."""
 
     def __post_init__(self) -> None:
-        if self.validate_every < 1:
-            raise BadInput("`validate_every` must be at least 1")
+        if self.validate_every < 1 or (self.patience is not None and self.patience < 1):
+            raise BadInput("`validate_every` and `patience` must be at least 1")
+
+
+class Schedule(NamedTuple):
+    """How a training is divided."""
+
+    epochs: int
+    """At most."""
+    validate_every: int
+    """Epochs between validations."""
+    examples: int | None
+    """Of an epoch; None: all there are, each once."""
+
+
+class Scheduled(Protocol):
+    """The options that a schedule follows from."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def validate_every(self) -> int: ...
+
+
+def schedule(options: Scheduled, *, count: int, accumulate: int = 1, examples: int | None = None) -> Schedule:
+    """Epochs as they are given; or, where steps are given, epochs of the steps between two validations.
+
+    Args:
+        count: examples that there are.
+        accumulate: batches per step.
+        examples: of an epoch, where they are given.
+    """
+    if options.steps is None:
+        return Schedule(options.epochs, options.validate_every, examples)
+    of_step = min(options.batch_size, count) * accumulate
+    steps = max(options.steps, options.epochs * -(-(examples or count) // of_step))
+    every = min(steps, options.validate_every)
+    return Schedule(-(-steps // every), 1, every * of_step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ A training that was killed goes on as if it had not been. A stage owns its loop:
 
     checkpoint = Checkpoint(run, stepper, epochs=config.epochs, points=steps)
     checkpoint.resume()
-    while checkpoint.epoch < config.epochs:
+    while not checkpoint.over:
         model.train()
         for batches in checkpoint.steps(batches_of(checkpoint.epoch), seed=config.seed):
             checkpoint.record(stepper.step(loss_of, batches), tracker)
@@ -42,6 +42,7 @@ SAVE_EVERY_SECONDS = 30.0
 MOST_SAVING = 0.05  # share of the time that may go into saving: a large model is saved less often
 STEPS_UNREAD = {"cuda": 20}  # most steps between reads of the loss: each read waits for the GPU
 SECONDS_UNREAD = 5.0  # most time between them: after a slow step the loss is read, and the state saved, at once
+NEAR_CHANCE = 3.0  # times what a guess scores: below it a model has learned next to nothing
 SHARDED = "sharded"  # folders of DeepSpeed's own checkpoints
 STATE = "state.pt"
 
@@ -61,17 +62,22 @@ class Checkpoint:
 
     Args:
         points: losses that the curve gets in the whole training, such as one per step.
+        patience: validations in a row that may be worse than the best before the training is over; None: all.
 
     Attributes:
         epoch, batch: what comes next; finished epochs, and finished batches of the current one.
         curves: losses and validations so far.
         best: the figures of the best model so far, their "mean" and its "epoch"; empty before the first validation.
+        worse: validations since the best one.
     """
 
-    def __init__(self, run: runs.Run, stepper: Stepper, *, epochs: int, points: int) -> None:
-        self.run, self.stepper, self.epochs = run, stepper, epochs
+    def __init__(
+        self, run: runs.Run, stepper: Stepper, *, epochs: int, points: int, patience: int | None = None
+    ) -> None:
+        self.run, self.stepper, self.epochs, self.patience = run, stepper, epochs, patience
         self.curves = Curves(points)
         self.best: dict[str, Any] = {}
+        self.worse = 0
         self.epoch, self.batch, self.of_epoch = 0, 0, 0
         self._unread: list[Unread] = []
         self._bar: tqdm[int] | None = None
@@ -111,6 +117,11 @@ class Checkpoint:
         """Go on to the next epoch."""
         self.epoch, self.batch = self.epoch + 1, 0
 
+    @property
+    def over(self) -> bool:
+        """Whether all epochs have run, or validations have not been the best for too long."""
+        return self.epoch >= self.epochs or (self.patience is not None and self.worse >= self.patience)
+
     def validation_is_due(self, every: int) -> bool:
         """Whether a validation follows the epochs so far: every `every` epochs, and after the last."""
         return self.epoch % every == 0 or self.epoch == self.epochs
@@ -139,8 +150,9 @@ class Checkpoint:
             score: what the best model has most of; by default the mean of the figures.
         """
         mean = sum(figures.values()) / len(figures) if score is None else score
+        self.worse += 1
         if not self.best or mean > self.best["mean"]:
-            self.best = {"mean": mean, "epoch": self.epoch, **figures}
+            self.best, self.worse = {"mean": mean, "epoch": self.epoch, **figures}, 0
             if processes.is_main():
                 write(self.best_folder)
 
@@ -164,6 +176,7 @@ class Checkpoint:
             "epoch": self.epoch,
             "batch": self.batch,
             "best": self.best,
+            "worse": self.worse,
             "curves": self.curves.state(),
             **self.stepper.state(shards),
         }
@@ -201,8 +214,28 @@ class Checkpoint:
             )
         self.stepper.restore(state, self.run.resume_folder)
         self.epoch, self.batch, self.best = state["epoch"], state["batch"], state["best"]
+        self.worse = state.get("worse", 0)
         self.curves.restore(state["curves"])
         return True
+
+    def told(self, *, chance: float | None = None) -> str:
+        """Which checkpoint is the best; and what to do where its figures look as if it should not be.
+
+        Args:
+            chance: what a guess would score on val.
+        """
+        best, last = self.best["epoch"], self.epoch
+        words = f"best checkpoint: epoch {best} of {last}"
+        if last < self.epochs:
+            words += f" (of {self.epochs}: it stopped, for val had not been better since)"
+        if chance is not None and self.best["mean"] < NEAR_CHANCE * chance:
+            words += (
+                f"\nnote: val is near chance ({self.best['mean']:.1%}, a guess has {chance:.1%}): the training is too "
+                "short or too fast, or captions and pictures do not belong together: give more `steps` or another `lr`"
+            )
+        elif best == self.epochs > 0:
+            words += "\nnote: the best checkpoint is the last one: more `steps`, or `epochs`, may give a better one"
+        return words
 
     def finish(self, tracker: Tracker, *, facts: dict[str, Any]) -> None:
         """Put the best model in place, as `<run>/model`, and close the run."""

@@ -31,7 +31,7 @@ from tools.interpolation import COSINE_SCALE, Choice, choose_weights, interpolat
 from tools.logs import Tracker, table
 from tools.ranked import RankedLists, reordered_ranks, write_lists
 from tools.recall import Report, report
-from tools.results import MRR_NOTE, Row, merge_summary, printable, scalars
+from tools.results import GUIDED, MRR_NOTE, Row, merge_summary, printable, scalars
 from tools.two_tower import two_tower_recall
 
 from .data import Lists, PictureTokens, read_ranked, read_tokens
@@ -160,11 +160,17 @@ def choices(val: Case) -> dict[str, Choice]:
     return found
 
 
+def system_of(config: Config, lists: Lists) -> str:
+    """Name of the retriever that found the lists, by the guided search or without a guide."""
+    return config.system + (GUIDED if lists.facts.get("guide") else "")
+
+
 class Table:
     """Rows of the summary, two-tower search first."""
 
     def __init__(self, config: Config, lists: Lists, features: Features, setting: str) -> None:
         self.config, self.lists, self.features, self.setting = config, lists, features, setting
+        self.system = system_of(config, lists)
 
     def two_tower(self, case: Case) -> dict[str, Any]:
         """Brute-force search of a case's queries over its whole pool."""
@@ -175,7 +181,7 @@ class Table:
         """A case's queries in the order of the interpolated scores."""
         order = interpolated(case.lists.scores, case.scores, choice.weights)
         figures = report(reordered_ranks(case.lists, order))
-        return self.row(f"{self.config.system}+{name}", case, figures, setting=self.setting).line(
+        return self.row(f"{self.system}+{name}", case, figures, setting=self.setting).line(
             weights=choice.weights,
             top_k=case.lists.rows.shape[1],
             before=report(reordered_ranks(case.lists, case.lists.scores)).rounded()["recall"],
@@ -270,7 +276,7 @@ def main(config: Config) -> None:
                 *(summary.reordered(*each[:1], case, each[1]) for each in chosen.items()),
             )
         ]
-        conclude(run, config, cases, chosen, rows)
+        conclude(run, config, system_of(config, lists), cases, chosen, rows)
         facts = {"weights": {name: choice.weights for name, choice in chosen.items()}}
         metrics = {f"{row['system']}/{row['split']}-{row['pool']}/R@1": row["recall"]["1"] for row in rows}
         run.finish(facts=facts, metrics=metrics)
@@ -279,7 +285,12 @@ def main(config: Config) -> None:
 
 
 def conclude(
-    run: runs.Run, config: Config, cases: list[Case], chosen: dict[str, Choice], rows: list[dict[str, Any]]
+    run: runs.Run,
+    config: Config,
+    system: str,
+    cases: list[Case],
+    chosen: dict[str, Choice],
+    rows: list[dict[str, Any]],
 ) -> None:
     """Save everything, and show it."""
     save(run, cases, chosen)
@@ -290,12 +301,12 @@ def conclude(
     merge_summary(config.summary, tested)
     tracker = Tracker(run.folder, job="test_reranker", config=run.started["config"])
     tracker.table("reranked", [{**{k: v for k, v in row.items() if k != "recall"}, **row["recall"]} for row in tested])
-    tracker.summary(scalars(rows, main=f"{config.system}+{list(chosen)[-1]}"))  # by all that there is to reorder by
+    tracker.summary(scalars(rows, main=f"{system}+{list(chosen)[-1]}"))  # by all that there is to reorder by
     tracker.finish()
     print(f"{text}\n\nrows: {config.summary}")
     for name, choice in chosen.items():
         if not sum(choice.weights.values()):
-            print(f"note: on val {name} did not help: it has no share, and {config.system}+{name} is {config.system}")
+            print(f"note: on val {name} did not help: it has no share, and {system}+{name} is {system}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.batches import Part, bucketed_batches, check_batch_size
+from models.batches import Part, bucketed_batches, check_batch_size, drawn
 from models.compute import autocast, pick_device, pick_dtype, seed_everything
-from models.options import LargeModelOptions, LoraOptions, NegativeOptions, TrainingOptions, ValidationOptions
+from models.options import LargeModelOptions, LoraOptions, NegativeOptions, TrainingOptions, ValidationOptions, schedule
 from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora, Scorer, build_new_scorer, build_scorer
 from models.stepper import Stepper
 from models.training import Checkpoint
@@ -86,7 +86,7 @@ class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions, 
     epochs: int = 3
     """Passes over the train queries."""
     queries_per_epoch: int | None = None
-    """Train queries of an epoch, drawn anew each time; by default all."""
+    """Train queries of an epoch, drawn anew each time, several times where there are fewer; by default each once."""
     batch_size: int = 16
     """Groups per batch, of all processes together."""
     lr: float = 3e-5
@@ -162,20 +162,28 @@ class Training:
         self.lengths = np.array([len(ids) for ids in self.queries])
         self.pool = np.array([row for row, record in enumerate(pictures.records) if record.split == "train"])
         self.spared = spared_pictures(pictures) if config.spare_same_words else {}
+        self.schedule = schedule(
+            config, count=len(self.lengths), accumulate=config.accumulate, examples=config.queries_per_epoch
+        )
         self.epoch_batches = len(self.batches(0))
-        steps = config.epochs * -(-self.epoch_batches // config.accumulate)
+        epochs = self.schedule.epochs
+        steps = epochs * -(-self.epoch_batches // config.accumulate)
         self.stepper = Stepper(scorer, config, steps=steps, decay="cosine", large=config)
-        self.checkpoint = Checkpoint(run, self.stepper, epochs=config.epochs, points=steps)
+        self.checkpoint = Checkpoint(run, self.stepper, epochs=epochs, points=steps, patience=config.patience)
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, places in the train lists."""
         generator = np.random.default_rng([self.config.seed, epoch])
-        size = self.config.batch_size
+        size, most = self.config.batch_size, self.schedule.examples
         if not self.config.by_picture:
-            drawn = np.sort(generator.permutation(len(self.lengths))[: self.config.queries_per_epoch])
-            return [drawn[batch] for batch in bucketed_batches(self.lengths[drawn], size, generator)]
-        place = generator.permutation(self.train.pictures.max() + 1)[self.train.pictures]
-        order = np.argsort(place, kind="stable")[: self.config.queries_per_epoch]
+            places = np.sort(drawn(len(self.lengths), most, generator))
+            return [places[batch] for batch in bucketed_batches(self.lengths[places], size, generator)]
+        every = len(self.lengths)
+        passes: list[NDArray[np.int64]] = []
+        for _ in range(-(-(most or every) // every)):
+            place = generator.permutation(self.train.pictures.max() + 1)[self.train.pictures]
+            passes.append(np.argsort(place, kind="stable"))
+        order = np.concatenate(passes)[: most or every]
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def loss(self, part: Part) -> Tensor:
@@ -193,7 +201,7 @@ class Training:
         """Pictures (batch, 1 + negatives) for a whole batch, the right one first; alike in every process."""
         config, batch = self.config, part.batch
         generator = np.random.default_rng(batch.stream(0))
-        done = (batch.epoch * self.epoch_batches + batch.number) / (config.epochs * self.epoch_batches)
+        done = (batch.epoch * self.epoch_batches + batch.number) / (self.schedule.epochs * self.epoch_batches)
         still = max(0.0, 1.0 - done / config.easing) if config.easing else 0.0
         random = config.random_negatives + round((config.negatives - config.random_negatives) * still)
         keys = self.train.pictures[batch.rows] if config.by_picture else np.arange(len(batch.rows))
@@ -312,12 +320,12 @@ def build_untrained(config: Config, pictures: PictureTokens) -> Scorer:
 def train(training: Training, tracker: Tracker) -> None:
     """Run every epoch that is still to come, validate, and keep the best model."""
     config, checkpoint = training.config, training.checkpoint
-    while checkpoint.epoch < config.epochs:
+    while not checkpoint.over:
         training.scorer.train()
         for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
             checkpoint.record(training.stepper.step(training.loss, batches), tracker)
         checkpoint.epoch_ends()
-        if checkpoint.validation_is_due(config.validate_every):
+        if checkpoint.validation_is_due(training.schedule.validate_every):
             checkpoint.report(tracker, training.validate())
         checkpoint.save()
 
@@ -339,7 +347,7 @@ def main(config: Config) -> None:
     tracker = Tracker(run.folder, job="train_reranker", config=run.started["config"])
     train(training, tracker)
     checkpoint.finish(tracker, facts={"setting": lists.facts["setting"], "tokens": pictures.manifest.fingerprint})
-    print(f"best checkpoint: epoch {checkpoint.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
+    print(f"{checkpoint.told()}\n-> {run.folder / 'model'}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Beam search that can only write vokens of existing pictures: exact, and batched over queries.
 
 The score of a picture is the sum of its vokens' log-probabilities, under the softmax over the whole vocabulary (as
-published) or over the vokens of each level; and that of the end token where `score_end` is set (as published). Children
-are taken from the index by position; nothing loops over queries or beams. Equal scores go to the smaller codes, at
-every level.
+published) or over the vokens of each level; and that of the end token where `score_end` is set (as published). A guide
+(models/guide.py) adds what a two-tower model says of the same vokens. Children are taken from the index by position;
+nothing loops over queries or beams. Equal scores go to the smaller codes, at every level.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.decoding import Scoring, Writer
+from models.guide import Steering
 from models.voken_lm import Memory
 
 from .index import DeviceLevel, VokenIndex
@@ -49,6 +50,7 @@ def beam_search(
     beams: int,
     scoring: Scoring = "full",
     score_end: bool = False,
+    steering: Steering | None = None,
 ) -> Beams:
     """Search the index for the leaves that a language model gives the highest score.
 
@@ -58,18 +60,27 @@ def beam_search(
         beams: candidates kept at each level, and leaves returned.
         scoring: the softmax: "full" or "voken", see `models.decoding.Head`.
         score_end: add the log-probability of the end token, one more decoder step; not with "voken".
+        steering: the guide of these queries (`Guide.steer`), good for one search; None for the published search.
 
     Raises:
         ValueError: the end token is asked for in a softmax that does not have it.
         FloatingPointError: the model gives no numbers (it overflows in this arithmetic).
     """
-    found, broken = search_steps(writer, memory, levels, beams=beams, scoring=scoring, score_end=score_end)
+    options: dict[str, Any] = {"beams": beams, "scoring": scoring, "score_end": score_end, "steering": steering}
+    found, broken = search_steps(writer, memory, levels, **options)
     refuse_broken(broken)
     return found
 
 
 def search_steps(
-    writer: Writer, memory: Memory, levels: list[DeviceLevel], *, beams: int, scoring: Scoring, score_end: bool
+    writer: Writer,
+    memory: Memory,
+    levels: list[DeviceLevel],
+    *,
+    beams: int,
+    scoring: Scoring,
+    score_end: bool,
+    steering: Steering | None = None,
 ) -> tuple[Beams, Tensor]:
     """`beam_search` as the device sees it: nothing in it waits for a GPU, or copies to it.
 
@@ -89,7 +100,11 @@ def search_steps(
     for number, level in enumerate(levels):
         log_probabilities = writer.head.log_probabilities(states, number, scoring)
         broken |= log_probabilities.isnan().any()
+        if steering is not None:
+            log_probabilities = log_probabilities + steering.gains(number)
         nodes, scores, parents, codes = best(children_of(nodes, scores, log_probabilities, level), beams)
+        if steering is not None:
+            steering.advance(number, codes, parents)
         if number + 1 < len(levels) or score_end:
             states = session.advance(codes + writer.starts[number], parents)
     if score_end:

@@ -3,7 +3,7 @@
 pool.jsonl                    {"image", "file", "split"} a line per picture, in the order of codes.npy
 train.jsonl, val.jsonl, test.jsonl  {"query", "picture", "caption"} a line a caption; `picture` is a row of the pool,
                               `caption` the row of that text in the features' texts.npy
-codes.npy, latents.npy, codebooks.npy  as RQ-VAE.generate_codes wrote them
+codes.npy, latents.npy, codebooks.npy, guide.safetensors  as RQ-VAE.generate_codes wrote them
 
 Pseudo queries, captions that were generated for pictures of the pool, lie in a folder of their own:
 pseudo.jsonl                  {"image", "query", "source", "similarity"} a line a pseudo query
@@ -15,8 +15,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from models.guide import GUIDE_NAME, Guide, read_guide
 from tools.captions import Split
 from tools.errors import BadInput
+from tools.features import Features, Floats, read_features
 from tools.files import read_array, read_json_lines
 from tools.runs import Manifest, read_manifest
 from tools.vokens import VokenSpace
@@ -77,6 +79,11 @@ class RetrieverData(NamedTuple):
         return read_array(self.folder / "latents.npy")
 
     @property
+    def guide(self) -> Guide | None:
+        """What steers a search by a two-tower model, with a weight of 0; None where the tokenizer gives none."""
+        return read_guide(self.folder / GUIDE_NAME)
+
+    @property
     def image_folder(self) -> Path:
         return Path(self.manifest.facts["images"])
 
@@ -85,6 +92,25 @@ class RetrieverData(NamedTuple):
         if pool == "all":
             return np.arange(len(self.images))
         return np.array([row for row, split in enumerate(self.splits) if split == pool], dtype=np.int64)
+
+    def text_features(self, captions: NDArray[np.int64]) -> Floats:
+        """Two-tower features (captions, width) of texts, given by their row in the features' texts.npy.
+
+        Raises:
+            BadInput: the features are gone, or the dataset is of an earlier version.
+        """
+        if (captions == UNKNOWN).any():
+            raise BadInput(f"{self.folder} is of an earlier version: run scripts/07_prepare_retriever_dataset.sh again")
+        return self.features.texts[captions]
+
+    @property
+    def features(self) -> Features:
+        """What the pictures were tokenized from.
+
+        Raises:
+            BadInput: it is gone, or has changed.
+        """
+        return read_features(Path(self.manifest.facts["features"]))
 
     def queries(self, split: Split) -> Queries:
         """The captions of one split; the other splits' files are not opened."""

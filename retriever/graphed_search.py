@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from models.decoding import Scoring, Writer
 from models.graphs import Replay
+from models.guide import Guide
 from models.voken_lm import Memory, Tokens
 
 from .beam import Beams, refuse_broken, search_steps
@@ -45,11 +46,14 @@ class GraphedSearch:
         beams: int,
         scoring: Scoring = "full",
         score_end: bool = False,
+        guide: Guide | None = None,
     ) -> None:
         """
         Args:
             levels, beams, scoring, score_end: as in `beam_search`.
+            guide: on the writer's device, where one steers the search.
         """
+        self.guide = guide
         self.writer, self.levels = writer, levels
         self.beams, self.scoring, self.score_end = beams, scoring, score_end
         self.encoders: OrderedDict[tuple[int, ...], Replay] = OrderedDict()
@@ -68,17 +72,22 @@ class GraphedSearch:
         return Memory(states[: len(token_ids)], mask[: len(token_ids)])
 
     @torch.inference_mode()
-    def __call__(self, memory: Memory) -> Beams:
+    def __call__(self, memory: Memory, texts: Tensor | None = None) -> Beams:
         """The best leaves of the index for each query.
 
         Args:
             memory: what `encode`, or the writer's, gives.
+            texts: (queries, features) for the guide, where there is one.
 
         Raises:
             ValueError, FloatingPointError: as `beam_search`.
         """
         queries = len(memory.mask)
-        whole = fill(memory)
+        whole: tuple[Tensor, ...] = fill(memory)
+        if self.guide is not None:
+            assert texts is not None, "a guide reads the queries' text features"
+            more = texts[:1].expand(len(whole[1]) - queries, -1)
+            whole = (torch.cat([texts, more]), *whole)
         leaves, scores, broken = self._replay(self.searches, self._search, whole)(*whole)
         refuse_broken(broken)
         return Beams(leaves[:queries], scores[:queries])
@@ -87,19 +96,21 @@ class GraphedSearch:
         memory = self.writer.read(Tokens(ids, mask))
         return memory.states, memory.mask
 
-    def _search(self, states: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    def _search(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        *texts, states, mask = inputs
+        steering = None if self.guide is None else self.guide.steer(texts[0])
         options: dict[str, Any] = {"beams": self.beams, "scoring": self.scoring, "score_end": self.score_end}
-        found, broken = search_steps(self.writer, Memory(states, mask), self.levels, **options)
+        found, broken = search_steps(self.writer, Memory(states, mask), self.levels, steering=steering, **options)
         return *found, broken
 
     def _replay(
         self,
         recorded: OrderedDict[tuple[int, ...], Replay],
         function: Callable[..., tuple[Tensor, ...]],
-        inputs: Tokens | Memory,
+        inputs: tuple[Tensor, ...],
     ) -> Replay:
-        """The recording for inputs of this shape, made where there is none yet."""
-        shape = tuple(inputs.mask.shape)
+        """The recording for inputs of this shape, whose last is the mask; made where there is none yet."""
+        shape = tuple(inputs[-1].shape)
         if shape not in recorded:
             if len(recorded) >= MOST_SHAPES:
                 recorded.popitem(last=False)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.guide import GUIDE_NAME
 from tools import runs
 from tools.captions import SPLITS, CaptionSet, Split, portable, query_owners, read_captions
 from tools.command_line.commands import run_command
@@ -59,7 +60,7 @@ def main(config: Config) -> None:
     codes = read_array(config.codes / "codes.npy")
     if len(codes) != len(captions.records):
         raise BadInput(f"{config.codes} has codes of {len(codes)} pictures, there are {len(captions.records)}")
-    for name in ARRAYS:
+    for name in (*ARRAYS, GUIDE_NAME) if (config.codes / GUIDE_NAME).is_file() else ARRAYS:
         with replacing(run.folder / name) as temporary:
             shutil.copyfile(config.codes / name, temporary)
     rows: list[dict[str, Any]] = [

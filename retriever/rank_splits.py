@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from models.compute import pick_device
 from models.decoding import Writer, make_writer
+from models.guide import GUIDE_NAME, read_guide
 from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.captions import Split, first_captions
@@ -29,7 +30,7 @@ from tools.ranked import NO_PICTURE, RankedLists, write_lists
 from .beam import RankedPictures
 from .data import UNKNOWN, Queries, RetrieverData, read_data, read_retriever
 from .queries import LiveQueries
-from .retrieve import ListOptions, Pool, queries_per_second, search_each
+from .retrieve import ListOptions, Pool, queries_per_second, query_guide, search_each
 from .setting import setting_on
 
 
@@ -80,7 +81,7 @@ def queries_of(data: RetrieverData, split: Split, config: Config) -> Queries:
 def rank(
     writer: Writer, data: RetrieverData, split: Split, pool: Pool, config: Config, blocks_folder: Path
 ) -> tuple[RankedLists, float]:
-    """The lists of one split over one pool, and the queries per second."""
+    """The lists of one split over one pool, and the queries per second, without the encoder of a guide."""
     queries = queries_of(data, split, config)
     beams = config.train_beams if split == "train" else config.beams
     began = time.monotonic()
@@ -96,6 +97,7 @@ def rank(
         batch_size=config.batch_size,
         scoring=config.scoring,
         score_end=config.score_end,
+        guide=query_guide(config, data, queries, writer.lm.device),
         blocks_folder=blocks_folder,
     )
     rows, scores = gathered(ranking, len(queries.texts), beams)
@@ -138,7 +140,9 @@ def main(config: Config) -> None:
         print(f"{name}: {told}")
     kept = ("features", "captions_fingerprint")
     facts = {key: data.manifest.facts[key] for key in kept}
-    run.finish(facts={**facts, "dataset": str(config.dataset), "setting": setting_on(trained, data)}, metrics=metrics)
+    guide = read_guide(config.retriever / "model" / GUIDE_NAME) if config.guided else None
+    facts |= {"dataset": str(config.dataset), "setting": setting_on(trained, data)}
+    run.finish(facts={**facts, "guide": guide.weight if guide else None}, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Rank the pictures of one or more pools for every query of a split, by constrained beam search.
 
 In:  a `retriever.prepare` folder and a `retriever.train` or `retriever.train_stage2` folder.
-Out: `<output>/<pool>.jsonl`: {"query", "image", "ranked": [image, ...], "scores": [...]} a line per query. Several
-     processes share the queries, and a killed run goes on where it was.
+Out: `<output>/<pool>.jsonl`: {"query", "image", "ranked": [image, ...], "scores": [...]} a line per query; the same
+     by the guided search in `<pool>+guide.jsonl`, where the retriever has a guide. Several processes share the queries,
+     and a killed run goes on where it was.
 Command: python -m retriever.retrieve --dataset DIR --retriever DIR --split test --pools test all --output DIR
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Scoring, Writer, make_writer
+from models.guide import GUIDE_NAME, read_guide
 from models.options import DeviceOptions
 from models.voken_lm import VokenLM
 from tools import processes, runs
@@ -31,13 +33,15 @@ from tools.errors import BadInput
 from tools.files import read_json_lines, write_json_lines
 from tools.logs import progress
 from tools.recall import Ranks, code_rank, image_rank
+from tools.results import GUIDED
 
 from .beam import RankedPictures, beam_search, expand
 from .data import Queries, RetrieverData, read_data, read_retriever
 from .graphed_search import GraphedSearch
 from .index import build_index, to_device
-from .queries import LiveQueries, Searchable
+from .queries import LiveQueries, QueryGuide, Searchable
 from .setting import setting_on
+from .two_tower import encoding_seconds
 
 Pool = Literal["train", "val", "test", "all"]
 
@@ -71,6 +75,8 @@ class ListOptions(SearchOptions):
     """Run folder of retriever.train or retriever.train_stage2."""
     score_end: bool = False
     """Add the end token's log-probability to a score; published: yes."""
+    guided: bool = True
+    """Search with the guide that the retriever's training chose on val, where it chose one."""
     batch_size: int = 64
     """Queries per batch."""
 
@@ -92,6 +98,8 @@ class Config(RunOptions, ListOptions):
     """Codes kept at each level."""
     keep: int = 10
     """Codes written for each query, each with all its pictures."""
+    unguided: bool = True
+    """Search without the guide too, as published."""
     graphs: bool = False
     """Record the search as CUDA graphs, which start all its kernels at once; a CPU has none."""
 
@@ -99,6 +107,8 @@ class Config(RunOptions, ListOptions):
         ListOptions.__post_init__(self)
         if min(self.beams, self.keep) < 1 or not self.pools:
             raise BadInput("--beams, --keep and the number of --pools must be at least 1")
+        if not (self.guided or self.unguided):
+            raise BadInput("--no-guided and --no-unguided together leave nothing to search: give one")
 
 
 def check_scoring(scoring: Scoring, score_end: bool) -> None:
@@ -128,6 +138,7 @@ def search_each(
     batch_size: int,
     scoring: Scoring = "full",
     score_end: bool = False,
+    guide: QueryGuide | None = None,
     graphs: bool = False,
     blocks_folder: Path | None = None,
     quiet: bool = False,
@@ -138,6 +149,7 @@ def search_each(
         the place of a query, and what was found for it; the rows in it are rows of all pictures.
 
     Args:
+        guide: of the queries, where a guide steers the search.
         graphs: search as `GraphedSearch` does.
         blocks_folder: share the batches with the other processes, in blocks below this folder that a killed run keeps:
             a folder of its own for each search. Without it each process searches everything.
@@ -149,13 +161,19 @@ def search_each(
     order = np.argsort(queries.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     options: dict[str, Any] = {"beams": beams, "scoring": scoring, "score_end": score_end}
-    graphed = GraphedSearch(writer, levels, **options) if graphs else None
+    graphed = None
+    if graphs:
+        graphed = GraphedSearch(writer, levels, guide=None if guide is None else guide.guide, **options)
 
     def search(batch: NDArray[np.int64]) -> list[RankedPictures]:
         with torch.inference_mode():
             memory = queries.memory(batch, writer.encode if graphed is None else graphed.encode)
+            steering = None if guide is None else guide.steer(batch)
         try:
-            found = beam_search(writer, memory, levels, **options) if graphed is None else graphed(memory)
+            if graphed is None:
+                found = beam_search(writer, memory, levels, steering=steering, **options)
+            else:
+                found = graphed(memory, None if guide is None else guide.features(batch))
         except FloatingPointError as error:
             raise BadInput(str(error)) from None
         return [RankedPictures(rows[own].tolist(), scores) for own, scores in expand(found, index, keep=keep)]
@@ -229,6 +247,17 @@ def predictions(data: RetrieverData, queries: Queries, ranking: list[RankedPictu
         }
 
 
+def query_guide(config: ListOptions, data: RetrieverData, queries: Queries, device: torch.device) -> QueryGuide | None:
+    """What steers the search for these queries; None where it is not wanted, or where val gave it no weight."""
+    guide = read_guide(config.retriever / "model" / GUIDE_NAME) if config.guided else None
+    if guide is None:
+        return None
+    if not guide.weight:
+        print(f"note: on val the guide did not help: {config.retriever} searches without it")
+        return None
+    return QueryGuide(guide.to(device), data.text_features(queries.captions))
+
+
 def main(config: Config) -> None:
     data = read_data(config.dataset)
     trained = read_retriever(config.retriever, data)
@@ -246,8 +275,12 @@ def main(config: Config) -> None:
     began = time.monotonic()
     live = LiveQueries(lm, queries.texts)
     tokenising = time.monotonic() - began
-    for pool in config.pools:
-        blocks_folder = run.resume_folder / pool
+    chosen = query_guide(config, data, queries, device)
+    encoding = 0.0 if chosen is None else encoding_seconds(data.features, queries.texts, device=config.device)
+    guides = ([None] if config.unguided or chosen is None else []) + ([] if chosen is None else [chosen])
+    for pool, guide in product(config.pools, guides):
+        name = pool if guide is None else pool + GUIDED
+        blocks_folder = run.resume_folder / name
         ranking = search_queries(
             writer,
             live,
@@ -258,15 +291,18 @@ def main(config: Config) -> None:
             batch_size=config.batch_size,
             scoring=config.scoring,
             score_end=config.score_end,
+            guide=guide,
             graphs=config.graphs,
             blocks_folder=blocks_folder,
         )
-        speed = queries_per_second(blocks_folder, len(queries.texts), tokenising=tokenising)
+        before = tokenising if guide is None else tokenising + encoding
+        speed = queries_per_second(blocks_folder, len(queries.texts), tokenising=before)
         if processes.is_main():
-            write_json_lines(run.folder / f"{pool}.jsonl", predictions(data, queries, ranking))
-        metrics[pool] = {"queries": len(queries.texts), "queries_per_second": round(speed, 2)}
-        print(f"{len(queries.texts):,} queries over pool {pool}: {speed:.0f} per second")
-    run.finish(facts={"dataset": str(config.dataset), "setting": setting_on(trained, data)}, metrics=metrics)
+            write_json_lines(run.folder / f"{name}.jsonl", predictions(data, queries, ranking))
+        metrics[name] = {"queries": len(queries.texts), "queries_per_second": round(speed, 2)}
+        print(f"{len(queries.texts):,} queries over pool {name}: {speed:.0f} per second")
+    facts = {"dataset": str(config.dataset), "setting": setting_on(trained, data)}
+    run.finish(facts={**facts, "guide": None if chosen is None else chosen.guide.weight}, metrics=metrics)
 
 
 if __name__ == "__main__":

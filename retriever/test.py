@@ -26,7 +26,7 @@ from tools.features import Features, Floats, read_features
 from tools.files import read_json_lines, replacing
 from tools.logs import Tracker
 from tools.recall import Ranks, Report, code_rank, image_rank, report
-from tools.results import MRR_NOTE, Row, merge_summary, printable, scalars
+from tools.results import GUIDED, MRR_NOTE, Row, merge_summary, printable, scalars
 from tools.two_tower import two_tower_recall
 
 from .data import UNKNOWN, RetrieverData, read_data
@@ -55,7 +55,11 @@ class Config(RunOptions, TableOptions, DeviceOptions):
 
 
 class Case:
-    """One pool: queries, targets and the retriever's ranked lists."""
+    """One pool: queries, targets and the retriever's ranked lists.
+
+    Attributes:
+        ranked: "" or `GUIDED` -> for each query the rows found by the search without or with the guide.
+    """
 
     def __init__(self, manifest: runs.Manifest, data: RetrieverData, features: Features, pool: str) -> None:
         self.manifest, self.data, self.features, self.pool = manifest, data, features, pool
@@ -67,12 +71,14 @@ class Case:
             self.captions = np.flatnonzero(np.isin(features.owners, np.unique(self.targets)))
         self.captions_per_picture: int | None = None
         row_of = {image: row for row, image in enumerate(self.data.images)}
-        lines = [line for _, line in read_json_lines(manifest.folder / f"{pool}.jsonl")]
-        if [line["query"] for line in lines] != self.texts:
-            raise BadInput(
-                f"{manifest.folder} answers other queries than {data.folder} has: run scripts/12_retrieve.sh"
-            )
-        self.ranked = [[row_of[image] for image in line["ranked"]] for line in lines]
+        self.ranked: dict[str, list[list[int]]] = {}
+        for guided in [each for each in ("", GUIDED) if pool + each in manifest.metrics]:
+            lines = [line for _, line in read_json_lines(manifest.folder / f"{pool}{guided}.jsonl")]
+            if [line["query"] for line in lines] != self.texts:
+                raise BadInput(
+                    f"{manifest.folder} answers other queries than {data.folder} has: run scripts/12_retrieve.sh"
+                )
+            self.ranked[guided] = [[row_of[image] for image in line["ranked"]] for line in lines]
 
     def first(self, count: int) -> "Case":
         """The same for the first captions of each picture alone."""
@@ -80,7 +86,8 @@ class Case:
         case = copy.copy(self)
         case.captions_per_picture, case.split = count, f"{self.split}, first {count} captions"
         case.targets, case.captions = self.targets[chosen], self.captions[chosen]
-        case.texts, case.ranked = [self.texts[p] for p in chosen], [self.ranked[p] for p in chosen]
+        case.texts = [self.texts[place] for place in chosen]
+        case.ranked = {guided: [every[place] for place in chosen] for guided, every in self.ranked.items()}
         return case
 
     def ranks(self, ranked: list[list[int]], level: str) -> Ranks:
@@ -136,7 +143,8 @@ def quantized_features(rqvae: Path, data: RetrieverData) -> Floats:
 
 
 def result_rows(cases: list[Case], config: Config) -> list[dict[str, Any]]:
-    """All rows: for each case two-tower first, then quantised two-tower, then the retriever by image and by code."""
+    """All rows: for each case two-tower first, then quantised two-tower, then the retriever by image and by code,
+    without the guide and with it."""
     rows = []
     some = config.captions_per_picture
     for case in cases if some is None else [*cases, *(case.first(some) for case in cases)]:
@@ -144,10 +152,11 @@ def result_rows(cases: list[Case], config: Config) -> list[dict[str, Any]]:
         if config.rqvae is not None:
             quantized = quantized_features(config.rqvae, case.data)
             rows.append(two_tower_row(case, quantized, config, system=config.quantized_system))
-        speed = case.manifest.metrics[case.pool]["queries_per_second"]
-        for level in ("image", "code"):
-            figures = report(case.ranks(case.ranked, level))
-            rows.append(case.row(config, config.system, figures, speed=speed, level=level))
+        for guided, ranked in case.ranked.items():
+            speed = case.manifest.metrics[case.pool + guided]["queries_per_second"]
+            for level in ("image", "code"):
+                figures = report(case.ranks(ranked, level))
+                rows.append(case.row(config, config.system + guided, figures, speed=speed, level=level))
     return rows
 
 
@@ -156,7 +165,8 @@ def sheet_rows(case: Case, count: int) -> list[SheetRow]:
     folder = case.data.image_folder
     files = [folder / file for file in case.data.files]
     chosen = np.linspace(0, len(case.texts) - 1, num=min(count, len(case.texts))).astype(int)
-    return [SheetRow(case.texts[i], [files[row] for row in case.ranked[i]], files[case.targets[i]]) for i in chosen]
+    ranked = case.ranked.get(GUIDED) or case.ranked[""]
+    return [SheetRow(case.texts[i], [files[row] for row in ranked[i]], files[case.targets[i]]) for i in chosen]
 
 
 def main(config: Config) -> None:
@@ -185,7 +195,7 @@ def main(config: Config) -> None:
     flat = [{key: value for key, value in row.items() if key != "recall"} | row["recall"] for row in rows]
     tracker.table("results", flat)
     tracker.image("contact_sheet", sheet)
-    tracker.summary(scalars(rows, main=config.system))
+    tracker.summary(scalars(rows, main=config.system + list(first.ranked)[-1]))
     tracker.finish()
     every = [row for row in rows if row["captions_per_picture"] is None]
     metrics = {f"{row['system']}/{row['pool']}/{row['level']}/R@1": row["recall"]["1"] for row in every}

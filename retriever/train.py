@@ -124,12 +124,12 @@ def check_start(config: Config, data: RetrieverData) -> None:
 def train(training: Training, tracker: Tracker) -> None:
     """Run every epoch that is still to come, validate, and keep the best model."""
     config, checkpoint = training.config, training.checkpoint
-    while checkpoint.epoch < config.epochs:
+    while not checkpoint.over:
         training.lm.train()
         for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
             checkpoint.record(training.stepper.step(training.loss, batches), tracker)
         checkpoint.epoch_ends()
-        if checkpoint.validation_is_due(config.validate_every):
+        if checkpoint.validation_is_due(training.schedule.validate_every):
             checkpoint.report(tracker, training.validate())
         checkpoint.save()
 
@@ -151,7 +151,7 @@ def main(config: Config) -> None:
     tracker = Tracker(run.folder, job="train_retriever", config=run.started["config"])
     train(training, tracker)
     checkpoint.finish(tracker, facts=training.facts())
-    print(f"best checkpoint: epoch {checkpoint.best['epoch']} of {config.epochs} -> {run.folder / 'model'}")
+    print(f"{checkpoint.told(chance=training.chance)}\n-> {run.folder / 'model'}")
 
 
 if __name__ == "__main__":

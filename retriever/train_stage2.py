@@ -169,7 +169,7 @@ class Stage2(Training):
     def _search(self) -> NDArray[np.int64]:
         """Pool rows of the negatives of this epoch's captions, hardest first: (train captions, negatives)."""
         config = self.config
-        chosen = np.sort(np.concatenate(self.batches(self.checkpoint.epoch)))
+        chosen = np.unique(np.concatenate(self.batches(self.checkpoint.epoch)))
         self.lm.eval()
         with self.stepper.whole_weights():
             found = search_queries(
@@ -217,13 +217,13 @@ def read_start(config: Config, data: RetrieverData) -> tuple[VokenLM, runs.Manif
 def train(training: Stage2, tracker: Tracker) -> None:
     """Run every epoch that is still to come, each against the negatives that the search finds before it."""
     config, checkpoint = training.config, training.checkpoint
-    while checkpoint.epoch < config.epochs:
+    while not checkpoint.over:
         training.find_negatives()
         training.lm.train()
         for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
             checkpoint.record(training.stepper.step(training.loss, batches), tracker)
         checkpoint.epoch_ends()
-        if checkpoint.validation_is_due(config.validate_every):
+        if checkpoint.validation_is_due(training.schedule.validate_every):
             checkpoint.report(tracker, training.validate_mixtures())
         checkpoint.save()
 
@@ -252,10 +252,7 @@ def main(config: Config) -> None:
         print(f"no epoch beat the start on val: {run.folder / 'model'} is the model of {config.stage1}")
     else:
         share = best.get("new_share", 1)
-        print(
-            f"best checkpoint: epoch {best['epoch']} of {config.epochs}, {share:.0%} of its weights -> "
-            f"{run.folder / 'model'}"
-        )
+        print(f"{checkpoint.told(chance=training.chance)}\n{share:.0%} of its weights -> {run.folder / 'model'}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The loops are in train.py and train_stage2.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.batches import Part, bucketed_batches, check_batch_size
+from models.batches import Part, bucketed_batches, check_batch_size, drawn
 from models.compute import autocast, pick_dtype
-from models.decoding import make_writer
-from models.options import LargeModelOptions, TrainingOptions, ValidationOptions
+from models.decoding import Writer, make_writer
+from models.guide import GUIDE_NAME
+from models.options import LargeModelOptions, TrainingOptions, ValidationOptions, schedule
 from models.stepper import Stepper
 from models.training import Checkpoint
 from models.voken_lm import VokenLM
@@ -26,7 +28,7 @@ from tools.recall import CUTOFFS, report
 
 from .data import Pairs, RetrieverData, read_pseudo_queries
 from .losses import Targets, generative_loss, soft_targets
-from .queries import LiveQueries, StoredQueries
+from .queries import LiveQueries, QueryGuide, StoredQueries
 from .retrieve import ranks_of, search_queries
 
 
@@ -41,7 +43,7 @@ class TrainingConfig(RunOptions, TrainingOptions, ValidationOptions, LargeModelO
     epochs: int = 100
     """Passes over the train captions."""
     queries_per_epoch: int | None = None
-    """Train captions of an epoch, drawn anew each time; by default all."""
+    """Train captions of an epoch, drawn anew each time, several times where there are fewer; by default each once."""
     batch_size: int = 128
     """Captions per batch, of all processes together."""
     lr: float = 1e-3
@@ -58,6 +60,9 @@ class TrainingConfig(RunOptions, TrainingOptions, ValidationOptions, LargeModelO
     """The end token counts in the losses; published: yes."""
     score_end: bool = False
     """The end token counts in the score of a search; published: yes."""
+    guide: bool = False
+    """Let the tokenizer's guide steer the search on val too (models/guide.py): its best weight is kept with the model,
+    and the best checkpoint is the one that searches best with it; published: no."""
     beams: int = 10
     """Beams of the search on val."""
     validate_queries: int = 5000
@@ -85,6 +90,11 @@ class TrainingConfig(RunOptions, TrainingOptions, ValidationOptions, LargeModelO
                 raise BadInput(f"{data.folder} has no {split} captions: a retriever cannot be trained on it")
         if self.pseudo_queries is not None:
             read_pseudo_queries(self.pseudo_queries, data)
+        if self.guide and data.guide is None:
+            raise BadInput(
+                f"{data.folder} has no guide, which a tokenizer without --no-skip gives: run "
+                "scripts/06_generate_codes.sh --overwrite and 07, or leave --guide out"
+            )
 
     def inputs(self) -> dict[str, Path]:
         """Run folders that the training reads."""
@@ -99,6 +109,39 @@ class Split(NamedTuple):
     queries: LiveQueries | StoredQueries
     pictures: NDArray[np.int64]
     texts: list[str]
+
+
+WEIGHTS = (0.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)  # of the guide that are tried
+FIRST_WEIGHT = 20.0
+
+
+def best_weight(
+    recalls: Callable[[float], dict[str, float]], plain: dict[str, float], *, start: float
+) -> tuple[float, dict[str, float]]:
+    """The guide's weight with the highest mean recall on its hill of `WEIGHTS`, and its recalls; of equally good ones
+    the smaller.
+
+    Args:
+        recalls: of a weight.
+        plain: without a guide.
+        start: weight to climb from.
+    """
+    known = {0.0: plain}
+
+    def mean(place: int) -> float:
+        weight = WEIGHTS[place]
+        if weight not in known:
+            known[weight] = recalls(weight)
+        return sum(known[weight].values())
+
+    place = WEIGHTS.index(start)
+    while place + 1 < len(WEIGHTS) and mean(place + 1) > mean(place):
+        place += 1
+    while place > 0 and mean(place - 1) >= mean(place):
+        place -= 1
+    if mean(0) >= mean(place):
+        place = 0
+    return WEIGHTS[place], known[WEIGHTS[place]]
 
 
 class Training:
@@ -118,25 +161,31 @@ class Training:
         self.device = next(lm.parameters()).device
         self.dtype = pick_dtype(config.precision, self.device)
         self.pairs = self._train_pairs()
+        self.schedule = schedule(
+            config, count=len(self.pairs.texts), accumulate=config.accumulate, examples=config.queries_per_epoch
+        )
         self.used = self._used_rows()
         self.train_split = self._split(self.pairs.some(self.used), "train")
         self.val_split = self._split(self._val_pairs(), "val")
+        self.guide = self._val_guide() if config.guide else None
         self.codes = torch.tensor(data.codes)
         if config.label_temperature > 0:
             self.latents = torch.from_numpy(np.array(data.latents)).to(self.device)
             self.codebooks = torch.from_numpy(np.array(data.codebooks)).to(self.device)
             squares = (self.latents[data.rows("train")] ** 2).sum(dim=1)
             self.label_scale = float(squares.mean()) * config.label_temperature
-        steps = config.epochs * -(-len(self.batches(0)) // config.accumulate)
+        steps = self.schedule.epochs * -(-len(self.batches(0)) // config.accumulate)
         self.stepper = Stepper(lm, config, steps=steps, decay="linear", large=config)
-        self.checkpoint = Checkpoint(run, self.stepper, epochs=config.epochs, points=steps)
+        self.checkpoint = Checkpoint(
+            run, self.stepper, epochs=self.schedule.epochs, points=steps, patience=config.patience
+        )
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, places in `train_split`; the same in every process."""
-        drawn = np.searchsorted(self.used, self._rows_of_epoch(epoch))
+        places = np.searchsorted(self.used, self._rows_of_epoch(epoch))
         generator = np.random.default_rng([self.config.seed, epoch])
-        lengths = self.train_split.queries.lengths[drawn]
-        return [drawn[batch] for batch in bucketed_batches(lengths, self.config.batch_size, generator)]
+        lengths = self.train_split.queries.lengths[places]
+        return [places[batch] for batch in bucketed_batches(lengths, self.config.batch_size, generator)]
 
     def targets(self, part: Part) -> Targets:
         """What the model should write for a part of a batch, drawn for the whole batch in every process."""
@@ -159,25 +208,62 @@ class Training:
         return generative_loss(logits, targets, self.lm, temperature=config.temperature, end=config.train_end)
 
     def validate(self) -> dict[str, float]:
-        """Image-level recall on val by constrained search over the val pictures; keeps the best model."""
-        config = self.config
-        with self.checkpoint.validating() as blocks:
-            ranking = search_queries(
-                make_writer(self.lm, config.precision),
-                self.val_split.queries,
-                self.data.codes,
-                self.data.rows("val"),
-                beams=config.beams,
-                keep=max(CUTOFFS),
-                batch_size=64,
-                score_end=config.score_end,
-                quiet=True,
-                blocks_folder=blocks,
-            )
-            images, _ = ranks_of(ranking, self.val_split.pictures, self.data.codes)
-            recalls = {f"R@{cutoff}": value for cutoff, value in report(images).recalls.items()}
-            self.checkpoint.keep_best(recalls, self.lm.save_pretrained)
-        return {f"val/{name}": value for name, value in recalls.items()}
+        """Image-level recall on val by constrained search over the val pictures; keeps the best model.
+
+        With a guide, weights are tried from the best one so far on, and the model is kept with the best of them.
+        """
+        checkpoint = self.checkpoint
+        with checkpoint.validating() as blocks:
+            writer = make_writer(self.lm, self.config.precision)
+
+            def recalls(weight: float) -> dict[str, float]:
+                return self._recalls(writer, weight, None if blocks is None else blocks / f"{weight:g}")
+
+            plain = best = recalls(0.0)
+            weight = 0.0
+            if self.guide is not None:
+                weight, best = best_weight(recalls, plain, start=checkpoint.best.get("guide") or FIRST_WEIGHT)
+            before = checkpoint.best
+            checkpoint.keep_best(best, lambda folder: self._save(folder, weight))
+            if self.guide is not None and checkpoint.best is not before:
+                checkpoint.best["guide"] = weight
+        figures = {f"val/{name}": value for name, value in plain.items()}
+        if self.guide is None:
+            return figures
+        return figures | {f"val/{name} guided": value for name, value in best.items()}
+
+    def _recalls(self, writer: Writer, weight: float, blocks: Path | None) -> dict[str, float]:
+        """Recall on val with this weight of the guide."""
+        config, guide = self.config, self.guide
+        if guide is not None:
+            guide = guide._replace(guide=guide.guide._replace(weight=weight)) if weight else None
+        ranking = search_queries(
+            writer,
+            self.val_split.queries,
+            self.data.codes,
+            self.data.rows("val"),
+            beams=config.beams,
+            keep=max(CUTOFFS),
+            batch_size=64,
+            score_end=config.score_end,
+            guide=guide,
+            quiet=True,
+            blocks_folder=blocks,
+        )
+        images, _ = ranks_of(ranking, self.val_split.pictures, self.data.codes)
+        return {f"R@{cutoff}": value for cutoff, value in report(images).recalls.items()}
+
+    def _save(self, folder: Path, weight: float) -> None:
+        """Write the model, and the guide with its weight beside it."""
+        self.lm.save_pretrained(folder)
+        if self.guide is not None:
+            self.guide.guide._replace(weight=weight).save(folder / GUIDE_NAME)
+
+    @property
+    def chance(self) -> float:
+        """Mean recall of a guess on val."""
+        pictures = len(self.data.rows("val"))
+        return sum(min(1.0, cutoff / pictures) for cutoff in CUTOFFS) / len(CUTOFFS)
 
     def facts(self) -> dict[str, Any]:
         """What the run's manifest says of the model."""
@@ -193,8 +279,18 @@ class Training:
         return Pairs(pairs.texts + pseudo.texts, np.concatenate([pairs.pictures, pseudo.pictures]))
 
     def _val_pairs(self) -> Pairs:
-        pairs, most = self._pairs("val"), self.config.validate_queries
-        return pairs.some(np.sort(np.random.default_rng(self.config.seed).permutation(len(pairs.texts))[:most]))
+        return self._pairs("val").some(self._val_rows())
+
+    def _val_rows(self) -> NDArray[np.int64]:
+        """Places of the val captions that are searched, sorted."""
+        order = np.random.default_rng(self.config.seed).permutation(len(self._pairs("val").texts))
+        return np.sort(order[: self.config.validate_queries])
+
+    def _val_guide(self) -> QueryGuide:
+        guide = self.data.guide
+        assert guide is not None, "`TrainingConfig.check` has looked"
+        captions = self.data.queries("val").captions[self._val_rows()]
+        return QueryGuide(guide.to(self.device), self.data.text_features(captions))
 
     def _pairs(self, name: captions.Split) -> Pairs:
         queries = self.data.queries(name)
@@ -204,16 +300,16 @@ class Training:
 
     def _used_rows(self) -> NDArray[np.int64]:
         """Places in `pairs` of the captions that some epoch draws, sorted."""
-        if self.config.queries_per_epoch is None:
+        if self.schedule.examples is None or self.schedule.examples >= len(self.pairs.texts):
             return np.arange(len(self.pairs.texts))
-        return np.unique(np.concatenate([self._rows_of_epoch(epoch) for epoch in range(self.config.epochs)]))
+        return np.unique(np.concatenate([self._rows_of_epoch(epoch) for epoch in range(self.schedule.epochs)]))
 
     def _rows_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         """Places in `pairs` of an epoch's captions, sorted."""
-        every = np.arange(len(self.pairs.texts))
-        if (most := self.config.queries_per_epoch) is None:
-            return every
-        return np.sort(np.random.default_rng([self.config.seed, epoch, 1]).permutation(every)[:most])
+        count, most = len(self.pairs.texts), self.schedule.examples
+        if most is None:
+            return np.arange(count)
+        return np.sort(drawn(count, most, np.random.default_rng([self.config.seed, epoch, 1])))
 
     def _split(self, pairs: Pairs, name: str) -> Split:
         if not self.lm.frozen_encoder:

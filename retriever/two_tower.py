@@ -28,6 +28,17 @@ def encoded(encoder: TextEncoder, texts: list[str]) -> Floats:
     return found
 
 
+def encoding_seconds(features: Features, texts: list[str], *, device: str | None = None) -> float:
+    """What tokenising and encoding all texts takes in batches of 64, from up to 512 of them, after one of warm-up."""
+    encoder = query_encoder(features, device)
+    some = sorted(texts[:: max(1, len(texts) // SPEED_QUERIES)][:SPEED_QUERIES], key=len)
+    encoded(encoder, some[:BATCH])
+    began = time.monotonic()
+    for start in range(0, len(some), BATCH):
+        encoded(encoder, some[start : start + BATCH])
+    return (time.monotonic() - began) * len(texts) / len(some)
+
+
 def queries_per_second(features: Features, texts: list[str], pool: Floats, *, device: str | None = None) -> float:
     """Speed of tokenising, encoding and searching up to 512 queries, in batches of 64, after one batch of warm-up.
 

@@ -20,6 +20,7 @@ from .recall import CUTOFFS, Report
 from .texts import as_markdown_cell
 
 KEY = ("system", "dataset", "split", "pool", "level")
+GUIDED = "+guide"  # behind the name of a system, a pool or a list: searched with the guide
 FIRST = "two-tower"  # systems whose names begin so stand at the head of each pool
 
 MRR_NOTE = "MRR and median rank: brute-force search counts the whole pool, a retriever what is in its list."

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Scoring, make_writer
+from models.guide import GUIDE_NAME, read_guide
 from models.voken_lm import VokenLM
 from tools import runs
 from tools.errors import BadInput
@@ -158,6 +159,8 @@ class Retriever:
         """
         self.source, self.precision, self.scoring = source, precision, scoring
         self.device = pick_device(device)
+        guide = read_guide(source.model / GUIDE_NAME)
+        self.guide = guide.to(self.device) if guide is not None and guide.weight else None
         self._turn, self._change = threading.RLock(), threading.Lock()
         self._encoder: tuple[dict[str, Any], TextEncoder] | None = None  # with what it was loaded for
         self._take(gallery)
@@ -213,6 +216,7 @@ class Retriever:
         *,
         k: int = 10,
         beams: int | None = None,
+        guided: bool = True,
         rerank: bool = True,
         share: float | None = None,
         seconds: dict[str, float] | None = None,
@@ -222,6 +226,7 @@ class Retriever:
         Args:
             beams: codes kept at each level, whose pictures are reordered; by default 50, and 10 without features, but
                 at least k.
+            guided: let the guide steer the beams, where training gave the retriever one.
             rerank: reorder what the beams find by the pictures' features, where the index keeps them.
             share: of the features in the final order, 0 to 1; by default what was chosen on val.
             seconds: where to add what the parts of the search took: "encode", "beams" and "rerank".
@@ -242,10 +247,14 @@ class Retriever:
             for start in range(0, len(order), BATCH):
                 batch = order[start : start + BATCH]
                 ids = [token_ids[place] for place in batch]
-                found = self._beams(ids, width, keep=width if share else k, seconds=seconds)
-                if share:
-                    with timed(seconds, "rerank"):
+                steers, texts = guided and self.guide is not None, None
+                if steers or share:
+                    with timed(seconds, "encode" if steers else "rerank"):
                         texts = query_features(self._query_encoder(), [queries[place] for place in batch])
+                steered_by = texts if steers else None
+                found = self._beams(ids, width, keep=width if share else k, texts=steered_by, seconds=seconds)
+                if share and texts is not None:
+                    with timed(seconds, "rerank"):
                         found = [
                             reordered(one, cosines(text, self.gallery, one.rows), share)
                             for one, text in zip(found, texts, strict=True)
@@ -463,14 +472,24 @@ class Retriever:
             )
 
     def _beams(
-        self, token_ids: Sequence[Sequence[int]], beams: int, *, keep: int, seconds: dict[str, float] | None
+        self,
+        token_ids: Sequence[Sequence[int]],
+        beams: int,
+        *,
+        keep: int,
+        texts: Floats | None,
+        seconds: dict[str, float] | None,
     ) -> list[RankedPictures]:
-        """What the beam search finds for a batch."""
+        """What the beam search finds for a batch, steered by text features (queries, width) where they are given."""
         with torch.inference_mode(), timed(seconds, "encode"):
             memory = self.writer.encode(token_ids)
+            steering = None
+            if texts is not None and self.guide is not None:
+                steering = self.guide.steer(torch.from_numpy(texts).to(self.device))
         try:
             with timed(seconds, "beams"):
-                leaves = beam_search(self.writer, memory, self._levels, beams=beams, scoring=self.scoring)
+                options: dict[str, Any] = {"beams": beams, "scoring": self.scoring, "steering": steering}
+                leaves = beam_search(self.writer, memory, self._levels, **options)
                 return expand(leaves, self.gallery.index, keep=keep)
         except FloatingPointError as error:
             raise BadInput(str(error)) from None

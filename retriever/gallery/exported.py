@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from models.guide import GUIDE_NAME, read_guide
 from models.pretrained import ADAPTER_NAME
 from models.rqvae import RqVae
 from models.voken_lm import VokenLM
@@ -158,6 +159,8 @@ def write_language_model(folder: Path, model: Path) -> None:
     """Copy a language model; adapters are merged into the model that they adapt, so that it stands alone."""
     if (model / ADAPTER_NAME).is_file():
         VokenLM.from_pretrained(model).save_pretrained(folder)
+        if (guide := read_guide(model / GUIDE_NAME)) is not None:
+            guide.save(folder / GUIDE_NAME)
     else:
         shutil.copytree(model, folder)
     forget_places(folder)

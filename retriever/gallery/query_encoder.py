@@ -23,7 +23,9 @@ def load_encoder(gallery: Gallery, precision: Arithmetic, device: torch.device) 
     Raises:
         BadInput: the model has changed since, or cannot be loaded.
     """
-    advice = "search with --no-rerank, or run scripts/14_build_index.sh --overwrite and add again what was added"
+    advice = (
+        "search with --no-guided --no-rerank, or run scripts/14_build_index.sh --overwrite and add again what was added"
+    )
     gallery.check_clip(advice)
     dtype = pick_dtype("auto" if precision == "int8" else precision, device)
     try:

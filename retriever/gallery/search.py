@@ -41,6 +41,8 @@ class Config(SearchOptions, RetrieverOptions):
     least --keep."""
     keep: int = 10
     """Pictures shown for each query."""
+    guided: bool = True
+    """Let the guide steer the beams, where training gave the retriever one (models/guide.py)."""
     rerank: bool = True
     """Reorder the pictures found by their features and the retriever's scores, where the index keeps features."""
     rerank_weight: float | None = None
@@ -60,7 +62,12 @@ def find(retriever: Retriever, query: str, config: Config) -> list[Found]:
     """Pictures of the index as it is now, best first."""
     retriever.refresh()
     [found] = retriever.search(
-        [query], k=config.keep, beams=config.beams, rerank=config.rerank, share=config.rerank_weight
+        [query],
+        k=config.keep,
+        beams=config.beams,
+        guided=config.guided,
+        rerank=config.rerank,
+        share=config.rerank_weight,
     )
     return found
 
@@ -68,7 +75,8 @@ def find(retriever: Retriever, query: str, config: Config) -> list[Found]:
 def how(retriever: Retriever, config: Config) -> str:
     """What is said of the order behind an answer's time."""
     share = retriever.share_of_features(rerank=config.rerank, share=config.rerank_weight)
-    return f", re-ranked by features (share {share:.2f})" if share else ""
+    guide = f", guided (weight {retriever.guide.weight:g})" if retriever.guide and config.guided else ""
+    return guide + (f", re-ranked by features (share {share:.2f})" if share else "")
 
 
 def typed_queries() -> Iterable[str]:

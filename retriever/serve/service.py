@@ -42,6 +42,7 @@ class Setting(NamedTuple):
 
     k: int
     beams: int
+    guided: bool
     share: float
     """Of the features; 0: nothing is re-ranked"""
 
@@ -82,14 +83,15 @@ class Service:
         for batcher in (self.answers, self.changes):
             batcher.close()
 
-    def setting(self, *, k: int, beams: int | None, rerank: bool, share: float | None) -> Setting:
+    def setting(self, *, k: int, beams: int | None, guided: bool, rerank: bool, share: float | None) -> Setting:
         """What `Retriever.search` makes of these arguments.
 
         Raises:
             BadInput: features are asked for, and the index keeps none.
         """
         share = self.retriever.share_of_features(rerank=rerank, share=share)
-        return Setting(k, beams or max(k, RERANKED_BEAMS if share else BEAMS), share)
+        guided = guided and self.retriever.guide is not None
+        return Setting(k, beams or max(k, RERANKED_BEAMS if share else BEAMS), guided, share)
 
     async def search(self, query: str, setting: Setting) -> Answer:
         """The best pictures for a query: a `Searched`.

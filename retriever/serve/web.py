@@ -66,6 +66,7 @@ class SearchAnswer(BaseModel):
     pictures: list[ShownPicture]
     two_tower: list[ShownPicture] | None = Field(description="Pictures of brute-force two-tower search, if asked for.")
     beams: int
+    guided: bool = Field(description="Whether the guide steered the beams.")
     share: float = Field(description="Of the features in the order; 0: the retriever's own order.")
     pool: int = Field(description="Pictures that can be found.")
     together: int = Field(description="Queries that were answered by the same call.")
@@ -150,6 +151,7 @@ class Status(BaseModel):
     pool: int
     version: str = Field(description="Of the index.")
     features: bool = Field(description="Whether it keeps the features that re-ranking and two-tower search need.")
+    guide: float = Field(description="Weight of the retriever's guide; 0: it has none.")
     share: float = Field(description="Of the features by default.")
     beams: Beams
     limits: Limits
@@ -181,6 +183,7 @@ async def search(
     beams: Annotated[
         int | None, Query(ge=1, le=MOST_BEAMS, description="By default 50, or 10 if not re-ranked.")
     ] = None,
+    guided: Annotated[bool, Query(description="Let the retriever's guide steer the beams, where it has one.")] = True,
     rerank: Annotated[bool, Query(description="Reorder what the beams find by features.")] = True,
     share: Annotated[float | None, Query(ge=0, le=1, description="Of the features; by default what val chose.")] = None,
     two_tower: Annotated[bool, Query(description="Also search by features alone, through all pictures.")] = False,
@@ -189,7 +192,7 @@ async def search(
     query = q.strip()
     if not query:
         raise BadInput("an empty query finds nothing: write some words")
-    setting = service.setting(k=k, beams=beams, rerank=rerank, share=share)
+    setting = service.setting(k=k, beams=beams, guided=guided, rerank=rerank, share=share)
     began = asyncio.get_running_loop().time()
     asked = [service.search(query, setting)] + ([service.two_tower(query, k=k)] if two_tower else [])
     found, *beside = await asyncio.gather(*asked)
@@ -198,6 +201,7 @@ async def search(
         pictures=shown(service, found.value.found),
         two_tower=shown(service, beside[0].value) if beside else None,
         beams=setting.beams,
+        guided=setting.guided,
         share=setting.share,
         pool=len(service.retriever),
         together=found.shared,
@@ -277,6 +281,7 @@ async def status(service: Served) -> Status:
         pool=len(gallery),
         version=gallery.facts["version"],
         features=gallery.features is not None,
+        guide=service.retriever.guide.weight if service.retriever.guide is not None else 0.0,
         share=service.retriever.source.share,
         beams=Beams(plain=BEAMS, rerank=RERANKED_BEAMS),
         limits=Limits(pictures=MOST_PICTURES, bytes=MOST_BYTES, request_bytes=REQUEST_BYTES - FORM_BYTES),

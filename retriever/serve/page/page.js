@@ -6,8 +6,8 @@ import { listenForPictures } from "./insert.js";
 import { get, remove } from "./server.js";
 
 const at = (id) => document.getElementById(id);
-const [form, query, beams, rerank, share, count, twoTower] =
-  ["search", "query", "beams", "rerank", "share", "count", "two-tower"].map(at);
+const [form, query, beams, guided, rerank, share, count, twoTower] =
+  ["search", "query", "beams", "guided", "rerank", "share", "count", "two-tower"].map(at);
 const answers = at("answers");
 let running = null;
 let hasFeatures = true;
@@ -37,6 +37,7 @@ function settings() {
     q: query.value.trim(),
     k: count.value,
     beams: beams.value,
+    guided: guided.checked,
     rerank: rerank.checked,
     share: rerank.checked ? share.value : null,
     two_tower: twoTower.checked,
@@ -46,6 +47,7 @@ function settings() {
 function takeSettings(values) {
   query.value = values.get("q") ?? "";
   if (values.has("beams")) beams.value = values.get("beams");
+  if (values.has("guided")) guided.checked = values.get("guided") === "true";
   if (values.has("rerank")) rerank.checked = values.get("rerank") === "true" && hasFeatures;
   if (values.has("share")) share.value = values.get("share");
   if ([...count.options].some(({ value }) => value === values.get("k"))) count.value = values.get("k");
@@ -99,6 +101,7 @@ async function showSearch(signal) {
   at("answer-note").textContent =
     `${found.pictures.length} of ${found.pool.toLocaleString()} pictures in ${milliseconds(timings.total)}` +
     ` (${parts(timings).map(([name, seconds]) => `${name} ${milliseconds(seconds)}`).join(", ")})` +
+    (found.guided ? "; guided" : "") +
     (found.share ? `; re-ranked by features, share ${found.share.toFixed(2)}` : "; not re-ranked");
   const options = { query: asked.q, alike, remove: removePicture };
   showPictures(at("pictures"), found.pictures, options);
@@ -163,6 +166,7 @@ function showPool(pool) {
 async function start() {
   const status = await get("api/status");
   hasFeatures = status.features;
+  guided.closest("label").hidden = !status.guide;
   rerank.checked = hasFeatures;
   share.value = status.share;
   beams.value = hasFeatures ? status.beams.rerank : status.beams.plain;
@@ -174,7 +178,7 @@ async function start() {
     event.preventDefault();
     query.value.trim() ? go(settings()) : report(new Error("Write some words to search for."));
   });
-  for (const control of [beams, rerank, share, count, twoTower]) {
+  for (const control of [beams, guided, rerank, share, count, twoTower]) {
     control.addEventListener("input", showValues);
     control.addEventListener("change", () => new URLSearchParams(location.search).has("q") && query.value.trim() && go(settings()));
   }

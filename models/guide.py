@@ -1,0 +1,133 @@
+"""The guide of a beam search: what a two-tower model says of vokens, added to what the language model says.
+
+A residual code is additive. The sum of its codewords, through the tokenizer's linear path, is the picture's feature as
+far as the code knows it. So the cosine of a query's text feature with a picture can be followed down the levels of a
+beam search, and no picture's feature is stored. The score of a picture is
+
+    sum over levels of log p(code | codes before it, query)  +  weight * cos(text feature, linear path of the codes)
+
+A prefix has the cosine of what its codes add up to, with the length that whole codes have on average. A weight of 0 is
+the published search; a very large one is a beam search of the quantised two-tower model.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from tools.errors import BadInput
+from tools.files import replacing
+
+from .rqvae import RqVae
+from .weights import ANEW
+
+GUIDE_NAME = "guide.safetensors"
+WEIGHT = "weight"
+
+
+class Guide(NamedTuple):
+    """The codewords of a tokenizer as a two-tower model sees them, and their weight in a search."""
+
+    codewords: Tensor
+    """(levels, codebook_size, width) in an orthonormal basis of what the linear path can reach"""
+    basis: Tensor
+    """(width, features) that basis"""
+    mean: Tensor
+    """(features,) what the linear path adds to every picture"""
+    missing: Tensor
+    """(levels,) squared length that the codes behind each level add on average; 0 at the last"""
+    weight: float = 0.0
+    """Of the cosine in a score; 0 switches the guide off."""
+
+    def steer(self, texts: Tensor) -> "Steering":
+        """Follow a search for queries with text features (queries, features), whose lengths do not matter."""
+        return Steering(self, F.normalize(texts.float(), dim=1))
+
+    def to(self, device: torch.device) -> "Guide":
+        """The same on a device."""
+        codewords, basis, mean, missing = (part.to(device) for part in self[:4])
+        return Guide(codewords, basis, mean, missing, self.weight)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file whose metadata holds the weight."""
+        tensors = {
+            name: part.detach().cpu().contiguous() for name, part in zip(self._fields[:4], self[:4], strict=True)
+        }
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={WEIGHT: repr(self.weight)})
+
+
+def read_guide(path: Path) -> Guide | None:
+    """Read what `Guide.save` wrote; None where there is no file.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            codewords, basis, mean, missing = (file.get_tensor(name) for name in Guide._fields[:4])
+            return Guide(codewords, basis, mean, missing, float(file.metadata()[WEIGHT]))
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise BadInput(f"{path} is not a guide's file: {ANEW}") from None
+
+
+@torch.no_grad()
+def guide_of(model: RqVae, codes: Tensor) -> Guide | None:
+    """The guide of a tokenizer; None where it has no linear path (`skip`), as the published one.
+
+    Args:
+        codes: (pictures, levels) of the train split, from which the lengths of prefixes are known.
+    """
+    if not model.config.skip:
+        return None
+    levels = range(model.config.levels)
+    basis, coordinates = torch.linalg.qr(model.skip_out.weight)  # (features, width), (width, width)
+    codewords = torch.stack([model.quantizer.codebook(level) @ coordinates.T for level in levels])
+    sums = (model.mean @ basis).expand(len(codes), -1)
+    squares = []
+    for level in levels:
+        sums = sums + codewords[level][codes[:, level]]
+        squares.append((sums * sums).sum(dim=1).mean())
+    lengths = torch.stack(squares)
+    return Guide(codewords, basis.T, model.mean.clone(), (lengths[-1] - lengths).clamp_min(0))
+
+
+class Steering:
+    """A batch of queries on its way down the levels, beside a beam search.
+
+    Attributes:
+        texts: (queries, width) text features in the guide's basis.
+        sums: (queries, beams, width) what the codes of each beam add up to.
+        dots, squares: (queries, beams) its product with the query's feature, and its squared length.
+        reached: (queries, beams) its weighted cosine.
+    """
+
+    def __init__(self, guide: Guide, texts: Tensor) -> None:
+        self.guide = guide
+        self.texts = texts @ guide.basis.T
+        self.sums = (guide.basis @ guide.mean).expand(len(texts), 1, -1)
+        self.dots = (texts @ guide.mean).unsqueeze(1)
+        self.squares = (guide.mean @ guide.mean).expand(len(texts), 1)
+        self.reached = torch.zeros_like(self.dots)
+
+    def gains(self, level: int) -> Tensor:
+        """What each code adds to the score of each beam: (queries, beams, codebook_size) float32."""
+        words = self.guide.codewords[level]
+        dots = self.dots.unsqueeze(2) + (self.texts @ words.T).unsqueeze(1)
+        squares = self.squares.unsqueeze(2) + 2 * self.sums @ words.T + (words * words).sum(dim=1)
+        reached = self.guide.weight * dots * (squares + self.guide.missing[level]).clamp_min(1e-12).rsqrt()
+        self.behind = (dots, squares, reached)
+        return reached - self.reached.unsqueeze(2)
+
+    def advance(self, level: int, codes: Tensor, parents: Tensor) -> None:
+        """Go on with codes (queries, beams) behind the beams `parents` (queries, beams)."""
+        places = parents * self.guide.codewords.shape[1] + codes
+        self.dots, self.squares, self.reached = (part.flatten(1).gather(1, places) for part in self.behind)
+        sums = self.sums.gather(1, parents.unsqueeze(2).expand(-1, -1, self.sums.shape[2]))
+        self.sums = sums + self.guide.codewords[level][codes]
