@@ -48,7 +48,7 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
     """Vokens per picture."""
     codebook_size: int = 1024
     """Codes per codebook, at most."""
-    pictures_per_code: float = 2.0
+    pictures_per_code: float = 1.5
     """Halve the codebooks until there are so many train pictures for each code, so that small collections fill them;
     0: keep --codebook-size."""
     shared_codebook: bool = False

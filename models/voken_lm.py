@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from peft import PeftModel  # elsewhere where adapters are, and not above: slow to import
 
 from tools.errors import BadInput
-from tools.files import read_json, write_json
+from tools.files import read_json, replacing, write_json
 from tools.vokens import VokenSpace
 
 from .pretrained import (
@@ -46,13 +48,14 @@ from .pretrained import (
     set_rows,
     widened,
 )
+from .weights import load_weights
 
 Kind = Literal["seq2seq", "encoder-decoder", "causal"]
 LOADERS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder-decoder": EncoderDecoderModel, "causal": AutoModelForCausalLM}
 T5_FAMILY = ("t5", "mt5")  # decoders that models/decoding.py reads
 UNSEARCHABLE = ("bloom", "mpt", "gpt_neo")  # causal models whose positions do not come as ids
 SCALED_HEADS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
-VOKENS_NAME = "vokens.json"
+VOKENS_NAME, SLOT_NAME = "vokens.json", "slot.safetensors"
 DECODER_SPECIALS = 3  # <pad>, <start>, <end> of a new decoder's vocabulary; the vokens follow
 PAD, START, END = range(DECODER_SPECIALS)
 START_LOGIT_SPREAD = 4.0  # standard deviation of a new decoder's logits at the start
@@ -95,6 +98,7 @@ class VokenLM(nn.Module):
         prompt: the text around a causal model's query, with "{query}" in it; empty for the others.
         frozen_encoder: the encoder keeps its weights; its states may be computed once.
         adapted: the peft model around `model`, whose layers hold the adapters, while LoRA trains; else None.
+        slot: from a query's two-tower text feature to a state that the decoder reads beside the encoder's; or None.
         level_starts: token id of code 0 at each level; `level_offsets` is the same as a tensor (levels,) on the device.
     """
 
@@ -114,7 +118,12 @@ class VokenLM(nn.Module):
         frozen_encoder: bool,
         prompt: str = "",
         adapted: "PeftModel | None" = None,
+        slot_width: int = 0,
     ) -> None:
+        """
+        Args:
+            slot_width: of the text features; 0: the decoder reads none.
+        """
         super().__init__()
         self.model = model
         self._adapted = (adapted,)  # in a tuple: its parameters are those of `model`, and not to be found twice
@@ -124,6 +133,7 @@ class VokenLM(nn.Module):
         self.max_source, self.frozen_encoder, self.prompt = max_source, frozen_encoder, prompt
         self.level_starts = [first_voken + int(row) for row in space.rows(np.zeros(space.levels, dtype=np.int64))]
         self.register_buffer("level_offsets", torch.tensor(self.level_starts), persistent=False)
+        self.slot = nn.Linear(slot_width, self.state_width) if slot_width else None
         if frozen_encoder:
             self.model.get_encoder().requires_grad_(False)
 
@@ -200,7 +210,20 @@ class VokenLM(nn.Module):
         """Codes (batch, levels) to decoder token ids (batch, levels)."""
         return codes + self.level_offsets.to(codes.device)
 
-    def forward(self, texts: Tokens | Memory, codes: Tensor) -> Tensor:
+    def with_slot(self, memory: Memory, features: Tensor | None) -> Memory:
+        """The memory with one more state of each query, made of its text feature; as it is, where there is no slot.
+
+        Args:
+            features: (batch, features) on the device; their lengths do not matter.
+        """
+        if self.slot is None:
+            return memory
+        assert features is not None, "a slot reads the queries' text features"
+        unit = F.normalize(features.float(), dim=1) * features.shape[1] ** 0.5
+        state = self.slot(unit.to(self.slot.weight.dtype)).unsqueeze(1).to(memory.states.dtype)
+        return Memory(torch.cat([memory.states, state], dim=1), F.pad(memory.mask, (0, 1), value=1))
+
+    def forward(self, texts: Tokens | Memory, codes: Tensor, features: Tensor | None = None) -> Tensor:
         """Logits (batch * written, levels + 1, vocabulary) at each position when `codes` are written.
 
         Position l predicts the voken of level l, the last one the end token.
@@ -208,8 +231,9 @@ class VokenLM(nn.Module):
         Args:
             texts: a batch of texts, or their memory where it is known.
             codes: (batch * written, levels), the same number for each text, one text's behind one another.
+            features: (batch, features) of the texts, for the slot.
         """
-        memory = self.read(texts) if isinstance(texts, Tokens) else texts
+        memory = self.with_slot(self.read(texts) if isinstance(texts, Tokens) else texts, features)
         if (each := len(codes) // len(memory.mask)) > 1:
             memory = Memory(*(part.repeat_interleave(each, dim=0) for part in memory))
         written = self.token_ids(codes)
@@ -246,6 +270,9 @@ class VokenLM(nn.Module):
         which names the model that it adapts."""
         (self.adapted or self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        if self.slot is not None:
+            with replacing(folder / SLOT_NAME) as temporary:
+                save_file({name: part.detach().cpu() for name, part in self.slot.state_dict().items()}, temporary)
         write_json(
             folder / VOKENS_NAME,
             {
@@ -257,6 +284,7 @@ class VokenLM(nn.Module):
                 "max_source": self.max_source,
                 "frozen_encoder": self.frozen_encoder,
                 "prompt": self.prompt,
+                "slot_width": 0 if self.slot is None else self.slot.in_features,
             },
         )
 
@@ -278,11 +306,20 @@ class VokenLM(nn.Module):
             if getattr(model.get_encoder(), "pooler", None) is not None:  # it comes back random, and is never used
                 model.get_encoder().pooler = None
         space = VokenSpace(**facts.pop("space"))
-        return cls(model, tokenizer, space=space, **facts).eval()
+        lm = cls(model, tokenizer, space=space, **facts)
+        if lm.slot is not None:
+            load_weights(lm.slot, folder / SLOT_NAME)
+        return lm.eval()
 
 
 def build_seq2seq(
-    name: str, *, space: VokenSpace, codebooks: NDArray[np.float32], dropout: float, max_source: int
+    name: str,
+    *,
+    space: VokenSpace,
+    codebooks: NDArray[np.float32],
+    dropout: float,
+    max_source: int,
+    slot_width: int = 0,
 ) -> VokenLM:
     """A pretrained sequence-to-sequence model (T5) with voken tokens added to its tokenizer and embeddings.
 
@@ -311,6 +348,7 @@ def build_seq2seq(
         end=int(config.eos_token_id),
         max_source=max_source,
         frozen_encoder=False,
+        slot_width=slot_width,
     )
 
 
@@ -452,6 +490,7 @@ def build_encoder_decoder(
     heads: int,
     dropout: float,
     max_source: int,
+    slot_width: int = 0,
 ) -> VokenLM:
     """A frozen pretrained text encoder and a new decoder whose vocabulary is the vokens alone.
 
@@ -489,6 +528,7 @@ def build_encoder_decoder(
         end=END,
         max_source=min(max_source, int(text_encoder.config.max_position_embeddings)),
         frozen_encoder=True,
+        slot_width=slot_width,
     )
 
 

@@ -9,10 +9,12 @@ Pseudo queries, captions that were generated for pictures of the pool, lie in a 
 pseudo.jsonl                  {"image", "query", "source", "similarity"} a line a pseudo query
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from models.guide import GUIDE_NAME, Guide, read_guide
@@ -93,15 +95,24 @@ class RetrieverData(NamedTuple):
             return np.arange(len(self.images))
         return np.array([row for row, split in enumerate(self.splits) if split == pool], dtype=np.int64)
 
-    def text_features(self, captions: NDArray[np.int64]) -> Floats:
-        """Two-tower features (captions, width) of texts, given by their row in the features' texts.npy.
+    def text_features(self, texts: Sequence[str], device: torch.device) -> Floats:
+        """Two-tower features (texts, width): those of captions are known, those of other texts are computed.
 
         Raises:
-            BadInput: the features are gone, or the dataset is of an earlier version.
+            BadInput: the features are gone, or have changed.
         """
-        if (captions == UNKNOWN).any():
-            raise BadInput(f"{self.folder} is of an earlier version: run scripts/07_prepare_retriever_dataset.sh again")
-        return self.features.texts[captions]
+        features = self.features
+        row_of = {text: row for row, text in enumerate(text for each in features.records for text in each.captions)}
+        rows = np.array([row_of.get(text, UNKNOWN) for text in texts], dtype=np.int64)
+        found = np.array(features.texts[np.maximum(rows, 0)])
+        if others := list(dict.fromkeys(text for text, row in zip(texts, rows, strict=True) if row == UNKNOWN)):
+            from models.clip import TextEncoder  # slow to load, and seldom needed
+
+            encoded = TextEncoder.recorded(features.manifest.facts, device).encode(others).cpu().numpy()
+            place = {text: number for number, text in enumerate(others)}
+            for row in np.flatnonzero(rows == UNKNOWN):
+                found[row] = encoded[place[texts[int(row)]]]
+        return found
 
     @property
     def features(self) -> Features:

@@ -3,21 +3,18 @@
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
-from torch import Tensor
 
 from models.compute import autocast
-from models.guide import Guide, Steering
 from models.voken_lm import Memory, Tokens, VokenLM
 from tools import processes
 from tools.blocks import Blocks, wait_for
 from tools.errors import BadInput
-from tools.features import Floats
 from tools.files import new_array, read_array, replacing, write_array
 from tools.logs import progress
 from tools.texts import clean
@@ -154,20 +151,3 @@ class SomeQueries:
     def memory(self, chosen: NDArray[np.int64], encode: Callable[..., Memory] | None = None) -> Memory:
         """Encoder states of the chosen queries of the selection."""
         return self.queries.memory(self.chosen[chosen], encode)
-
-
-class QueryGuide(NamedTuple):
-    """A guide, and the text features of the queries that it steers the search of."""
-
-    guide: Guide
-    texts: Floats
-    """(queries, features)"""
-
-    def features(self, chosen: NDArray[np.int64]) -> Tensor:
-        """Text features (chosen, features) of some queries, by their places, on the guide's device."""
-        texts = torch.from_numpy(np.array(self.texts[chosen]))
-        return texts.to(self.guide.mean.device, non_blocking=True)
-
-    def steer(self, chosen: NDArray[np.int64]) -> Steering:
-        """The guide of some queries, by their places, for one search."""
-        return self.guide.steer(self.features(chosen))

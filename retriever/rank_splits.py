@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from models.compute import pick_device
 from models.decoding import Writer, make_writer
-from models.guide import GUIDE_NAME, read_guide
 from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.captions import Split, first_captions
@@ -30,7 +29,7 @@ from tools.ranked import NO_PICTURE, RankedLists, write_lists
 from .beam import RankedPictures
 from .data import UNKNOWN, Queries, RetrieverData, read_data, read_retriever
 from .queries import LiveQueries
-from .retrieve import ListOptions, Pool, queries_per_second, query_guide, search_each
+from .retrieve import ListOptions, Pool, chosen_guide, queries_per_second, search_each
 from .setting import setting_on
 
 
@@ -84,6 +83,9 @@ def rank(
     """The lists of one split over one pool, and the queries per second, without the encoder of a guide."""
     queries = queries_of(data, split, config)
     beams = config.train_beams if split == "train" else config.beams
+    guide = chosen_guide(config, writer.lm.device)
+    read = guide is not None or writer.lm.slot is not None
+    features = data.text_features(queries.texts, writer.lm.device) if read else None
     began = time.monotonic()
     live = LiveQueries(writer.lm, queries.texts)
     tokenising = time.monotonic() - began
@@ -97,7 +99,8 @@ def rank(
         batch_size=config.batch_size,
         scoring=config.scoring,
         score_end=config.score_end,
-        guide=query_guide(config, data, queries, writer.lm.device),
+        guide=guide,
+        features=features,
         blocks_folder=blocks_folder,
     )
     rows, scores = gathered(ranking, len(queries.texts), beams)
@@ -140,7 +143,7 @@ def main(config: Config) -> None:
         print(f"{name}: {told}")
     kept = ("features", "captions_fingerprint")
     facts = {key: data.manifest.facts[key] for key in kept}
-    guide = read_guide(config.retriever / "model" / GUIDE_NAME) if config.guided else None
+    guide = chosen_guide(config, lm.device)
     facts |= {"dataset": str(config.dataset), "setting": setting_on(trained, data)}
     run.finish(facts={**facts, "guide": guide.weight if guide else None}, metrics=metrics)
 

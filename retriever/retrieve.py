@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Scoring, Writer, make_writer
-from models.guide import GUIDE_NAME, read_guide
+from models.guide import GUIDE_NAME, Guide, read_guide
 from models.options import DeviceOptions
 from models.voken_lm import VokenLM
 from tools import processes, runs
@@ -30,6 +30,7 @@ from tools.captions import Split
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
 from tools.errors import BadInput
+from tools.features import Floats
 from tools.files import read_json_lines, write_json_lines
 from tools.logs import progress
 from tools.recall import Ranks, code_rank, image_rank
@@ -39,7 +40,7 @@ from .beam import RankedPictures, beam_search, expand
 from .data import Queries, RetrieverData, read_data, read_retriever
 from .graphed_search import GraphedSearch
 from .index import build_index, to_device
-from .queries import LiveQueries, QueryGuide, Searchable
+from .queries import LiveQueries, Searchable
 from .setting import setting_on
 from .two_tower import encoding_seconds
 
@@ -138,7 +139,8 @@ def search_each(
     batch_size: int,
     scoring: Scoring = "full",
     score_end: bool = False,
-    guide: QueryGuide | None = None,
+    guide: Guide | None = None,
+    features: Floats | None = None,
     graphs: bool = False,
     blocks_folder: Path | None = None,
     quiet: bool = False,
@@ -149,7 +151,8 @@ def search_each(
         the place of a query, and what was found for it; the rows in it are rows of all pictures.
 
     Args:
-        guide: of the queries, where a guide steers the search.
+        guide: where one steers the search; on the writer's device.
+        features: (queries, features) two-tower features of the texts, which a guide, or a slot of the model, reads.
         graphs: search as `GraphedSearch` does.
         blocks_folder: share the batches with the other processes, in blocks below this folder that a killed run keeps:
             a folder of its own for each search. Without it each process searches everything.
@@ -163,17 +166,19 @@ def search_each(
     options: dict[str, Any] = {"beams": beams, "scoring": scoring, "score_end": score_end}
     graphed = None
     if graphs:
-        graphed = GraphedSearch(writer, levels, guide=None if guide is None else guide.guide, **options)
+        graphed = GraphedSearch(writer, levels, guide=guide, **options)
 
     def search(batch: NDArray[np.int64]) -> list[RankedPictures]:
         with torch.inference_mode():
             memory = queries.memory(batch, writer.encode if graphed is None else graphed.encode)
-            steering = None if guide is None else guide.steer(batch)
+            texts = None if features is None else torch.from_numpy(features[batch]).to(writer.lm.device)
+            memory = writer.lm.with_slot(memory, texts)
+            steering = None if guide is None or texts is None else guide.steer(texts)
         try:
             if graphed is None:
                 found = beam_search(writer, memory, levels, steering=steering, **options)
             else:
-                found = graphed(memory, None if guide is None else guide.features(batch))
+                found = graphed(memory, texts)
         except FloatingPointError as error:
             raise BadInput(str(error)) from None
         return [RankedPictures(rows[own].tolist(), scores) for own, scores in expand(found, index, keep=keep)]
@@ -247,15 +252,15 @@ def predictions(data: RetrieverData, queries: Queries, ranking: list[RankedPictu
         }
 
 
-def query_guide(config: ListOptions, data: RetrieverData, queries: Queries, device: torch.device) -> QueryGuide | None:
-    """What steers the search for these queries; None where it is not wanted, or where val gave it no weight."""
+def chosen_guide(config: ListOptions, device: torch.device) -> Guide | None:
+    """What steers the searches of a retriever; None where it is not wanted, or where val gave it no weight."""
     guide = read_guide(config.retriever / "model" / GUIDE_NAME) if config.guided else None
     if guide is None:
         return None
     if not guide.weight:
         print(f"note: on val the guide did not help: {config.retriever} searches without it")
         return None
-    return QueryGuide(guide.to(device), data.text_features(queries.captions))
+    return guide.to(device)
 
 
 def main(config: Config) -> None:
@@ -275,8 +280,11 @@ def main(config: Config) -> None:
     began = time.monotonic()
     live = LiveQueries(lm, queries.texts)
     tokenising = time.monotonic() - began
-    chosen = query_guide(config, data, queries, device)
-    encoding = 0.0 if chosen is None else encoding_seconds(data.features, queries.texts, device=config.device)
+    chosen = chosen_guide(config, device)
+    features, encoding = None, 0.0
+    if chosen is not None or lm.slot is not None:
+        features = data.text_features(queries.texts, device)
+        encoding = encoding_seconds(data.features, queries.texts, device=config.device)
     guides = ([None] if config.unguided or chosen is None else []) + ([] if chosen is None else [chosen])
     for pool, guide in product(config.pools, guides):
         name = pool if guide is None else pool + GUIDED
@@ -292,17 +300,18 @@ def main(config: Config) -> None:
             scoring=config.scoring,
             score_end=config.score_end,
             guide=guide,
+            features=features,
             graphs=config.graphs,
             blocks_folder=blocks_folder,
         )
-        before = tokenising if guide is None else tokenising + encoding
+        before = tokenising if guide is None and lm.slot is None else tokenising + encoding
         speed = queries_per_second(blocks_folder, len(queries.texts), tokenising=before)
         if processes.is_main():
             write_json_lines(run.folder / f"{name}.jsonl", predictions(data, queries, ranking))
         metrics[name] = {"queries": len(queries.texts), "queries_per_second": round(speed, 2)}
         print(f"{len(queries.texts):,} queries over pool {name}: {speed:.0f} per second")
     facts = {"dataset": str(config.dataset), "setting": setting_on(trained, data)}
-    run.finish(facts={**facts, "guide": None if chosen is None else chosen.guide.weight}, metrics=metrics)
+    run.finish(facts={**facts, "guide": None if chosen is None else chosen.weight}, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ class Config(TrainingConfig, LoraOptions):
     """Layers of a new decoder."""
     decoder_heads: int = 8
     """Attention heads of a new decoder."""
+    text_slot: bool = False
+    """Let the decoder read the query's two-tower text feature too, as one more state (--kind seq2seq, encoder-decoder);
+    a query then takes both text encoders. Published: no."""
     start: Path | None = None
     """Run folder of retriever.train to go on from, in place of the untrained model."""
     max_source: int = 128
@@ -65,6 +68,8 @@ class Config(TrainingConfig, LoraOptions):
         if self.lora_rank and self.kind != "causal":
             raise BadInput(f"--lora-rank {self.lora_rank} is for --kind causal, not for --kind {self.kind}")
 
+        if self.text_slot and self.kind == "causal":
+            raise BadInput("--text-slot is for --kind seq2seq and encoder-decoder: a causal model reads a prompt alone")
         if self.start is not None and self.kind == "causal":
             raise BadInput("--start is for --kind seq2seq and encoder-decoder: a causal model's adapters are merged")
 
@@ -86,8 +91,9 @@ def build_model(config: Config, data: RetrieverData) -> VokenLM:
         "codebooks": np.array(data.codebooks),
         "max_source": config.max_source,
     }
+    slot_width = data.features.texts.shape[1] if config.text_slot else 0
     if config.kind == "seq2seq":
-        lm = build_seq2seq(config.language_model, dropout=config.dropout, **shared)
+        lm = build_seq2seq(config.language_model, dropout=config.dropout, slot_width=slot_width, **shared)
     elif config.kind == "causal":
         dtype = pick_dtype(config.precision, pick_device(config.device)) if config.lora else torch.float32
         lm = build_causal(config.language_model, lora=config.lora, dtype=dtype, **shared)
@@ -97,6 +103,7 @@ def build_model(config: Config, data: RetrieverData) -> VokenLM:
             layers=config.decoder_layers,
             heads=config.decoder_heads,
             dropout=config.dropout,
+            slot_width=slot_width,
             **shared,
         )
     if config.gradient_checkpointing:

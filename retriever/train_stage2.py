@@ -139,7 +139,8 @@ class Stage2(Training):
         wrong = self.codes[rows.clamp_min(0)].to(self.device, non_blocking=True)
         sequences = torch.cat([targets.codes.unsqueeze(1), right.unsqueeze(1), wrong], dim=1)
         with autocast(self.device, self.dtype):
-            logits = self.stepper.model(self.train_split.queries.batch(part.rows), sequences.flatten(0, 1))
+            texts = self.train_split.queries.batch(part.rows)
+            logits = self.stepper.model(texts, sequences.flatten(0, 1), self.features(part))
         logits = logits.view(*sequences.shape[:2], *logits.shape[1:])
         generative = generative_loss(
             logits[:, 0], targets, self.lm, temperature=config.temperature, end=config.train_end
@@ -181,6 +182,7 @@ class Stage2(Training):
                 keep=config.negatives + 1,
                 batch_size=config.search_batch,
                 score_end=config.score_end,
+                features=None if self.train_split.features is None else self.train_split.features[chosen],
                 blocks_folder=self.run.resume_folder / f"search-{self.checkpoint.epoch}",
             )
         negatives = np.full((len(self.train_split.texts), config.negatives), NO_PICTURE, dtype=np.int64)

@@ -24,11 +24,12 @@ from models.voken_lm import VokenLM
 from tools import captions, runs
 from tools.command_line.options import RunOptions
 from tools.errors import BadInput
-from tools.recall import CUTOFFS, report
+from tools.features import Floats
+from tools.recall import CUTOFFS, Ranks, report
 
 from .data import Pairs, RetrieverData, read_pseudo_queries
 from .losses import Targets, generative_loss, soft_targets
-from .queries import LiveQueries, QueryGuide, StoredQueries
+from .queries import LiveQueries, StoredQueries
 from .retrieve import ranks_of, search_queries
 
 
@@ -109,39 +110,45 @@ class Split(NamedTuple):
     queries: LiveQueries | StoredQueries
     pictures: NDArray[np.int64]
     texts: list[str]
+    features: Floats | None
+    """(queries, features) two-tower features of the texts, where a slot or a guide reads them."""
 
 
-WEIGHTS = (0.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)  # of the guide that are tried
-FIRST_WEIGHT = 20.0
+WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)  # of the guide that are tried
+USUAL_WEIGHT = 40.0  # good for most data: another one has to be clearly better
 
 
-def best_weight(
-    recalls: Callable[[float], dict[str, float]], plain: dict[str, float], *, start: float
-) -> tuple[float, dict[str, float]]:
-    """The guide's weight with the highest mean recall on its hill of `WEIGHTS`, and its recalls; of equally good ones
-    the smaller.
+def recalls_of(ranks: Ranks) -> dict[str, float]:
+    """Recall by name."""
+    return {f"R@{cutoff}": value for cutoff, value in report(ranks).recalls.items()}
+
+
+def best_weight(ranks_with: Callable[[float], Ranks]) -> tuple[float, Ranks]:
+    """The guide's weight of the highest mean recall, and the ranks with it.
+
+    It is searched for up and down from the usual one, which stays unless the gain exceeds its standard error over the
+    queries: on a few dozen of them, chance would choose.
 
     Args:
-        recalls: of a weight.
-        plain: without a guide.
-        start: weight to climb from.
+        ranks_with: rank of each query's picture with a weight.
     """
-    known = {0.0: plain}
+    known: dict[float, Ranks] = {}
 
-    def mean(place: int) -> float:
-        weight = WEIGHTS[place]
+    def hits(weight: float) -> NDArray[np.float64]:
         if weight not in known:
-            known[weight] = recalls(weight)
-        return sum(known[weight].values())
+            known[weight] = ranks_with(weight)
+        ranks = known[weight][:, None]
+        return ((ranks > 0) & (ranks <= np.array(CUTOFFS))).mean(axis=1)
 
-    place = WEIGHTS.index(start)
-    while place + 1 < len(WEIGHTS) and mean(place + 1) > mean(place):
-        place += 1
-    while place > 0 and mean(place - 1) >= mean(place):
-        place -= 1
-    if mean(0) >= mean(place):
-        place = 0
-    return WEIGHTS[place], known[WEIGHTS[place]]
+    usual = place = WEIGHTS.index(USUAL_WEIGHT)
+    for step in (1, -1):
+        while 0 <= place + step < len(WEIGHTS) and hits(WEIGHTS[place + step]).mean() > hits(WEIGHTS[place]).mean():
+            place += step
+        if place != usual:
+            break
+    gains = hits(WEIGHTS[place]) - hits(USUAL_WEIGHT)
+    chosen = WEIGHTS[place] if gains.mean() > gains.std() / len(gains) ** 0.5 else USUAL_WEIGHT
+    return chosen, known[chosen]
 
 
 class Training:
@@ -167,7 +174,8 @@ class Training:
         self.used = self._used_rows()
         self.train_split = self._split(self.pairs.some(self.used), "train")
         self.val_split = self._split(self._val_pairs(), "val")
-        self.guide = self._val_guide() if config.guide else None
+        guide = data.guide if config.guide else None
+        self.guide = None if guide is None else guide.to(self.device)
         self.codes = torch.tensor(data.codes)
         if config.label_temperature > 0:
             self.latents = torch.from_numpy(np.array(data.latents)).to(self.device)
@@ -200,43 +208,46 @@ class Training:
         own = own.to(self.device, non_blocking=True)
         return Targets(codes[own], None if shares is None else shares[own])
 
+    def features(self, part: Part) -> Tensor | None:
+        """Text features (part, features) for the model's slot, where it has one."""
+        if self.lm.slot is None or self.train_split.features is None:
+            return None
+        return torch.from_numpy(self.train_split.features[part.rows]).to(self.device, non_blocking=True)
+
     def loss(self, part: Part) -> Tensor:
         """Mean loss over a part of a batch of train captions."""
         config, targets = self.config, self.targets(part)
         with autocast(self.device, self.dtype):
-            logits = self.stepper.model(self.train_split.queries.batch(part.rows), targets.codes)
+            logits = self.stepper.model(self.train_split.queries.batch(part.rows), targets.codes, self.features(part))
         return generative_loss(logits, targets, self.lm, temperature=config.temperature, end=config.train_end)
 
     def validate(self) -> dict[str, float]:
         """Image-level recall on val by constrained search over the val pictures; keeps the best model.
 
-        With a guide, weights are tried from the best one so far on, and the model is kept with the best of them.
+        With a guide the best model is the one that searches best without and with it, on average, and it is kept with
+        the guide's best weight.
         """
         checkpoint = self.checkpoint
         with checkpoint.validating() as blocks:
             writer = make_writer(self.lm, self.config.precision)
 
-            def recalls(weight: float) -> dict[str, float]:
-                return self._recalls(writer, weight, None if blocks is None else blocks / f"{weight:g}")
+            def ranks(weight: float) -> Ranks:
+                return self._ranks(writer, weight, None if blocks is None else blocks / f"{weight:g}")
 
-            plain = best = recalls(0.0)
-            weight = 0.0
+            figures, weight = recalls_of(ranks(0.0)), 0.0
             if self.guide is not None:
-                weight, best = best_weight(recalls, plain, start=checkpoint.best.get("guide") or FIRST_WEIGHT)
+                weight, guided = best_weight(ranks)
+                figures |= {f"{name} guided": value for name, value in recalls_of(guided).items()}
             before = checkpoint.best
-            checkpoint.keep_best(best, lambda folder: self._save(folder, weight))
+            checkpoint.keep_best(figures, lambda folder: self._save(folder, weight))
             if self.guide is not None and checkpoint.best is not before:
                 checkpoint.best["guide"] = weight
-        figures = {f"val/{name}": value for name, value in plain.items()}
-        if self.guide is None:
-            return figures
-        return figures | {f"val/{name} guided": value for name, value in best.items()}
+        return {f"val/{name}": value for name, value in figures.items()}
 
-    def _recalls(self, writer: Writer, weight: float, blocks: Path | None) -> dict[str, float]:
-        """Recall on val with this weight of the guide."""
-        config, guide = self.config, self.guide
-        if guide is not None:
-            guide = guide._replace(guide=guide.guide._replace(weight=weight)) if weight else None
+    def _ranks(self, writer: Writer, weight: float, blocks: Path | None) -> Ranks:
+        """Rank on val of each query's picture, with this weight of the guide."""
+        config = self.config
+        guide = None if self.guide is None or not weight else self.guide._replace(weight=weight)
         ranking = search_queries(
             writer,
             self.val_split.queries,
@@ -247,17 +258,18 @@ class Training:
             batch_size=64,
             score_end=config.score_end,
             guide=guide,
+            features=self.val_split.features,
             quiet=True,
             blocks_folder=blocks,
         )
         images, _ = ranks_of(ranking, self.val_split.pictures, self.data.codes)
-        return {f"R@{cutoff}": value for cutoff, value in report(images).recalls.items()}
+        return images
 
     def _save(self, folder: Path, weight: float) -> None:
         """Write the model, and the guide with its weight beside it."""
         self.lm.save_pretrained(folder)
         if self.guide is not None:
-            self.guide.guide._replace(weight=weight).save(folder / GUIDE_NAME)
+            self.guide._replace(weight=weight).save(folder / GUIDE_NAME)
 
     @property
     def chance(self) -> float:
@@ -279,18 +291,8 @@ class Training:
         return Pairs(pairs.texts + pseudo.texts, np.concatenate([pairs.pictures, pseudo.pictures]))
 
     def _val_pairs(self) -> Pairs:
-        return self._pairs("val").some(self._val_rows())
-
-    def _val_rows(self) -> NDArray[np.int64]:
-        """Places of the val captions that are searched, sorted."""
-        order = np.random.default_rng(self.config.seed).permutation(len(self._pairs("val").texts))
-        return np.sort(order[: self.config.validate_queries])
-
-    def _val_guide(self) -> QueryGuide:
-        guide = self.data.guide
-        assert guide is not None, "`TrainingConfig.check` has looked"
-        captions = self.data.queries("val").captions[self._val_rows()]
-        return QueryGuide(guide.to(self.device), self.data.text_features(captions))
+        pairs, most = self._pairs("val"), self.config.validate_queries
+        return pairs.some(np.sort(np.random.default_rng(self.config.seed).permutation(len(pairs.texts))[:most]))
 
     def _pairs(self, name: captions.Split) -> Pairs:
         queries = self.data.queries(name)
@@ -311,8 +313,12 @@ class Training:
             return np.arange(count)
         return np.sort(drawn(count, most, np.random.default_rng([self.config.seed, epoch, 1])))
 
-    def _split(self, pairs: Pairs, name: str) -> Split:
-        if not self.lm.frozen_encoder:
-            return Split(LiveQueries(self.lm, pairs.texts), pairs.pictures, pairs.texts)
-        stored = StoredQueries(self.lm, pairs.texts, folder=self.run.resume_folder, name=name, dtype=self.dtype)
-        return Split(stored, pairs.pictures, pairs.texts)
+    def _split(self, pairs: Pairs, name: captions.Split) -> Split:
+        read = self.lm.slot is not None or (self.config.guide and name == "val")
+        features = self.data.text_features(pairs.texts, self.device) if read else None
+        queries: LiveQueries | StoredQueries
+        if self.lm.frozen_encoder:
+            queries = StoredQueries(self.lm, pairs.texts, folder=self.run.resume_folder, name=name, dtype=self.dtype)
+        else:
+            queries = LiveQueries(self.lm, pairs.texts)
+        return Split(queries, pairs.pictures, pairs.texts, features)

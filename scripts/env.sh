@@ -11,6 +11,7 @@
 set -euo pipefail
 if [ -f "${DATASET:-}" ]; then DATASET="$(realpath "$DATASET")"; fi # as seen from where the user stands
 if [ -d "${PICTURES:-}" ]; then PICTURES="$(realpath "$PICTURES")"; fi
+if [ -f "${CAPTIONS_FILE:-}" ]; then CAPTIONS_FILE="$(realpath "$CAPTIONS_FILE")"; fi
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
 

@@ -82,6 +82,8 @@ class Panel(NamedTuple):
     """Heights are shares of 1, and written in percent."""
     x_ticks: Sequence[float] | None = None
     """Where the axis is numbered; by default where it suits."""
+    x_labels: Sequence[str] | None = None
+    """What stands at the ticks; by default their numbers."""
     from_zero: bool = True
     """The height begins at 0; never where it is logarithmic."""
     legend: bool = False
@@ -178,7 +180,8 @@ def _scale(axes: Any, panel: Panel) -> None:
     if panel.x_ticks is not None:
         axes.xaxis.set_major_locator(FixedLocator(list(panel.x_ticks)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        words = dict(zip(panel.x_ticks, panel.x_labels or map(short_number, panel.x_ticks), strict=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.get(value, "")))
     elif not panel.log_x:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if panel.percent:

@@ -247,12 +247,13 @@ class Retriever:
             for start in range(0, len(order), BATCH):
                 batch = order[start : start + BATCH]
                 ids = [token_ids[place] for place in batch]
-                steers, texts = guided and self.guide is not None, None
-                if steers or share:
-                    with timed(seconds, "encode" if steers else "rerank"):
+                reads, texts = self.writer.lm.slot is not None or (guided and self.guide is not None), None
+                if reads or share:
+                    with timed(seconds, "encode" if reads else "rerank"):
                         texts = query_features(self._query_encoder(), [queries[place] for place in batch])
-                steered_by = texts if steers else None
-                found = self._beams(ids, width, keep=width if share else k, texts=steered_by, seconds=seconds)
+                read = texts if reads else None
+                kept = width if share else k
+                found = self._beams(ids, width, keep=kept, texts=read, guided=guided, seconds=seconds)
                 if share and texts is not None:
                     with timed(seconds, "rerank"):
                         found = [
@@ -478,14 +479,20 @@ class Retriever:
         *,
         keep: int,
         texts: Floats | None,
+        guided: bool,
         seconds: dict[str, float] | None,
     ) -> list[RankedPictures]:
-        """What the beam search finds for a batch, steered by text features (queries, width) where they are given."""
+        """What the beam search finds for a batch.
+
+        Args:
+            texts: (queries, width) text features, where a guide or a slot reads them.
+        """
         with torch.inference_mode(), timed(seconds, "encode"):
-            memory = self.writer.encode(token_ids)
+            features = None if texts is None else torch.from_numpy(texts).to(self.device)
+            memory = self.writer.lm.with_slot(self.writer.encode(token_ids), features)
             steering = None
-            if texts is not None and self.guide is not None:
-                steering = self.guide.steer(torch.from_numpy(texts).to(self.device))
+            if guided and self.guide is not None and features is not None:
+                steering = self.guide.steer(features)
         try:
             with timed(seconds, "beams"):
                 options: dict[str, Any] = {"beams": beams, "scoring": self.scoring, "steering": steering}
@@ -511,7 +518,11 @@ class Retriever:
     def _steps(self, query: str, codes: Sequence[int], top: int) -> Iterator[Step]:
         """`vokens`, level by level: one beam that goes where it is told."""
         lm = self.writer.lm
-        session = self.writer.begin(self.writer.encode(lm.tokenize([query])))
+        memory = self.writer.encode(lm.tokenize([query]))
+        if lm.slot is not None:
+            features = torch.from_numpy(query_features(self._query_encoder(), [query])).to(self.device)
+            memory = lm.with_slot(memory, features)
+        session = self.writer.begin(memory)
         states, node = session.open(), torch.zeros(1, dtype=torch.long, device=self.device)
         for number, (level, code) in enumerate(zip(self._levels, codes, strict=True)):
             first, last = int(level.first_child(node)), int(level.first_child(node + 1))

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from models.clip import TextEncoder
 from models.decoding import Scoring, Writer
+from models.guide import Guide
 from tools.errors import BadInput
 from tools.features import Features, Floats
-from tools.recall import CUTOFFS
+from tools.recall import CUTOFFS, Ranks
 from tools.recall import report as summarize
 from tools.two_tower import two_tower_recall
 
@@ -27,6 +28,7 @@ from ..flat_index import flat_index
 from ..index import build_index, to_device
 from ..queries import LiveQueries
 from ..retrieve import ranks_of, search_queries
+from ..training import WEIGHTS
 from ..two_tower import encoded
 
 SIZES = tuple(number * 10**power for power in range(2, 8) for number in (1, 3))  # 100, 300, 1,000, ...
@@ -51,14 +53,16 @@ class System(NamedTuple):
     name: str
     writer: Writer
     searching: Searching
+    guide: Guide | None = None
+    """With the weight that val chose; None where the retriever has none."""
 
 
 class Figure(NamedTuple):
     """One measured point."""
 
     system: str
-    x: int
-    """Beams, or pictures in the pool."""
+    x: float
+    """Beams, pictures in the pool, or the guide's weight."""
     queries: int
     recall: dict[int, float]
 
@@ -66,6 +70,22 @@ class Figure(NamedTuple):
         """A row of a table; `x` names the column of beams or pictures."""
         recalls = {f"R@{cutoff}": round(value, 5) for cutoff, value in self.recall.items()}
         return {"system": self.system, x: self.x, "queries": self.queries, **recalls}
+
+
+class Changes(NamedTuple):
+    """What a guide changes for the queries of one system."""
+
+    system: str
+    weight: float
+    queries: int
+    won: int
+    """Queries whose picture ranks first with the guide alone."""
+    lost: int
+    """Queries whose picture ranks first without it alone."""
+
+    def row(self) -> dict[str, float | str]:
+        """A row of a table."""
+        return self._asdict()
 
 
 class Speed(NamedTuple):
@@ -119,6 +139,22 @@ def recall_by_pool(
     ]
 
 
+def recall_by_weight(system: System, data: RetrieverData, queries: Queries) -> tuple[list[Figure], Changes | None]:
+    """Recall over val's pictures with so much weight of the guide, and what the chosen weight changes; nothing of a
+    system without a guide."""
+    if system.guide is None:
+        return [], None
+    kept = system.guide.weight
+    pool, beams = data.rows("val"), system.searching.beams
+    ranks = {weight: _ranks(system, data, queries, pool, beams=beams, weight=weight) for weight in (*WEIGHTS, kept)}
+    figures = [
+        Figure(system.name, weight, len(queries.texts), summarize(ranks[weight]).recalls) for weight in sorted(ranks)
+    ]
+    first, before = ranks[kept] == 1, ranks[0.0] == 1
+    changes = Changes(system.name, kept, len(first), int((first & ~before).sum()), int((before & ~first).sum()))
+    return figures, changes
+
+
 def two_tower_figure(features: Features, pool: Rows, queries: Queries) -> Figure:
     """Recall of brute-force search of the same queries over the same pool.
 
@@ -131,6 +167,15 @@ def two_tower_figure(features: Features, pool: Rows, queries: Queries) -> Figure
 
 
 def _searched(system: System, data: RetrieverData, queries: Queries, pool: Rows, *, beams: int, x: int) -> Figure:
+    ranks = _ranks(system, data, queries, pool, beams=beams, weight=0.0)
+    return Figure(system.name, x, len(queries.texts), summarize(ranks).recalls)
+
+
+def _ranks(system: System, data: RetrieverData, queries: Queries, pool: Rows, *, beams: int, weight: float) -> Ranks:
+    """Rank of each query's picture, with so much weight of the guide."""
+    lm = system.writer.lm
+    guide = system.guide._replace(weight=weight) if weight and system.guide is not None else None
+    features = data.text_features(queries.texts, lm.device) if lm.slot is not None or guide is not None else None
     ranking = search_queries(
         system.writer,
         LiveQueries(system.writer.lm, queries.texts),
@@ -141,10 +186,12 @@ def _searched(system: System, data: RetrieverData, queries: Queries, pool: Rows,
         batch_size=BATCH,
         scoring=system.searching.scoring,
         score_end=system.searching.score_end,
+        guide=guide,
+        features=features,
         quiet=True,
     )
     images, _ = ranks_of(ranking, queries.pictures, data.codes)
-    return Figure(system.name, x, len(queries.texts), summarize(images).recalls)
+    return images
 
 
 def enlarged(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from models.compute import machine, pick_device
 from models.decoding import make_writer
+from models.guide import GUIDE_NAME, read_guide
 from models.voken_lm import VokenLM
 from tools import runs
 from tools.command_line.options import RunOptions
@@ -42,6 +43,7 @@ from .measures import (
     growing_pools,
     recall_by_beams,
     recall_by_pool,
+    recall_by_weight,
     speed_by_pool,
     speed_sizes,
     two_tower_figure,
@@ -52,6 +54,7 @@ from .sections import (
     beams_part,
     codes_part,
     curves_part,
+    guide_part,
     pools_part,
     recall_part,
     runs_part,
@@ -166,6 +169,7 @@ class Report:
         self.queries = Queries([], data.rows("all")[:0], data.rows("all")[:0])
         self.features: Features | None = None
         self.beams: list[Figure] = []
+        self.weights: list[Figure] = []
         self.pools: list[Figure] = []
         self.speeds: list[Speed] = []
 
@@ -188,6 +192,7 @@ class Report:
         if not self.systems or not self.queries.texts:
             return
         yield self.by_beams()
+        yield self.by_weight()
         yield self.by_pool()
         if self.config.speed_queries:
             yield self.speed()
@@ -201,6 +206,16 @@ class Report:
             print(f"{system.name}: recall at {len(widths)} beam widths ...", flush=True)
             self.beams += recall_by_beams(system, data, self.queries, widths)
         return beams_part(self.beams, level[0] if level else None, self.folder, self.styles)
+
+    def by_weight(self) -> Part:
+        """Recall over val's own pictures by the guide's weight."""
+        self.weights, changes = [], []
+        for system in [each for each in self.systems if each.guide is not None]:
+            print(f"{system.name}: recall with the guide ...", flush=True)
+            figures, changed = recall_by_weight(system, self.data, self.queries)
+            self.weights += figures
+            changes += [] if changed is None else [changed]
+        return guide_part(self.weights, changes, self.folder, self.styles)
 
     def by_pool(self) -> Part:
         """Recall over pools of growing size."""
@@ -261,7 +276,9 @@ class Report:
         """
         read_retriever(manifest.folder, self.data)
         lm = VokenLM.from_pretrained(manifest.folder / "model").to(self.device)
-        return System(name, make_writer(lm, self.config.precision), self.searching(manifest))
+        guide = read_guide(manifest.folder / "model" / GUIDE_NAME)
+        guide = None if guide is None else guide.to(self.device)
+        return System(name, make_writer(lm, self.config.precision), self.searching(manifest), guide)
 
     def searching(self, manifest: runs.Manifest) -> Searching:
         """How a retriever was searched with when it was tested, else when it was validated."""
@@ -320,6 +337,7 @@ class Report:
         return {
             "machine": machine(),
             "recall_by_beams": [beam.row("beams") for beam in self.beams],
+            "recall_by_weight": [weight.row("weight") for weight in self.weights],
             "recall_by_pool": [pool.row("pool") for pool in self.pools],
             "speed_by_pool": [speed.row() for speed in self.speeds],
         }

@@ -26,12 +26,12 @@ from tools.report_page import (
     paragraph,
     table,
 )
-from tools.results import MRR_NOTE, ordered
+from tools.results import GUIDED, MRR_NOTE, ordered
 from tools.runs import Manifest
 
 from ..data import RetrieverData
 from . import codes as code_pictures
-from .measures import TWO_TOWER, Figure, Speed
+from .measures import TWO_TOWER, Changes, Figure, Speed
 
 Rows = list[dict[str, Any]]
 
@@ -49,8 +49,8 @@ VALIDATED = re.compile(r"val/(?:quantized_)?(R@\d+)")  # the curve of the model 
 
 
 class Styles:
-    """The look of each system, the same in every figure: two-tower search comes first, what reorders a retriever's list
-    looks like the retriever.
+    """The look of each system, the same in every figure: two-tower search comes first, what guides
+    a retriever or reorders its list looks like the retriever.
 
     Args:
         systems: names, each behind those that it is made from.
@@ -68,9 +68,11 @@ class Styles:
         return self.places.get(system, len(self.places)) if retriever is None else self.places[retriever]
 
     def _retriever(self, system: str) -> str | None:
-        """The retriever whose list a system reorders, where it does."""
-        before, _, after = system.rpartition("+")
-        return before if after in REORDERED and before in self.places else None
+        """The retriever that a system guides, or whose list it reorders, where it does."""
+        name = system
+        while (parts := name.rpartition("+"))[2] in (*REORDERED, GUIDED.removeprefix("+")):
+            name = parts[0]
+        return name if name != system and name in self.places else None
 
 
 def recall_part(summary: Rows, folder: Path, styles: Styles, name: str) -> Part:
@@ -311,6 +313,39 @@ def _level(reference: Figure | None, cutoff: int, beams: Sequence[int]) -> list[
     if reference is None:
         return []
     return [Line(reference.system, [beams[0], beams[-1]], [reference.recall[cutoff]] * 2, 0, points=False)]
+
+
+def guide_part(figures: Sequence[Figure], changes: Sequence[Changes], folder: Path, styles: Styles) -> Part:
+    """Recall against the weight of the guide, and what it changes."""
+    if not figures:
+        return Part()
+    lines = _by_system(figures)
+    weights = sorted({measured.x for measured in figures})
+    places = {weight: float(place) for place, weight in enumerate(weights)}  # even steps: 0 has no logarithm
+    panels = [
+        Panel(
+            f"R@{cutoff}", "weight of the guide", "recall",
+            [line._replace(x=[places[weight] for weight in line.x]) for line in _recall_lines(lines, cutoff, styles)],
+            percent=True, x_ticks=list(places.values()), x_labels=[f"{weight:g}" for weight in weights],
+            from_zero=False,
+        )
+        for cutoff in (CUTOFFS[0], CUTOFFS[-1])
+    ]  # fmt: skip
+    images = draw(folder / "guide", partial(line_figure, panels=panels))
+    rows = [measured.row("weight") for measured in figures]
+    changed = [each.row() for each in changes]
+    parts = [
+        figure(images, _sampled(figures) + " Searched over val's own pictures. With a weight of 0 the language model "
+               "searches alone, as published; with a large one the quantised two-tower model does.",
+               alt="Recall at 1 and 10 against the weight of the guide."),
+        paragraph("Queries that the chosen weight wins or loses: their picture comes first with the guide alone, or "
+                  "without it alone."),
+        table([{**row, "weight": f"{row['weight']:g}"} for row in changed], numbers=tuple(changed[0])[1:]),
+        details("The numbers", table([{**_measured_cells(row), "weight": f"{row['weight']:g}"} for row in rows],
+                                     numbers=tuple(rows[0])[1:])),
+    ]  # fmt: skip
+    section = Section("guide", "Recall against the guide's weight", parts)
+    return Part(section, {"recall_by_weight": rows, "guide_changes": changed}, {"guide": images.light})
 
 
 def pools_part(figures: Sequence[Figure], beams: int, folder: Path, styles: Styles) -> Part:

@@ -6,10 +6,10 @@ RERANKER=reranker/output/emoji
 
 STAGES="00_fetch_emoji 01_prepare_captions 02_assemble_clip 03_prepare_emb 04_train_heads 05_train_rqvae
 06_generate_codes 07_prepare_retriever_dataset 08_generate_pseudo_query
-09_train_retriever_t5 12_retrieve 13_test_retriever
-09_train_retriever_t5@retriever+pseudo 12_retrieve@retriever+pseudo 13_test_retriever@retriever+pseudo
+09_train_retriever_t5 14_build_index 12_retrieve 13_test_retriever
+09_train_retriever_t5@retriever+pseudo
 10_train_retriever_t5_stage2@retriever+stage2 12_retrieve@retriever+stage2 13_test_retriever@retriever+stage2
-14_build_index 15_convert_voken_to_seed
+15_convert_voken_to_seed
 16_prepare_reranker_dataset 17_finetune_reranker_llama 18_test_reranker_llama
 16_prepare_reranker_dataset@retriever+stage2 18_test_reranker_llama@retriever+stage2
 19_report"
@@ -38,6 +38,8 @@ ASSEMBLE_CLIP=(
 )
 TRAIN_HEADS=(
     --epochs 40
+    --steps 240
+    --validate-every 60
     --batch-size 1024
     --lr 1e-3
     --weight-decay 0.1
@@ -55,9 +57,10 @@ TRAIN_RQVAE=(
     --kmeans-iterations 15
     --kmeans-balance 0.05
     --epochs 12
+    --steps 150
+    --validate-every 50
     --batch-size 512
     --lr 3e-4
-    --validate-every 4
 )
 
 # Nothing of the sample comes from a model hub: its pseudo queries are captions of the nearest train pictures.
@@ -68,8 +71,10 @@ TRAIN_RETRIEVER=(
     --language-model "$TEXT_ENCODER"
     --decoder-layers 2
     --decoder-heads 8
-    --epochs 3
-    --queries-per-epoch 49920 # all captions; of these and the pseudo queries four in five
+    --epochs 2
+    --queries-per-epoch 33280 # all captions; of these and the pseudo queries half
+    --steps 260
+    --validate-every 130
     --batch-size 256
     --lr 1e-3
     --weight-decay 0.05
@@ -77,8 +82,8 @@ TRAIN_RETRIEVER=(
     --temperature 1.0
     --label-temperature 0.03
     --no-train-end
+    --guide
     --beams 10
-    --validate-every 2
     --validate-queries 1000
 )
 TRAIN_STAGE2=(
@@ -92,6 +97,7 @@ TRAIN_STAGE2=(
     --temperature 1.0
     --label-temperature 0.03
     --no-train-end
+    --guide
     --beams 10
     --validate-queries 2500
 )
@@ -108,6 +114,7 @@ FINETUNE_LLAMA=(
     --temperature 1.0
     --label-temperature 0.03
     --no-train-end
+    --guide
     --beams 10
     --validate-queries 1000
 )

@@ -156,9 +156,11 @@ if [ "$RECIPE" = faithful ]; then
     TRAIN_RERANKER+=(--compat --max-length 64 --no-spare-same-words)
 else
     TRAIN_RQVAE+=(--epochs 1000 --batch-size 2048)
-    TRAIN_RETRIEVER+=(--label-temperature 0.03)
-    TRAIN_STAGE2+=(--label-temperature 0.03 --discriminative list-wise)
-    FINETUNE_LLAMA+=(--label-temperature 0.03)
+    # The tokenizer's guide steers the search (models/guide.py); trainings stop when val gets no better.
+    TRAIN_RQVAE+=(--patience 10)
+    TRAIN_RETRIEVER+=(--label-temperature 0.03 --guide --patience 4)
+    TRAIN_STAGE2+=(--label-temperature 0.03 --guide --discriminative list-wise)
+    FINETUNE_LLAMA+=(--label-temperature 0.03 --guide)
 fi
 if [ "$RECIPE" = large-batch ]; then # the better recipe for eight GPUs: batches 8 times as large, rates times sqrt(8)
     TRAIN_RETRIEVER+=(--batch-size 1024 --lr 2.8e-3)
