@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.decoding import Scoring, Writer
+from models.guide import Steering
 from models.voken_lm import Memory
 from retriever.beam import Beams, beam_search, best, children_of
 from retriever.index import DeviceLevel, build_sorted, load_index, save_index, sort_codes
@@ -19,12 +20,19 @@ from .rows import Setting
 
 
 def engine(
-    writer: Writer, levels: list[DeviceLevel], setting: Setting, *, scoring: Scoring = "full", score_end: bool = False
+    writer: Writer,
+    levels: list[DeviceLevel],
+    setting: Setting,
+    *,
+    scoring: Scoring = "full",
+    score_end: bool = False,
+    steering: Steering | None = None,
 ) -> Beams:
     """A whole answer of this engine: encode, search."""
     with torch.inference_mode():
         memory = writer.encode(setting.token_ids)
-    return beam_search(writer, memory, levels, beams=setting.beams, scoring=scoring, score_end=score_end)
+    options: dict[str, Any] = {"beams": setting.beams, "scoring": scoring, "score_end": score_end}
+    return beam_search(writer, memory, levels, steering=steering, **options)
 
 
 @torch.inference_mode()

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Writer, make_writer
+from models.guide import Guide, guide_of
+from models.rqvae import RqVae, RqVaeConfig
 from retriever.index import DeviceLevel, build_index, to_device
 from tests.oracle import dictionary_trie, generate
 from tools import runs
@@ -54,9 +56,10 @@ PAIRS = (
 HEAVY = 800  # beams of all queries together, above which only these are measured, once
 HEAVY_CALLS = (("engine, voken", "fp32"), ("engine, exact", "fp32"), ("engine, voken", "bf16"))
 SHALLOW_BATCH = 32
+FEATURES = 768  # of CLIP ViT-L
 
-Part = Literal["headline", "pools", "causal", "shallow", "index", "grid", "two-tower", "sample"]
-QUICK: tuple[Part, ...] = ("headline", "pools", "causal", "shallow", "index")
+Part = Literal["headline", "guided", "pools", "causal", "shallow", "index", "grid", "two-tower", "sample"]
+QUICK: tuple[Part, ...] = ("headline", "guided", "pools", "causal", "shallow", "index")
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,25 @@ class Bench:
                 calls["forward passes", kind] = partial(forward, writer, setting)
         calls["index and top-k alone", "fp32"] = partial(constraint, levels, scores, setting.beams)
         return calls
+
+    def guided(self) -> None:
+        """The headline's search without a guide and with it; the query's text feature is there in both."""
+        _, levels = self.levels(POOL)
+        setting = Setting("T5-base, guided", POOL, BEAMS, captions(BATCH))
+        tokenizer = RqVae(RqVaeConfig(FEATURES, self.t5.state_width)).eval()
+        guide = guide_of(tokenizer, torch.randint(0, 1024, (1000, 4)))
+        assert guide is not None, "the tokenizer has a linear path"
+        steers = guide._replace(weight=40.0).to(self.device)
+        texts = torch.randn(BATCH, FEATURES, device=self.device)
+        calls: dict[tuple[str, str], Callable[[], object]] = {}
+        for kind in ("fp32", "bf16"):
+            plain = partial(engine, self.writer(kind), levels, setting)
+            calls["engine, full", kind] = plain
+            calls["engine, full, guided", kind] = partial(_guided, plain, steers, texts)
+        medians = self.measure(setting, calls, repeats=2 * self.config.repeats)
+        for kind in ("fp32", "bf16"):
+            ratio = medians["engine, full, guided", kind] / medians["engine, full", kind]
+            self.ratios[f"guided_over_unguided_{kind}"] = ratio
 
     def pools(self) -> None:
         """The same search in pools of many sizes."""
@@ -365,8 +387,15 @@ class Bench:
         return "\n\n".join([*parts, table(ratios)]) + "\n"
 
 
+def _guided(plain: Callable[..., object], guide: Guide, texts: torch.Tensor) -> object:
+    """A search with a guide that starts anew, as each does."""
+    with torch.inference_mode():
+        return plain(steering=guide.steer(texts))
+
+
 STEPS: dict[Part, Callable[[Bench], None]] = {
     "headline": Bench.headline,
+    "guided": Bench.guided,
     "pools": Bench.pools,
     "causal": Bench.causal,
     "shallow": Bench.shallow,

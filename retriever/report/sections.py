@@ -308,7 +308,7 @@ def beams_part(figures: Sequence[Figure], reference: Figure | None, folder: Path
     )
 
 
-def _level(reference: Figure | None, cutoff: int, beams: Sequence[int]) -> list[Line]:
+def _level(reference: Figure | None, cutoff: int, beams: Sequence[float]) -> list[Line]:
     """Two-tower search, which has no beams, as a level line."""
     if reference is None:
         return []
@@ -428,9 +428,9 @@ def _recall_lines(lines: dict[str, list[Figure]], cutoff: int, styles: Styles) -
     ]
 
 
-def _spaced(sizes: Sequence[int]) -> list[int]:
+def _spaced(sizes: Sequence[float]) -> list[float]:
     """The sizes that an axis has room for, largest first taken."""
-    kept: list[int] = []
+    kept: list[float] = []
     for size in sorted(sizes, reverse=True):
         if not kept or kept[-1] >= 1.9 * size:
             kept.append(size)

@@ -49,7 +49,7 @@ TRAIN_RETRIEVER=(
     --weight-decay 0.05
     --dropout 0.1
     --temperature 1.0
-    --label-temperature 0.03
+    --label-temperature 0.1
     --no-train-end
     --guide
     --beams 10
