@@ -16,17 +16,18 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tools.errors import BadInput
 from tools.files import replacing
 
 from .rqvae import RqVae
+from .voken_lm import Memory
 from .weights import ANEW
 
 GUIDE_NAME = "guide.safetensors"
-WEIGHT = "weight"
+WEIGHT, HEAD = "weight", "head."
 
 
 class Guide(NamedTuple):
@@ -42,6 +43,14 @@ class Guide(NamedTuple):
     """(levels,) squared length that the codes behind each level add on average; 0 at the last"""
     weight: float = 0.0
     """Of the cosine in a score; 0 switches the guide off."""
+    head: nn.Sequential | None = None
+    """From a language model's pooled encoder states to text features, in place of a second text encoder."""
+
+    def read(self, memory: Memory) -> Tensor:
+        """Text features (queries, features) that the head sees in encoder states."""
+        assert self.head is not None, "without a head the text encoder gives the features"
+        features: Tensor = self.head(pooled(memory))
+        return features
 
     def steer(self, texts: Tensor) -> "Steering":
         """Follow a search for queries with text features (queries, features), whose lengths do not matter."""
@@ -49,14 +58,20 @@ class Guide(NamedTuple):
 
     def to(self, device: torch.device) -> "Guide":
         """The same on a device."""
-        codewords, basis, mean, missing = (part.to(device) for part in self[:4])
-        return Guide(codewords, basis, mean, missing, self.weight)
+        codewords, basis, mean, missing = (part.to(device) for part in self.tensors)
+        return Guide(codewords, basis, mean, missing, self.weight, None if self.head is None else self.head.to(device))
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All that comes from the tokenizer."""
+        return self.codewords, self.basis, self.mean, self.missing
 
     def save(self, path: Path) -> None:
         """Write a safetensors file whose metadata holds the weight."""
-        tensors = {
-            name: part.detach().cpu().contiguous() for name, part in zip(self._fields[:4], self[:4], strict=True)
-        }
+        tensors = dict(zip(self._fields, self.tensors, strict=False))
+        if self.head is not None:
+            tensors |= {f"{HEAD}{name}": part for name, part in self.head.state_dict().items()}
+        tensors = {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={WEIGHT: repr(self.weight)})
 
@@ -72,8 +87,15 @@ def read_guide(path: Path) -> Guide | None:
     try:
         with safe_open(path, framework="pt") as file:
             codewords, basis, mean, missing = (file.get_tensor(name) for name in Guide._fields[:4])
-            return Guide(codewords, basis, mean, missing, float(file.metadata()[WEIGHT]))
-    except (SafetensorError, KeyError, TypeError, ValueError):
+            heads = [name for name in list(file.keys()) if name.startswith(HEAD)]
+            state = {name.removeprefix(HEAD): file.get_tensor(name) for name in heads}
+            guide = Guide(codewords, basis, mean, missing, float(file.metadata()[WEIGHT]))
+        if not state:
+            return guide
+        head = text_head(len(state["0.weight"]), len(mean))
+        head.load_state_dict(state)
+        return guide._replace(head=head.eval())
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
         raise BadInput(f"{path} is not a guide's file: {ANEW}") from None
 
 
@@ -96,6 +118,43 @@ def guide_of(model: RqVae, codes: Tensor) -> Guide | None:
         squares.append((sums * sums).sum(dim=1).mean())
     lengths = torch.stack(squares)
     return Guide(codewords, basis.T, model.mean.clone(), (lengths[-1] - lengths).clamp_min(0))
+
+
+def text_head(width: int, features: int) -> nn.Sequential:
+    """An untrained head, from pooled states (queries, width) to text features (queries, features)."""
+    hidden = 2 * max(width, features)
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, features))
+
+
+def pooled(memory: Memory) -> Tensor:
+    """The mean of each query's states (queries, width) float32, without the padding."""
+    mask = memory.mask.unsqueeze(2).float()
+    return (memory.states.float() * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
+
+
+def fit_text_head(
+    states: Tensor, texts: Tensor, *, seed: int, steps: int = 600, batch_size: int = 1024
+) -> nn.Sequential:
+    """Train a head to give the direction of the text features of captions.
+
+    Args:
+        states: (captions, width) pooled states.
+        texts: (captions, features) of the two-tower model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = text_head(states.shape[1], texts.shape[1]).to(states.device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.01)
+    plan = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        chosen = torch.randint(len(states), (min(batch_size, len(states)),), generator=generator).to(states.device)
+        loss = (1 - F.cosine_similarity(head(states[chosen]), texts[chosen])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plan.step()
+    return head.eval()
 
 
 class Steering:

@@ -29,7 +29,7 @@ from tools.ranked import NO_PICTURE, RankedLists, write_lists
 from .beam import RankedPictures
 from .data import UNKNOWN, Queries, RetrieverData, read_data, read_retriever
 from .queries import LiveQueries
-from .retrieve import ListOptions, Pool, chosen_guide, queries_per_second, search_each
+from .retrieve import ListOptions, Pool, chosen_guide, needs_features, queries_per_second, search_each
 from .setting import setting_on
 
 
@@ -84,7 +84,7 @@ def rank(
     queries = queries_of(data, split, config)
     beams = config.train_beams if split == "train" else config.beams
     guide = chosen_guide(config, writer.lm.device)
-    read = guide is not None or writer.lm.slot is not None
+    read = needs_features(writer.lm, guide)
     features = data.text_features(queries.texts, writer.lm.device) if read else None
     began = time.monotonic()
     live = LiveQueries(writer.lm, queries.texts)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
@@ -172,13 +173,17 @@ def search_each(
         with torch.inference_mode():
             memory = queries.memory(batch, writer.encode if graphed is None else graphed.encode)
             texts = None if features is None else torch.from_numpy(features[batch]).to(writer.lm.device)
+            if guide is not None and guide.head is not None:
+                steered_by: Tensor | None = guide.read(memory)
+            else:
+                steered_by = texts
             memory = writer.lm.with_slot(memory, texts)
-            steering = None if guide is None or texts is None else guide.steer(texts)
+            steering = None if guide is None or steered_by is None else guide.steer(steered_by)
         try:
             if graphed is None:
                 found = beam_search(writer, memory, levels, steering=steering, **options)
             else:
-                found = graphed(memory, texts)
+                found = graphed(memory, steered_by)
         except FloatingPointError as error:
             raise BadInput(str(error)) from None
         return [RankedPictures(rows[own].tolist(), scores) for own, scores in expand(found, index, keep=keep)]
@@ -263,6 +268,11 @@ def chosen_guide(config: ListOptions, device: torch.device) -> Guide | None:
     return guide.to(device)
 
 
+def needs_features(lm: VokenLM, guide: Guide | None) -> bool:
+    """Whether a search reads the text features of its queries, so that they pass through a second text encoder."""
+    return lm.slot is not None or (guide is not None and guide.head is None)
+
+
 def main(config: Config) -> None:
     data = read_data(config.dataset)
     trained = read_retriever(config.retriever, data)
@@ -282,7 +292,7 @@ def main(config: Config) -> None:
     tokenising = time.monotonic() - began
     chosen = chosen_guide(config, device)
     features, encoding = None, 0.0
-    if chosen is not None or lm.slot is not None:
+    if needs_features(lm, chosen):
         features = data.text_features(queries.texts, device)
         encoding = encoding_seconds(data.features, queries.texts, device=config.device)
     guides = ([None] if config.unguided or chosen is None else []) + ([] if chosen is None else [chosen])
@@ -304,7 +314,7 @@ def main(config: Config) -> None:
             graphs=config.graphs,
             blocks_folder=blocks_folder,
         )
-        before = tokenising if guide is None and lm.slot is None else tokenising + encoding
+        before = tokenising + encoding if needs_features(lm, guide) else tokenising
         speed = queries_per_second(blocks_folder, len(queries.texts), tokenising=before)
         if processes.is_main():
             write_json_lines(run.folder / f"{name}.jsonl", predictions(data, queries, ranking))

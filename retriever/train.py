@@ -157,6 +157,8 @@ def main(config: Config) -> None:
     checkpoint.resume()
     tracker = Tracker(run.folder, job="train_retriever", config=run.started["config"])
     train(training, tracker)
+    if config.guide_head:
+        training.fit_guide_head()
     checkpoint.finish(tracker, facts=training.facts())
     print(f"{checkpoint.told(chance=training.chance)}\n-> {run.folder / 'model'}")
 

@@ -247,6 +247,8 @@ def main(config: Config) -> None:
         checkpoint.report(tracker, training.validate())  # the start is the first to beat
         checkpoint.save()
     train(training, tracker)
+    if config.guide_head:
+        training.fit_guide_head()
     setting = "transductive" if config.pseudo_queries else start.facts["setting"]
     checkpoint.finish(tracker, facts={**training.facts(), "setting": setting, "stage1": str(config.stage1)})
     best = checkpoint.best

@@ -16,12 +16,12 @@ from torch import Tensor
 from models.batches import Part, bucketed_batches, check_batch_size, drawn
 from models.compute import autocast, pick_dtype
 from models.decoding import Writer, make_writer
-from models.guide import GUIDE_NAME
+from models.guide import GUIDE_NAME, fit_text_head, pooled
 from models.options import LargeModelOptions, TrainingOptions, ValidationOptions, schedule
 from models.stepper import Stepper
 from models.training import Checkpoint
 from models.voken_lm import VokenLM
-from tools import captions, runs
+from tools import captions, processes, runs
 from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import Floats
@@ -29,7 +29,7 @@ from tools.recall import CUTOFFS, Ranks, report
 
 from .data import Pairs, RetrieverData, read_pseudo_queries
 from .losses import Targets, generative_loss, soft_targets
-from .queries import LiveQueries, StoredQueries
+from .queries import LiveQueries, SomeQueries, StoredQueries
 from .retrieve import ranks_of, search_queries
 
 
@@ -61,6 +61,9 @@ class TrainingConfig(RunOptions, TrainingOptions, ValidationOptions, LargeModelO
     """The end token counts in the losses; published: yes."""
     score_end: bool = False
     """The end token counts in the score of a search; published: yes."""
+    guide_head: bool = False
+    """With --guide: at the end fit a head that sees the text feature in the language model's own encoder states, and
+    let it guide, so that a query passes through one text encoder."""
     guide: bool = False
     """Let the tokenizer's guide steer the search on val too (models/guide.py): its best weight is kept with the model,
     and the best checkpoint is the one that searches best with it; published: no."""
@@ -76,6 +79,8 @@ class TrainingConfig(RunOptions, TrainingOptions, ValidationOptions, LargeModelO
         least = min(self.epochs, self.beams, self.validate_queries)
         if least < 1 or (self.queries_per_epoch is not None and self.queries_per_epoch < 1):
             raise BadInput("--epochs, --queries-per-epoch, --beams and --validate-queries must be at least 1")
+        if self.guide_head and not self.guide:
+            raise BadInput("--guide-head is for --guide: give both")
         if self.temperature <= 0 or self.label_temperature < 0:
             raise BadInput("--temperature must be above 0, --label-temperature at least 0")
         check_batch_size(self.batch_size)
@@ -115,6 +120,7 @@ class Split(NamedTuple):
 
 
 WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)  # of the guide that are tried
+MOST_FITTED = 100_000  # captions that a guide's head is fitted on
 USUAL_WEIGHT = 40.0  # good for most data: another one has to be clearly better
 
 
@@ -149,6 +155,15 @@ def best_weight(ranks_with: Callable[[float], Ranks]) -> tuple[float, Ranks]:
     gains = hits(WEIGHTS[place]) - hits(USUAL_WEIGHT)
     chosen = WEIGHTS[place] if gains.mean() > gains.std() / len(gains) ** 0.5 else USUAL_WEIGHT
     return chosen, known[chosen]
+
+
+@torch.inference_mode()
+def pooled_states(queries: LiveQueries | SomeQueries) -> Tensor:
+    """Pooled encoder states (queries, width) of all queries."""
+    order = np.argsort(queries.lengths, kind="stable")
+    batches = np.array_split(order, -(-len(order) // 256))
+    found = torch.cat([pooled(queries.memory(batch)) for batch in batches])
+    return found[torch.from_numpy(np.argsort(order)).to(found.device)].clone()
 
 
 class Training:
@@ -270,6 +285,28 @@ class Training:
         self.lm.save_pretrained(folder)
         if self.guide is not None:
             self.guide._replace(weight=weight).save(folder / GUIDE_NAME)
+
+    def fit_guide_head(self) -> None:
+        """Put a head into the guide of the best model, which is fitted on train captions, and choose its weight anew;
+        work of the main process."""
+        if self.guide is not None and processes.is_main():
+            folder = self.checkpoint.best_folder
+            lm = VokenLM.from_pretrained(folder).to(self.device)
+            generator = np.random.default_rng(self.config.seed)
+            places = np.sort(generator.permutation(len(self.train_split.texts))[:MOST_FITTED])
+            texts = [self.train_split.texts[place] for place in places]
+            features = torch.from_numpy(self.data.text_features(texts, self.device)).to(self.device)
+            queries = SomeQueries(self.train_split.queries, places) if lm.frozen_encoder else LiveQueries(lm, texts)
+            head = fit_text_head(pooled_states(queries), features, seed=self.config.seed)
+            self.guide = self.guide._replace(head=head)
+            writer = make_writer(lm.eval(), self.config.precision)
+            weight, ranks = best_weight(lambda weight: self._ranks(writer, weight, None))
+            self.guide._replace(weight=weight).save(folder / GUIDE_NAME)
+            figures = recalls_of(ranks)
+            self.checkpoint.best |= {f"{name} guided": value for name, value in figures.items()} | {"guide": weight}
+            words = ", ".join(f"{name} {value:.1%}" for name, value in figures.items())
+            print(f"guided by a head on the language model's states, val: {words} (weight {weight:g})", flush=True)
+        processes.wait()
 
     @property
     def chance(self) -> float:

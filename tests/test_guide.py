@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from models.decoding import make_writer
 from models.guide import GUIDE_NAME, Guide, guide_of, read_guide
 from models.rqvae import RqVae, RqVaeConfig
+from models.voken_lm import VokenLM
 from retriever import rank_splits, retrieve, train
 from retriever.beam import Beams, beam_search
 from retriever.data import read_data
@@ -197,8 +198,6 @@ def test_a_dataset_without_a_guide_is_refused_with_what_to_do(chain: Chain) -> N
 def test_the_slot_reads_the_feature_and_is_kept(chain: Chain) -> None:
     output = chain.root / "slot"
     train.main(dataclasses.replace(encoder_decoder_config(chain, output), text_slot=True, epochs=1))
-    from models.voken_lm import VokenLM
-
     lm = VokenLM.from_pretrained(output / "model")
     assert lm.slot is not None
     memory = lm.encode(lm.tokenize(QUERIES))
@@ -208,6 +207,33 @@ def test_the_slot_reads_the_feature_and_is_kept(chain: Chain) -> None:
     found = chain.root / "slot-found"
     retrieve.main(retrieve.Config(dataset=chain.dataset, retriever=output, output=found, beams=4, device="cpu"))
     assert read_manifest(found, "retriever.retrieve").metrics.keys() == {"test"}
+
+
+def test_a_head_on_the_models_own_states_takes_the_second_encoders_place(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = chain.root / "headed"
+    config = dataclasses.replace(encoder_decoder_config(chain, output), guide=True, guide_head=True, epochs=1)
+    train.main(config)
+    kept = read_guide(output / "model" / GUIDE_NAME)
+    assert kept is not None
+    assert kept.head is not None
+    lm = VokenLM.from_pretrained(output / "model")
+    data = read_data(chain.dataset)
+    texts = data.queries("train").texts[:20]
+    features = torch.from_numpy(data.text_features(texts, CPU))
+    with torch.inference_mode():
+        seen = kept.read(lm.encode(lm.tokenize(texts)))
+    assert F.cosine_similarity(seen, features).mean() > 0.9
+    set_weight(output, 40.0)
+    monkeypatch.setattr(retrieve, "encoding_seconds", refuse)
+    found = chain.root / "headed-found"
+    retrieve.main(retrieve.Config(dataset=chain.dataset, retriever=output, output=found, beams=4, device="cpu"))
+    assert set(read_manifest(found, "retriever.retrieve").metrics) == {"test", "test" + GUIDED}
+
+
+def refuse(*_: Any, **__: Any) -> float:
+    raise AssertionError("nothing passes through a second encoder")
 
 
 def test_live_search_is_guided(chain: Chain, guided: Path) -> None:

@@ -34,6 +34,7 @@ from ..beam import RankedPictures, beam_search, expand
 from ..data import read_retriever
 from ..index import to_device
 from ..queries import read_query
+from ..retrieve import needs_features
 from . import remove
 from .exported import (
     HUB_NAME,
@@ -247,7 +248,7 @@ class Retriever:
             for start in range(0, len(order), BATCH):
                 batch = order[start : start + BATCH]
                 ids = [token_ids[place] for place in batch]
-                reads, texts = self.writer.lm.slot is not None or (guided and self.guide is not None), None
+                reads, texts = needs_features(self.writer.lm, self.guide if guided else None), None
                 if reads or share:
                     with timed(seconds, "encode" if reads else "rerank"):
                         texts = query_features(self._query_encoder(), [queries[place] for place in batch])
@@ -489,10 +490,12 @@ class Retriever:
         """
         with torch.inference_mode(), timed(seconds, "encode"):
             features = None if texts is None else torch.from_numpy(texts).to(self.device)
-            memory = self.writer.lm.with_slot(self.writer.encode(token_ids), features)
-            steering = None
-            if guided and self.guide is not None and features is not None:
-                steering = self.guide.steer(features)
+            memory, steering = self.writer.encode(token_ids), None
+            if guided and self.guide is not None:
+                seen = self.guide.read(memory) if self.guide.head is not None else features
+                assert seen is not None, "`needs_features` says so"
+                steering = self.guide.steer(seen)
+            memory = self.writer.lm.with_slot(memory, features)
         try:
             with timed(seconds, "beams"):
                 options: dict[str, Any] = {"beams": beams, "scoring": self.scoring, "steering": steering}

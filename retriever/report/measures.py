@@ -27,7 +27,7 @@ from ..data import UNKNOWN, Queries, RetrieverData
 from ..flat_index import flat_index
 from ..index import build_index, to_device
 from ..queries import LiveQueries
-from ..retrieve import ranks_of, search_queries
+from ..retrieve import needs_features, ranks_of, search_queries
 from ..training import WEIGHTS
 from ..two_tower import encoded
 
@@ -175,7 +175,7 @@ def _ranks(system: System, data: RetrieverData, queries: Queries, pool: Rows, *,
     """Rank of each query's picture, with so much weight of the guide."""
     lm = system.writer.lm
     guide = system.guide._replace(weight=weight) if weight and system.guide is not None else None
-    features = data.text_features(queries.texts, lm.device) if lm.slot is not None or guide is not None else None
+    features = data.text_features(queries.texts, lm.device) if needs_features(lm, guide) else None
     ranking = search_queries(
         system.writer,
         LiveQueries(system.writer.lm, queries.texts),
