@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.batches import Part, check_batch_size, drawn
 from models.compute import pick_device, seed_everything
-from models.options import Schedule, TrainingOptions, ValidationOptions, schedule
+from models.options import TrainingOptions, ValidationOptions, examples_of_epoch
 from models.rqvae import BLOCK, AlignAt, Alignment, RqVae, RqVaeConfig
 from models.stepper import Stepper
 from models.training import Checkpoint
@@ -194,16 +194,11 @@ class TrainData:
         """Pairs that there are; of each picture one, or all."""
         return len(self.rows) if self.config.pairs == "picture" else len(self.captions)
 
-    @property
-    def schedule(self) -> Schedule:
-        """How the training on them is divided."""
-        return schedule(self.config, count=self.count)
-
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, each (batch, 2) rows of `images` and of `texts`; the same in every process."""
         generator, size = np.random.default_rng([self.config.seed, epoch]), self.config.batch_size
         pairs = self.count
-        most = self.schedule.examples or pairs
+        most = examples_of_epoch(self.config, count=pairs) or pairs
         order = drawn(pairs, most, generator) if self.config.shuffle else np.resize(np.arange(pairs), most)
         pairs = len(order)
         if self.config.pairs == "picture":
@@ -310,9 +305,8 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Ch
         model: on the device where it is trained.
     """
     data = TrainData(features, config, next(model.parameters()).device)
-    plan = data.schedule
-    stepper = make_stepper(model, config, steps=plan.epochs * len(data.batches(0)))
-    checkpoint = Checkpoint(run, stepper, epochs=plan.epochs, points=plan.epochs, patience=config.patience)
+    stepper = make_stepper(model, config, steps=config.epochs * len(data.batches(0)))
+    checkpoint = Checkpoint(run, stepper, epochs=config.epochs, points=config.epochs, patience=config.patience)
     tracker = Tracker(run.folder, job="train_rqvae", config=run.started["config"])
     validation = Validation(model, features)
     parts: dict[str, Tensor] = {}
@@ -335,8 +329,8 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Ch
             start_from_kmeans(model, data, config)
             stepper.align()
         validate()
-    epochs = range(checkpoint.epoch, plan.epochs)
-    bar = progress(epochs, "training RQ-VAE", total=plan.epochs, unit="epoch", initial=checkpoint.epoch)
+    epochs = range(checkpoint.epoch, config.epochs)
+    bar = progress(epochs, "training RQ-VAE", total=config.epochs, unit="epoch", initial=checkpoint.epoch)
     for epoch in bar:
         if checkpoint.over:
             break
@@ -344,7 +338,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Ch
         for batches in checkpoint.steps(data.batches(epoch), seed=config.seed, shown=False):
             stepper.step(loss, batches)
         checkpoint.epoch_ends()
-        if config.revive_every and checkpoint.epoch % config.revive_every == 0 and checkpoint.epoch < plan.epochs:
+        if config.revive_every and checkpoint.epoch % config.revive_every == 0 and checkpoint.epoch < config.epochs:
             revive(model, data, config, epoch)
             stepper.align()
         means = stepper.mean_over_processes(torch.stack(list(parts.values()))).tolist()
@@ -352,7 +346,7 @@ def train(model: RqVae, features: Features, run: runs.Run, config: Config) -> Ch
         tracker.log(figures, step=checkpoint.epoch)
         checkpoint.curves.step(checkpoint.epoch, figures)
         bar.set_postfix({name.removeprefix("train/"): f"{value:.3f}" for name, value in figures.items()}, refresh=False)
-        if checkpoint.validation_is_due(plan.validate_every):
+        if checkpoint.validation_is_due(config.validate_every):
             validate()
         checkpoint.save_if_due()
     checkpoint.save()

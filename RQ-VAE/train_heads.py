@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from models.batches import Part, drawn
 from models.clip import Heads, attach_heads, detach_heads, load_recorded, save_clip
 from models.compute import pick_device, seed_everything
-from models.options import TrainingOptions, ValidationOptions, schedule
+from models.options import TrainingOptions, ValidationOptions, examples_of_epoch
 from models.stepper import Stepper
 from models.training import Checkpoint
 from tools import runs
@@ -111,7 +111,7 @@ def batches_of(features: Features, config: Config, epoch: int) -> list[NDArray[n
     if len(rows) < 2:
         raise BadInput(f"{config.features} has {len(rows)} train pictures with captions: heads need at least 2")
     size = min(config.batch_size, len(rows))
-    examples = schedule(config, count=len(rows)).examples
+    examples = examples_of_epoch(config, count=len(rows))
     count = (examples or len(rows)) // size
     generator = np.random.default_rng([config.seed, epoch])
     order = rows[drawn(len(rows), examples, generator)][: count * size]
@@ -131,10 +131,9 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) ->
     Returns:
         Recall on val; empty without val captions.
     """
-    plan = schedule(config, count=len(features.captioned_rows("train")))
-    steps = plan.epochs * len(batches_of(features, config, 0))
+    steps = config.epochs * len(batches_of(features, config, 0))
     stepper = Stepper(model, config, steps=steps, decay="cosine", seeded=False)
-    checkpoint = Checkpoint(run, stepper, epochs=plan.epochs, points=plan.epochs, patience=config.patience)
+    checkpoint = Checkpoint(run, stepper, epochs=config.epochs, points=config.epochs, patience=config.patience)
     checkpoint.resume()
     tracker = Tracker(run.folder, job="train_heads", config=run.started["config"])
 
@@ -148,8 +147,8 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) ->
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / HEADS)
 
-    epochs = range(checkpoint.epoch, plan.epochs)
-    bar = progress(epochs, "training heads", total=plan.epochs, unit="epoch", initial=checkpoint.epoch)
+    epochs = range(checkpoint.epoch, config.epochs)
+    bar = progress(epochs, "training heads", total=config.epochs, unit="epoch", initial=checkpoint.epoch)
     for epoch in bar:
         if checkpoint.over:
             break
@@ -160,7 +159,7 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) ->
         tracker.log({"loss": mean, "temperature": 1 / model.log_scale.exp().item()}, step=checkpoint.epoch)
         checkpoint.curves.step(checkpoint.epoch, {"train/loss": mean})
         bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-        if checkpoint.validation_is_due(plan.validate_every):
+        if checkpoint.validation_is_due(config.validate_every):
             figures = validate(model, features, stepper.device)
             tracker.log({f"val/{name}": value for name, value in figures.items()}, step=checkpoint.epoch)
             checkpoint.curves.mark(checkpoint.epoch, {f"val/R@{name}": value for name, value in figures.items()})

@@ -1,7 +1,7 @@
 """Options of commands that run or train a model, written once: a configuration derives from those it takes."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 from tools.errors import BadInput
 
@@ -43,8 +43,7 @@ class TrainingOptions(DeviceOptions):
     warmup: float = 0.0
     """Share of the steps over which the learning rate rises."""
     steps: int | None = None
-    """Steps of the optimiser at least: small data are passed over more often than the epochs say. What is called an
-    epoch then is the steps between two validations, which are what --validate-every counts."""
+    """Steps of the optimiser at least: where the examples are few, each epoch passes over them several times."""
     seed: int = 0
     """Seed of weights, batches, and all else that is drawn."""
 
@@ -70,7 +69,7 @@ class ValidationOptions:
     """When a training is validated."""
 
     validate_every: int = 1
-    """Epochs between validations; steps between them where --steps is given."""
+    """Epochs between validations."""
     patience: int | None = None
     """Stop after so many validations in a row that were not the best; by default never."""
 
@@ -79,19 +78,8 @@ class ValidationOptions:
             raise BadInput("`validate_every` and `patience` must be at least 1")
 
 
-class Schedule(NamedTuple):
-    """How a training is divided."""
-
-    epochs: int
-    """At most."""
-    validate_every: int
-    """Epochs between validations."""
-    examples: int | None
-    """Of an epoch; None: all there are, each once."""
-
-
 class Scheduled(Protocol):
-    """The options that a schedule follows from."""
+    """The options that the length of an epoch follows from."""
 
     @property
     def epochs(self) -> int: ...
@@ -99,24 +87,26 @@ class Scheduled(Protocol):
     def steps(self) -> int | None: ...
     @property
     def batch_size(self) -> int: ...
-    @property
-    def validate_every(self) -> int: ...
 
 
-def schedule(options: Scheduled, *, count: int, accumulate: int = 1, examples: int | None = None) -> Schedule:
-    """Epochs as they are given; or, where steps are given, epochs of the steps between two validations.
+def examples_of_epoch(
+    options: Scheduled, *, count: int, accumulate: int = 1, examples: int | None = None
+) -> int | None:
+    """Examples of an epoch: those that are asked for, or more where the epochs would have too few steps in all.
 
     Args:
         count: examples that there are.
         accumulate: batches per step.
-        examples: of an epoch, where they are given.
+        examples: that are asked for.
+
+    Returns:
+        None: all that there are, each once.
     """
-    if options.steps is None:
-        return Schedule(options.epochs, options.validate_every, examples)
+    if options.steps is None or options.epochs == 0:
+        return examples
     of_step = min(options.batch_size, count) * accumulate
-    steps = max(options.steps, options.epochs * -(-(examples or count) // of_step))
-    every = min(steps, options.validate_every)
-    return Schedule(-(-steps // every), 1, every * of_step)
+    wanted = -(-options.steps // options.epochs)
+    return examples if (examples or count) > (wanted - 1) * of_step else wanted * of_step
 
 
 @dataclass(frozen=True, kw_only=True)

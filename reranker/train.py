@@ -22,7 +22,14 @@ from torch import Tensor
 
 from models.batches import Part, bucketed_batches, check_batch_size, drawn
 from models.compute import autocast, pick_device, pick_dtype, seed_everything
-from models.options import LargeModelOptions, LoraOptions, NegativeOptions, TrainingOptions, ValidationOptions, schedule
+from models.options import (
+    LargeModelOptions,
+    LoraOptions,
+    NegativeOptions,
+    TrainingOptions,
+    ValidationOptions,
+    examples_of_epoch,
+)
 from models.scorer import LORA_TARGETS, TRAINED_WHOLE, Lora, Scorer, build_new_scorer, build_scorer
 from models.stepper import Stepper
 from models.training import Checkpoint
@@ -162,11 +169,10 @@ class Training:
         self.lengths = np.array([len(ids) for ids in self.queries])
         self.pool = np.array([row for row, record in enumerate(pictures.records) if record.split == "train"])
         self.spared = spared_pictures(pictures) if config.spare_same_words else {}
-        self.schedule = schedule(
-            config, count=len(self.lengths), accumulate=config.accumulate, examples=config.queries_per_epoch
-        )
+        count, accumulate = len(self.lengths), config.accumulate
+        self.of_epoch = examples_of_epoch(config, count=count, accumulate=accumulate, examples=config.queries_per_epoch)
         self.epoch_batches = len(self.batches(0))
-        epochs = self.schedule.epochs
+        epochs = config.epochs
         steps = epochs * -(-self.epoch_batches // config.accumulate)
         self.stepper = Stepper(scorer, config, steps=steps, decay="cosine", large=config)
         self.checkpoint = Checkpoint(run, self.stepper, epochs=epochs, points=steps, patience=config.patience)
@@ -174,7 +180,7 @@ class Training:
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, places in the train lists."""
         generator = np.random.default_rng([self.config.seed, epoch])
-        size, most = self.config.batch_size, self.schedule.examples
+        size, most = self.config.batch_size, self.of_epoch
         if not self.config.by_picture:
             places = np.sort(drawn(len(self.lengths), most, generator))
             return [places[batch] for batch in bucketed_batches(self.lengths[places], size, generator)]
@@ -201,7 +207,7 @@ class Training:
         """Pictures (batch, 1 + negatives) for a whole batch, the right one first; alike in every process."""
         config, batch = self.config, part.batch
         generator = np.random.default_rng(batch.stream(0))
-        done = (batch.epoch * self.epoch_batches + batch.number) / (self.schedule.epochs * self.epoch_batches)
+        done = (batch.epoch * self.epoch_batches + batch.number) / (config.epochs * self.epoch_batches)
         still = max(0.0, 1.0 - done / config.easing) if config.easing else 0.0
         random = config.random_negatives + round((config.negatives - config.random_negatives) * still)
         keys = self.train.pictures[batch.rows] if config.by_picture else np.arange(len(batch.rows))
@@ -325,7 +331,7 @@ def train(training: Training, tracker: Tracker) -> None:
         for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
             checkpoint.record(training.stepper.step(training.loss, batches), tracker)
         checkpoint.epoch_ends()
-        if checkpoint.validation_is_due(training.schedule.validate_every):
+        if checkpoint.validation_is_due(config.validate_every):
             checkpoint.report(tracker, training.validate())
         checkpoint.save()
 

@@ -225,7 +225,7 @@ def train(training: Stage2, tracker: Tracker) -> None:
         for batches in checkpoint.steps(training.batches(checkpoint.epoch), seed=config.seed):
             checkpoint.record(training.stepper.step(training.loss, batches), tracker)
         checkpoint.epoch_ends()
-        if checkpoint.validation_is_due(training.schedule.validate_every):
+        if checkpoint.validation_is_due(config.validate_every):
             checkpoint.report(tracker, training.validate_mixtures())
         checkpoint.save()
 

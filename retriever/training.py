@@ -17,7 +17,7 @@ from models.batches import Part, bucketed_batches, check_batch_size, drawn
 from models.compute import autocast, pick_dtype
 from models.decoding import Writer, make_writer
 from models.guide import GUIDE_NAME, fit_text_head, pooled
-from models.options import LargeModelOptions, TrainingOptions, ValidationOptions, schedule
+from models.options import LargeModelOptions, TrainingOptions, ValidationOptions, examples_of_epoch
 from models.stepper import Stepper
 from models.training import Checkpoint
 from models.voken_lm import VokenLM
@@ -183,9 +183,8 @@ class Training:
         self.device = next(lm.parameters()).device
         self.dtype = pick_dtype(config.precision, self.device)
         self.pairs = self._train_pairs()
-        self.schedule = schedule(
-            config, count=len(self.pairs.texts), accumulate=config.accumulate, examples=config.queries_per_epoch
-        )
+        count, accumulate = len(self.pairs.texts), config.accumulate
+        self.of_epoch = examples_of_epoch(config, count=count, accumulate=accumulate, examples=config.queries_per_epoch)
         self.used = self._used_rows()
         self.train_split = self._split(self.pairs.some(self.used), "train")
         self.val_split = self._split(self._val_pairs(), "val")
@@ -197,11 +196,9 @@ class Training:
             self.codebooks = torch.from_numpy(np.array(data.codebooks)).to(self.device)
             squares = (self.latents[data.rows("train")] ** 2).sum(dim=1)
             self.label_scale = float(squares.mean()) * config.label_temperature
-        steps = self.schedule.epochs * -(-len(self.batches(0)) // config.accumulate)
+        steps = config.epochs * -(-len(self.batches(0)) // config.accumulate)
         self.stepper = Stepper(lm, config, steps=steps, decay="linear", large=config)
-        self.checkpoint = Checkpoint(
-            run, self.stepper, epochs=self.schedule.epochs, points=steps, patience=config.patience
-        )
+        self.checkpoint = Checkpoint(run, self.stepper, epochs=config.epochs, points=steps, patience=config.patience)
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch, places in `train_split`; the same in every process."""
@@ -339,13 +336,13 @@ class Training:
 
     def _used_rows(self) -> NDArray[np.int64]:
         """Places in `pairs` of the captions that some epoch draws, sorted."""
-        if self.schedule.examples is None or self.schedule.examples >= len(self.pairs.texts):
+        if self.of_epoch is None or self.of_epoch >= len(self.pairs.texts):
             return np.arange(len(self.pairs.texts))
-        return np.unique(np.concatenate([self._rows_of_epoch(epoch) for epoch in range(self.schedule.epochs)]))
+        return np.unique(np.concatenate([self._rows_of_epoch(epoch) for epoch in range(self.config.epochs)]))
 
     def _rows_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         """Places in `pairs` of an epoch's captions, sorted."""
-        count, most = len(self.pairs.texts), self.schedule.examples
+        count, most = len(self.pairs.texts), self.of_epoch
         if most is None:
             return np.arange(count)
         return np.sort(drawn(count, most, np.random.default_rng([self.config.seed, epoch, 1])))

@@ -62,6 +62,8 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("emoji", {}),
         ("folder", {"PICTURES": "."}),
+        ("captioned", {"PICTURES": ".", "CAPTIONS_FILE": "README.md", "MODELS": "sample"}),
+        ("captioned", {"PICTURES": ".", "CAPTIONS_FILE": "README.md", "MODELS": "hub"}),
         ("flickr30k", {}),
         ("flickr30k", {"RECIPE": "faithful"}),
         ("flickr30k", {"RECIPE": "large-batch"}),

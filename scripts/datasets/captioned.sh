@@ -32,17 +32,16 @@ fi
 
 # Trainings are as long as the data need: at least so many steps, and no longer than val gets better.
 CLIP=(--model "$TOKENIZER/02_assemble_clip/clip" --layer tower)
-TRAIN_HEADS+=(--steps 240 --validate-every 24 --patience 4)
+TRAIN_HEADS+=(--steps 240 --validate-every 4 --patience 4)
 FEATURES=$TOKENIZER/04_train_heads
-TRAIN_RQVAE+=(--epochs 12 --steps 150 --validate-every 30 --patience 3)
+TRAIN_RQVAE+=(--steps 240 --validate-every 4)
 TRAIN_RETRIEVER=(
     --kind encoder-decoder
     --language-model "$TEXT_ENCODER"
     --decoder-layers 2
     --decoder-heads 8
-    --epochs 3
+    --epochs 8
     --steps 400
-    --validate-every 50
     --patience 3
     --batch-size 128
     --lr 1e-3

@@ -39,7 +39,7 @@ ASSEMBLE_CLIP=(
 TRAIN_HEADS=(
     --epochs 40
     --steps 240
-    --validate-every 60
+    --validate-every 10
     --batch-size 1024
     --lr 1e-3
     --weight-decay 0.1
@@ -58,7 +58,7 @@ TRAIN_RQVAE=(
     --kmeans-balance 0.05
     --epochs 12
     --steps 150
-    --validate-every 50
+    --validate-every 4
     --batch-size 512
     --lr 3e-4
 )
@@ -74,7 +74,6 @@ TRAIN_RETRIEVER=(
     --epochs 2
     --queries-per-epoch 33280 # all captions; of these and the pseudo queries half
     --steps 260
-    --validate-every 130
     --batch-size 256
     --lr 1e-3
     --weight-decay 0.05
@@ -89,6 +88,7 @@ TRAIN_RETRIEVER=(
 TRAIN_STAGE2=(
     --epochs 1
     --queries-per-epoch 16384
+    --steps 128
     --batch-size 128
     --lr 3e-4
     --weight-decay 0.05
@@ -99,7 +99,7 @@ TRAIN_STAGE2=(
     --no-train-end
     --guide
     --beams 10
-    --validate-queries 2500
+    --validate-queries 1000
 )
 # LLAMA names a causal model on disk, or, with HF_HUB_OFFLINE=0, on the Hugging Face Hub.
 FINETUNE_LLAMA=(
@@ -151,7 +151,7 @@ TRAIN_RERANKER=(
     --easing 0.7
     --by-picture
     --epochs 1
-    --queries-per-epoch 16000
+    --queries-per-epoch 12000
     --batch-size 40
     --lr 2e-3
     --weight-decay 0.05
