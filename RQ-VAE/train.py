@@ -124,18 +124,19 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
             codes //= 2
         return codes
 
-    def rqvae(self, features: int, codebook_size: int) -> RqVaeConfig:
+    def rqvae(self, features: int, codebook_size: int | None = None) -> RqVaeConfig:
         """The model's configuration.
 
         Args:
             features: width of the features.
+            codebook_size: by default what was asked for.
         """
         return RqVaeConfig(
             features=features,
             width=self.width,
             hidden=self.hidden,
             levels=self.levels,
-            codebook_size=codebook_size,
+            codebook_size=codebook_size or self.codebook_size,
             shared=self.shared_codebook,
             dropout=self.dropout,
             normalize=self.normalize,

@@ -207,8 +207,9 @@ class Bench:
         """The headline's search without a guide and with it; the query's text feature is there in both."""
         _, levels = self.levels(POOL)
         setting = Setting("T5-base, guided", POOL, BEAMS, captions(BATCH))
-        tokenizer = RqVae(RqVaeConfig(FEATURES, self.t5.state_width)).eval()
-        guide = guide_of(tokenizer, torch.randint(0, 1024, (1000, 4)))
+        levels_of, size = self.t5.space.levels, self.t5.space.codebook_size
+        shape = RqVaeConfig(FEATURES, self.t5.state_width, levels=levels_of, codebook_size=size)
+        guide = guide_of(RqVae(shape).eval(), torch.randint(0, size, (1000, levels_of)))
         assert guide is not None, "the tokenizer has a linear path"
         steers = guide._replace(weight=40.0).to(self.device)
         texts = torch.randn(BATCH, FEATURES, device=self.device)

@@ -1,28 +1,33 @@
 """The speed of two-tower search, encoding of the queries included, beside that of generation."""
 
 import time
+from typing import TYPE_CHECKING
 
-from models.clip import TextEncoder
 from models.compute import pick_device, pick_dtype
 from tools.features import Features, Floats
 
 from .flat_index import flat_index
 
+if TYPE_CHECKING:
+    from models.clip import TextEncoder  # a search without a guide needs no open_clip
+
 SPEED_QUERIES = 512
 BATCH = 64
 
 
-def query_encoder(features: Features, device: str | None = None) -> TextEncoder:
+def query_encoder(features: Features, device: str | None = None) -> "TextEncoder":
     """The text tower that queries of two-tower search go through.
 
     Args:
         features: whose model it is.
     """
+    from models.clip import TextEncoder
+
     place = pick_device(device)
     return TextEncoder.recorded(features.manifest.facts, place, pick_dtype("auto", place))
 
 
-def encoded(encoder: TextEncoder, texts: list[str]) -> Floats:
+def encoded(encoder: "TextEncoder", texts: list[str]) -> Floats:
     """Features (texts, width) of one batch."""
     found: Floats = encoder.encode_batch(encoder.tokens(texts)).cpu().numpy()
     return found

@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.rqvae import RqVae, RqVaeConfig
 from tools import runs
-from tools.captions import FILE_NAME, SPLITS, Record, write_captions
+from tools.captions import FILE_NAME, SPLITS, Record, read_captions, write_captions
 from tools.features import encoder_of
 from tools.files import hash_file, write_array, write_json_lines
 
@@ -64,8 +64,10 @@ def features(folder: Path, of: Path, *, width: int = WIDTH, model: str = "ViT-X"
 
     def write(here: Path) -> None:
         generator = np.random.default_rng(0)
-        for name in ("images.npy", "texts.npy"):
-            write_array(here / name, generator.normal(size=(6, width)).astype(np.float32))
+        records = read_captions(of).records
+        counts = {"images.npy": len(records), "texts.npy": sum(len(each.captions) for each in records)}
+        for name, rows in counts.items():
+            write_array(here / name, generator.normal(size=(rows, width)).astype(np.float32))
 
     fingerprint = runs.read_manifest(of, "tools.prepare_captions").fingerprint
     facts = {"captions": str(of), "captions_fingerprint": fingerprint, "layer": layer, "precision": "float32"}

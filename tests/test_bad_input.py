@@ -911,6 +911,8 @@ def test_an_enormous_query_is_cut_where_no_model_reads_on(models: Path) -> None:
 class Answering:
     """A retriever that cannot answer one query."""
 
+    guide = None
+
     def __init__(self, file: Path) -> None:
         self.file = file
         self.asked: list[str] = []

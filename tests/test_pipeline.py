@@ -61,10 +61,12 @@ def test_each_command_leaves_exactly_its_files(chain: Chain, retriever: Path) ->
     assert files_of(chain.rqvae) == [
         "config.json", "curves.jsonl", "manifest.json", "model.safetensors", "report.json",
     ]  # fmt: skip
-    assert files_of(chain.codes) == ["codebooks.npy", "codes.npy", "latents.npy", "manifest.json", "report.json"]
+    assert files_of(chain.codes) == [
+        "codebooks.npy", "codes.npy", "guide.safetensors", "latents.npy", "manifest.json", "report.json",
+    ]  # fmt: skip
     assert files_of(chain.dataset) == [
-        "codebooks.npy", "codes.npy", "latents.npy", "manifest.json", "pool.jsonl", "test.jsonl", "train.jsonl",
-        "val.jsonl",
+        "codebooks.npy", "codes.npy", "guide.safetensors", "latents.npy", "manifest.json", "pool.jsonl", "test.jsonl",
+        "train.jsonl", "val.jsonl",
     ]  # fmt: skip
     assert {"curves.jsonl", "manifest.json", "model/model.safetensors"} <= set(files_of(retriever))
     assert "model/vokens.json" in files_of(retriever)
@@ -367,7 +369,7 @@ def test_a_stage_out_of_order_names_the_script(chain: Chain, tmp_path: Path) -> 
         train.main(train.Config(dataset=tmp_path, language_model="t5-base", output=tmp_path / "out"))
     with pytest.raises(BadInput, match=r"tower features, embedding features are needed: run scripts/04"):
         rqvae_train.main(rqvae_train.Config(features=chain.towers, output=tmp_path / "out", **RQVAE))
-    settings = {**RQVAE, "codebook_size": 64}
+    settings = {**RQVAE, "codebook_size": 64, "pictures_per_code": 0}
     with pytest.raises(BadInput, match="needs as many train pictures, there are 32"):
         rqvae_train.main(rqvae_train.Config(features=chain.features, output=tmp_path / "out", **settings))
 

@@ -89,7 +89,9 @@ def test_the_order_is_that_of_brute_force(
         for file, score in zip(own.files, own.scores, strict=True)
     }
     [found] = answers(dataclasses.replace(config, rerank_weight=share), capsys)
-    assert found.files == sorted(expected, key=lambda file: -expected[file])
+    in_order = np.array([expected[file] for file in found.files])
+    assert set(found.files) == set(expected)
+    assert np.diff(in_order).max() <= 0.001  # scores are shown to three digits, which may be equal
     assert found.files != own.files
     assert found.scores == pytest.approx([expected[file] for file in found.files], abs=0.02)
     assert found.head.endswith(f" s, re-ranked by features (share {share:.2f})")
@@ -290,7 +292,8 @@ def test_a_model_that_cannot_encode_queries_is_one_clear_line(
         with pytest.raises(BadInput, match=message) as error:
             search.main(config)
         assert str(error.value).endswith(
-            "search with --no-rerank, or run scripts/14_build_index.sh --overwrite and add again what was added"
+            "search with --no-guided --no-rerank, or run scripts/14_build_index.sh --overwrite and add again what was "
+            "added"
         )
         assert answers(dataclasses.replace(config, rerank=False), capsys)[0].files
     manifest["facts"]["clip"] = made_by

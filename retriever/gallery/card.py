@@ -9,7 +9,7 @@ from tools import runs
 from tools.captions import SPLITS
 from tools.errors import BadInput
 from tools.files import read_json
-from tools.results import FIRST, markdown
+from tools.results import FIRST, GUIDED, markdown
 from tools.texts import as_markdown_cell
 
 from ..data import read_data
@@ -122,8 +122,8 @@ def without_places(value: Any) -> Any:
 
 
 def figures(rows: Sequence[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
-    """Of a summary the rows by picture: two-tower search, and the system with and without features."""
-    own = {system, f"{system}+features"}
+    """Of a summary the rows by picture: two-tower search, and the system with and without guide and features."""
+    own = {f"{system}{guided}{features}" for guided in ("", GUIDED) for features in ("", "+features")}
     chosen = (
         row
         for row in rows
