@@ -119,9 +119,9 @@ class Split(NamedTuple):
     """(queries, features) two-tower features of the texts, where a slot or a guide reads them."""
 
 
-WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)  # of the guide that are tried
+WEIGHTS = (0.0, 10.0, 20.0, 40.0, 80.0, 160.0)  # of the guide that are tried
 MOST_FITTED = 100_000  # captions that a guide's head is fitted on
-USUAL_WEIGHT = 40.0  # good for most data: another one has to be clearly better
+USUAL_WEIGHT = 80.0  # good for most data: another one has to be clearly better
 
 
 def recalls_of(ranks: Ranks) -> dict[str, float]:

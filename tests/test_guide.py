@@ -122,11 +122,11 @@ def test_the_usual_weight_stays_unless_another_is_clearly_better() -> None:
         return lambda weight: np.array(weights.get(weight, [50] * 100))
 
     good, usual = [1] * 60 + [50] * 40, [1] * 50 + [50] * 50
-    weight, found = best_weight(ranks({20.0: good, 40.0: usual, 10.0: usual}))
-    assert weight == 20.0
+    weight, found = best_weight(ranks({40.0: good, 80.0: usual, 20.0: usual}))
+    assert weight == 40.0
     assert found.tolist() == good
     luck = [50] * 2 + [1] * 48 + [1] * 3 + [50] * 47
-    assert best_weight(ranks({80.0: luck, 40.0: usual}))[0] == 40.0
+    assert best_weight(ranks({160.0: luck, 80.0: usual}))[0] == 80.0
     falling = {weight: [1] * (90 - place * 10) + [50] * (10 + place * 10) for place, weight in enumerate(WEIGHTS)}
     assert best_weight(ranks(falling))[0] == 0.0
 
