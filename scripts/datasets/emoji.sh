@@ -151,7 +151,7 @@ TRAIN_RERANKER=(
     --easing 0.7
     --by-picture
     --epochs 1
-    --queries-per-epoch 12000
+    --queries-per-epoch 20000
     --batch-size 40
     --lr 2e-3
     --weight-decay 0.05
