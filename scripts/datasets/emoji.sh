@@ -71,9 +71,9 @@ TRAIN_RETRIEVER=(
     --language-model "$TEXT_ENCODER"
     --decoder-layers 2
     --decoder-heads 8
-    --epochs 2
+    --epochs 3
     --queries-per-epoch 33280 # all captions; of these and the pseudo queries half
-    --steps 260
+    --steps 390
     --batch-size 256
     --lr 1e-3
     --weight-decay 0.05
