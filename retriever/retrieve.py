@@ -24,7 +24,7 @@ from models.compute import pick_device
 from models.decoding import Scoring, Writer, make_writer
 from models.guide import GUIDE_NAME, Guide, read_guide
 from models.options import DeviceOptions
-from models.voken_lm import VokenLM
+from models.voken_lm import Memory, VokenLM
 from tools import processes, runs
 from tools.blocks import Blocks
 from tools.captions import Split
@@ -173,17 +173,13 @@ def search_each(
         with torch.inference_mode():
             memory = queries.memory(batch, writer.encode if graphed is None else graphed.encode)
             texts = None if features is None else torch.from_numpy(features[batch]).to(writer.lm.device)
-            if guide is not None and guide.head is not None:
-                steered_by: Tensor | None = guide.read(memory)
-            else:
-                steered_by = texts
-            memory = writer.lm.with_slot(memory, texts)
-            steering = None if guide is None or steered_by is None else guide.steer(steered_by)
+            memory, seen = with_features(writer.lm, memory, texts, guide)
+            steering = None if guide is None or seen is None else guide.steer(seen)
         try:
             if graphed is None:
                 found = beam_search(writer, memory, levels, steering=steering, **options)
             else:
-                found = graphed(memory, steered_by)
+                found = graphed(memory, seen)
         except FloatingPointError as error:
             raise BadInput(str(error)) from None
         return [RankedPictures(rows[own].tolist(), scores) for own, scores in expand(found, index, keep=keep)]
@@ -194,6 +190,18 @@ def search_each(
     else:
         ranked = _search_blocks(search, batches, blocks_folder, quiet=quiet)
     yield from zip(order.tolist(), ranked, strict=True)
+
+
+def with_features(
+    lm: VokenLM, memory: Memory, texts: Tensor | None, guide: Guide | None
+) -> tuple[Memory, Tensor | None]:
+    """A batch's memory with the model's slot filled, and the text features that the guide steers by.
+
+    Args:
+        texts: (queries, features) of the two-tower model, where `needs_features` asks for them.
+    """
+    seen = guide.read(memory) if guide is not None and guide.head is not None else texts
+    return lm.with_slot(memory, texts), seen
 
 
 def _search_blocks(

@@ -34,7 +34,7 @@ from ..beam import RankedPictures, beam_search, expand
 from ..data import read_retriever
 from ..index import to_device
 from ..queries import read_query
-from ..retrieve import needs_features
+from ..retrieve import needs_features, with_features
 from . import remove
 from .exported import (
     HUB_NAME,
@@ -489,13 +489,10 @@ class Retriever:
             texts: (queries, width) text features, where a guide or a slot reads them.
         """
         with torch.inference_mode(), timed(seconds, "encode"):
+            guide = self.guide if guided else None
             features = None if texts is None else torch.from_numpy(texts).to(self.device)
-            memory, steering = self.writer.encode(token_ids), None
-            if guided and self.guide is not None:
-                seen = self.guide.read(memory) if self.guide.head is not None else features
-                assert seen is not None, "`needs_features` says so"
-                steering = self.guide.steer(seen)
-            memory = self.writer.lm.with_slot(memory, features)
+            memory, seen = with_features(self.writer.lm, self.writer.encode(token_ids), features, guide)
+            steering = None if guide is None or seen is None else guide.steer(seen)
         try:
             with timed(seconds, "beams"):
                 options: dict[str, Any] = {"beams": beams, "scoring": self.scoring, "steering": steering}
