@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from models.decoding import make_writer
@@ -51,7 +52,7 @@ def guide(model: RqVae, weight: float) -> Guide:
     return found._replace(weight=weight)
 
 
-def cosines(model: RqVae, texts: torch.Tensor, codes: np.ndarray) -> torch.Tensor:
+def cosines(model: RqVae, texts: torch.Tensor, codes: NDArray[np.int64]) -> torch.Tensor:
     """(queries, pictures) of features and what the linear path makes of codes, written down anew."""
     vectors = model.quantizer.decode(torch.tensor(codes)) @ model.skip_out.weight.T + model.mean
     return F.normalize(texts, dim=1) @ F.normalize(vectors, dim=1).T
