@@ -56,8 +56,12 @@ def pack_offsets(numbers: Ints) -> Offsets:
     excess: Ints = np.subtract(numbers, np.arange(len(numbers), dtype=np.int32), dtype=np.int32)
     bases = excess[:: 1 << BLOCK_BITS].copy()
     deltas = excess - np.repeat(bases, 1 << BLOCK_BITS)[: len(excess)]
-    most = int(deltas.max())
-    return Offsets(bases, deltas.astype(np.uint8 if most < 2**8 else np.int16 if most < 2**15 else np.int32))
+    return Offsets(bases, deltas.astype(smallest_type(int(deltas.max()))))
+
+
+def smallest_type(most: int) -> "np.dtype[np.integer]":
+    """Of the deltas' types the smallest that holds a number."""
+    return np.dtype(np.uint8 if most < 2**8 else np.int16 if most < 2**15 else np.int32)
 
 
 class Level(NamedTuple):

@@ -32,7 +32,8 @@ from tools.errors import BadInput
 from tools.features import Floats, Rows, normalized
 from tools.files import read_array, remove_torn, replacing, write_array
 
-from ..index import VokenIndex, build_index, load_index, save_index
+from ..index import VokenIndex, load_index
+from .large_index import write_index
 
 COMMAND = "retriever.gallery.build"
 CODES, PICTURES, LINES, FEATURES = "codes.npy", "pictures.jsonl", "lines.npy", "features.npy"
@@ -281,9 +282,8 @@ def write_version(
     version = folder / VERSION.format(number)
     temporary = version.with_name(f".{version.name}")
     temporary.mkdir()
-    index = build_index(codes)
-    save_index(temporary, index)
-    write_array(temporary / CODES, codes.astype(index.levels[0].codes.dtype))
+    write_index(temporary, codes)
+    write_array(temporary / CODES, codes.astype(load_index(temporary, codes.shape[1]).levels[0].codes.dtype))
     ends = [0]
     with replacing(temporary / PICTURES) as path, path.open("wb") as file:
         for line in lines:
