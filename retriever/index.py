@@ -25,6 +25,7 @@ Ints = NDArray[np.int32]
 
 MOST_PICTURES = 2**31 - 1  # nodes and pictures are counted in int32
 BLOCK_BITS = 6  # 64 offsets share a base
+WIDEST_BLOCK = 1 << 20  # nodes whose children are counted at once
 CODES, BASES, DELTAS = "level{}_codes.npy", "level{}_bases.npy", "level{}_deltas.npy"
 PICTURES, LEAF_BASES, LEAF_DELTAS = "pictures.npy", "leaf_bases.npy", "leaf_deltas.npy"
 
@@ -75,7 +76,12 @@ class Level(NamedTuple):
     @property
     def widest(self) -> int:
         """Largest number of children of a node."""
-        return int(np.diff(self.offsets.at(np.arange(len(self.offsets.deltas)))).max())
+        starts = range(0, len(self.offsets.deltas) - 1, WIDEST_BLOCK)
+        ends = (min(start + WIDEST_BLOCK, len(self.offsets.deltas) - 1) for start in starts)
+        return max(
+            int(np.diff(self.offsets.at(np.arange(start, end + 1))).max())
+            for start, end in zip(starts, ends, strict=True)
+        )
 
 
 class VokenIndex(NamedTuple):
