@@ -6,6 +6,7 @@ published) or over the vokens of each level; and that of the end token where `sc
 nothing loops over queries or beams. Equal scores go to the smaller codes, at every level.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from models.decoding import Scoring, Writer
 from models.guide import Steering
 from models.voken_lm import Memory
 
-from .index import DeviceLevel, VokenIndex
+from .index import Leaves, SearchLevel
 
 
 class Beams(NamedTuple):
@@ -45,7 +46,7 @@ class Candidates(NamedTuple):
 def beam_search(
     writer: Writer,
     memory: Memory,
-    levels: list[DeviceLevel],
+    levels: Sequence[SearchLevel],
     *,
     beams: int,
     scoring: Scoring = "full",
@@ -75,7 +76,7 @@ def beam_search(
 def search_steps(
     writer: Writer,
     memory: Memory,
-    levels: list[DeviceLevel],
+    levels: Sequence[SearchLevel],
     *,
     beams: int,
     scoring: Scoring,
@@ -95,6 +96,7 @@ def search_steps(
     session = writer.begin(memory)
     scores = torch.zeros(len(memory.states), 1, device=memory.states.device)
     nodes = torch.zeros_like(scores, dtype=torch.long)
+    places = Places(len(nodes), nodes.device)
     broken = torch.zeros((), dtype=torch.bool, device=scores.device)
     states = session.open()
     for number, level in enumerate(levels):
@@ -102,14 +104,22 @@ def search_steps(
         broken |= log_probabilities.isnan().any()
         if steering is not None:
             log_probabilities = log_probabilities + steering.gains(number)
-        nodes, scores, parents, codes = best(children_of(nodes, scores, log_probabilities, level), beams)
+        candidates = children_of(nodes, scores, log_probabilities, level)
+        if level.in_order:
+            chosen = best(candidates, beams)
+        else:
+            size = log_probabilities.shape[2]
+            chosen = best(candidates, beams, places.order(candidates, size))
+            places.advance(chosen, size)
+        nodes, scores, parents, codes = chosen
         if steering is not None:
             steering.advance(number, codes, parents)
         if number + 1 < len(levels) or score_end:
             states = session.advance(codes + writer.starts[number], parents)
     if score_end:
         ended = scores + writer.head.end_log_probability(states)
-        nodes, scores, *_ = best(Candidates(nodes, ended, nodes, nodes), beams)
+        order = nodes if levels[-1].in_order else places.places
+        nodes, scores, *_ = best(Candidates(nodes, ended, nodes, nodes), beams, order)
     broken |= ~scores[:, 0].isfinite().all()  # every query has a picture, however unlikely
     return Beams(nodes, scores), broken
 
@@ -124,30 +134,44 @@ def refuse_broken(broken: Tensor) -> None:
         raise FloatingPointError("the model's scores are not numbers: search in another --precision")
 
 
-def children_of(nodes: Tensor, scores: Tensor, log_probabilities: Tensor, level: DeviceLevel) -> Candidates:
+def children_of(nodes: Tensor, scores: Tensor, log_probabilities: Tensor, level: SearchLevel) -> Candidates:
     """All children of the beams; a beam with fewer than the widest is filled up with scores of minus infinity.
 
     Args:
         nodes, scores: (queries, beams)
         log_probabilities: (queries, beams, codebook_size)
     """
-    first = level.first_child(nodes)
-    counts = level.first_child(nodes + 1) - first
-    width = level.widest if nodes.is_cuda else int(counts.max())  # on a GPU, asking would wait for it
-    steps = torch.arange(width, device=nodes.device)
-    children = (first.unsqueeze(2) + steps).clamp_max(len(level.codes) - 1)
-    codes = level.codes[children].long()
-    reached = scores.unsqueeze(2) + log_probabilities.gather(2, codes)
-    reached = reached.masked_fill(steps >= counts.unsqueeze(2), -torch.inf)
-    parents = torch.arange(nodes.shape[1], device=nodes.device)[:, None].expand_as(children)
-    return Candidates(*(part.flatten(1) for part in (children, reached, parents, codes)))
+    children = level.children(nodes)
+    reached = scores.unsqueeze(2) + log_probabilities.gather(2, children.codes)
+    reached = reached.masked_fill(~children.exist, -torch.inf)
+    parents = torch.arange(nodes.shape[1], device=nodes.device)[:, None].expand_as(children.nodes)
+    return Candidates(*(part.flatten(1) for part in (children.nodes, reached, parents, children.codes)))
 
 
-def best(candidates: Candidates, beams: int) -> Candidates:
-    """The `beams` best candidates of each query in order; among equals the smaller node, i.e. the smaller codes."""
-    keys = (_ordered_bits(candidates.scores) << 32) - candidates.nodes
+def best(candidates: Candidates, beams: int, order: Tensor | None = None) -> Candidates:
+    """The `beams` best candidates of each query in order; among equals the one with the smaller codes.
+
+    Args:
+        order: (queries, candidates) below 2^32, in the order of their codes; by default the nodes are.
+    """
+    keys = (_ordered_bits(candidates.scores) << 32) - (candidates.nodes if order is None else order)
     chosen = keys.topk(min(beams, keys.shape[1]), dim=1).indices
     return Candidates(*(part.gather(1, chosen) for part in candidates))
+
+
+class Places:
+    """The place of every beam in the order of its codes, where nodes do not tell."""
+
+    def __init__(self, queries: int, device: torch.device) -> None:
+        self.places = torch.zeros(queries, 1, dtype=torch.long, device=device)
+
+    def order(self, candidates: Candidates, codebook_size: int) -> Tensor:
+        """Numbers (queries, candidates) in the order of all codes that are written."""
+        return self.places.gather(1, candidates.parents) * codebook_size + candidates.codes
+
+    def advance(self, chosen: Candidates, codebook_size: int) -> None:
+        """Go on from the candidates that are the beams now."""
+        self.places = self.order(chosen, codebook_size).argsort(dim=1).argsort(dim=1)
 
 
 def _ordered_bits(scores: Tensor) -> Tensor:
@@ -163,7 +187,7 @@ class RankedPictures(NamedTuple):
     scores: list[float]
 
 
-def expand(found: Beams, index: VokenIndex, *, keep: int) -> list[RankedPictures]:
+def expand(found: Beams, index: Leaves, *, keep: int) -> list[RankedPictures]:
     """Leaves to pictures: the best leaf's pictures first; inside a collision, in the order of the pool.
 
     Args:

@@ -10,7 +10,7 @@ children begin (`Offsets`). The map to pictures is 4 bytes a picture, and 1 a le
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -215,6 +215,17 @@ def _check_offsets(folder: Path, name: str, offsets: Offsets, nodes: int, childr
         raise BadInput(f"{folder}: the arrays of {name} do not fit its neighbours': build the index again")
 
 
+class Children(NamedTuple):
+    """Children of nodes, filled up to the number of the widest."""
+
+    nodes: Tensor
+    """(..., width) int64 of the next level"""
+    codes: Tensor
+    """(..., width) int64"""
+    exist: Tensor
+    """(..., width) bool; the others are filling"""
+
+
 class DeviceLevel(NamedTuple):
     """One level on the model's device."""
 
@@ -226,6 +237,38 @@ class DeviceLevel(NamedTuple):
     def first_child(self, nodes: Tensor) -> Tensor:
         """Where the children of nodes (any shape) begin."""
         return nodes + self.bases[nodes >> BLOCK_BITS] + self.deltas[nodes]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether a smaller node always has the smaller codes."""
+        return True
+
+    def children(self, nodes: Tensor) -> Children:
+        """The children of nodes (any shape)."""
+        first = self.first_child(nodes)
+        counts = self.first_child(nodes + 1) - first
+        width = self.widest if nodes.is_cuda else int(counts.max())  # on a GPU, asking would wait for it
+        steps = torch.arange(width, device=nodes.device)
+        places = (first.unsqueeze(-1) + steps).clamp_max(len(self.codes) - 1)
+        return Children(places, self.codes[places].long(), steps < counts.unsqueeze(-1))
+
+
+class SearchLevel(Protocol):
+    """What a search needs to know of one level."""
+
+    @property
+    def in_order(self) -> bool:
+        """Whether a smaller node always has the smaller codes."""
+
+    def children(self, nodes: Tensor) -> Children:
+        """The children of nodes (any shape)."""
+
+
+class Leaves(Protocol):
+    """What is needed to make pictures of the leaves that a search found."""
+
+    def expand(self, leaves: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows (pictures,) behind leaves (any number,), and the position in `leaves` that each comes from."""
 
 
 def to_device(index: VokenIndex, device: torch.device) -> list[DeviceLevel]:
