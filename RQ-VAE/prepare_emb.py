@@ -27,6 +27,7 @@ from models.clip import (
     load_clip,
 )
 from models.compute import Precision, pick_device
+from models.lengths import tell_overlong
 from models.options import DeviceOptions
 from tools import processes, runs
 from tools.blocks import Blocks
@@ -137,6 +138,7 @@ def encode_all_texts(run: runs.Run, clip: Clip, captions: CaptionSet, config: Co
             write_array(run.folder / TEXTS, np.zeros((0, 0), np.float32))
         return
     encoder = TextEncoder(clip, device)
+    tell_overlong(encoder, texts)
     tokens = encoder.tokens(list(rows_of))
     batches = encoder.batches(tokens, 4 * config.batch_size)
     blocks = encode(run.resume_folder / "texts", Texts(tokens), batches, encoder.encode_batch, workers=0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.batches import Part, check_batch_size, drawn
 from models.compute import pick_device, seed_everything
+from models.lengths import tell_overlong
 from models.options import TrainingOptions, ValidationOptions, examples_of_epoch
 from models.rqvae import BLOCK, AlignAt, Alignment, RqVae, RqVaeConfig
 from models.stepper import Stepper
@@ -170,7 +171,9 @@ def read_pseudo_pairs(folder: Path, features: Features, device: torch.device) ->
         raise BadInput(f"{folder} was made from other captions than {features.manifest.folder}: make it again")
     row_of = {record.image: row for row, record in enumerate(features.records)}
     lines = [line for _, line in read_json_lines(folder / "pseudo.jsonl")]
-    texts = TextEncoder.recorded(features.manifest.facts, device).encode([line["query"] for line in lines])
+    encoder, queries = TextEncoder.recorded(features.manifest.facts, device), [line["query"] for line in lines]
+    tell_overlong(encoder, queries, "pseudo queries")
+    texts = encoder.encode(queries)
     return PseudoPairs(np.array([row_of[line["image"]] for line in lines], np.int64), texts)
 
 

@@ -50,7 +50,7 @@ class Clip(NamedTuple):
     model: Any
     """open_clip.CustomTextCLIP"""
     preprocess: Callable[[Any], Tensor]
-    tokenizer: Callable[[Sequence[str]], Tensor]
+    tokenizer: Callable[..., Tensor]
     config: dict[str, Any]
     activation: Activation = "auto"
     """What a named model was loaded with; "auto" for folders and the hub's, whose configuration has it"""
@@ -536,6 +536,8 @@ class TextEncoder:
         dtype: of the tower's weights; by default they stay as they are.
     """
 
+    reader = "the text tower"  # models.lengths.Reader
+
     def __init__(self, clip: Clip, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.clip, self.device = clip, device
         clip.model.text.to(device=device, dtype=dtype)
@@ -556,6 +558,22 @@ class TextEncoder:
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Token ids (texts, length), on the CPU."""
         return self.clip.tokenizer(list(texts))
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a text that it reads at most."""
+        return int(self.clip.tokenizer.context_length)  # type: ignore[attr-defined]
+
+    def overlong(self, texts: Sequence[str]) -> list[bool]:
+        """Whether it cuts each of the texts: one with room for a token more is not the same and a padding token."""
+        tokens, most = self.tokens(texts), self.most_tokens
+        full = (text_lengths(self.clip, tokens) >= most - 1).nonzero().flatten()  # the end token of some is padding
+        cut = torch.zeros(len(tokens), dtype=torch.bool)
+        if len(full):
+            longer = self.clip.tokenizer([texts[row] for row in full.tolist()], context_length=most + 1)
+            cut[full] = (longer[:, :-1] != tokens[full]).any(dim=1) | (text_lengths(self.clip, longer) > most)
+        found: list[bool] = cut.tolist()
+        return found
 
     def batches(self, tokens: Tensor, size: int = TEXT_BATCH) -> list[NDArray[np.int64]]:
         """Rows of tokens (texts, length) in batches of similar length."""

@@ -101,6 +101,8 @@ class Scorer(nn.Module):
             a mask, and scored at its last position, which is a padding token wherever the prompt is shorter.
     """
 
+    reader = "the reranker"  # models.lengths.Reader
+
     def __init__(
         self,
         model: Any,
@@ -155,20 +157,35 @@ class Scorer(nn.Module):
         return torch.cat([before, ids, between], dim=1)
 
     def query_ids(self, queries: Sequence[str]) -> list[list[int]]:
-        """The rest of the prompt for each query, which is cut to `max_query` tokens; white space counts as one space.
+        """The rest of the prompt for each query, cut to `max_query` tokens; white space counts as one space."""
+        return [query[: self.max_query] + closing for query, closing in self._tails(queries)]
+
+    def _tails(self, queries: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each query, uncut, and of what follows it.
 
         The whole tail is tokenized at once, as a tokenizer may join a word to the space before it.
         """
         closing = PROMPT.rpartition("{query}")[2]
         opening = PROMPT.rpartition("{image}")[2].partition(" {query}")[0]
         texts = [f"{opening} {' '.join(query.split())}{closing}" for query in queries]
-        found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         result = []
         for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
             starts = sum(end <= len(opening) for _, end in offsets)
             ends = sum(end <= len(text) - len(closing) for _, end in offsets)
-            result.append(ids[starts : min(ends, starts + self.max_query)] + ids[ends:])
+            result.append((ids[starts:ends], ids[ends:]))
         return result
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a query that it reads at most."""
+        if self.compat is None:
+            return self.max_query
+        return max(0, min(self.max_query, self.compat - len(self.before) - self.images.length - len(self.between)))
+
+    def overlong(self, texts: Sequence[str]) -> list[bool]:
+        """Whether it cuts each of the queries."""
+        return [len(query) > self.most_tokens for query, _ in self._tails(texts)]
 
     def pairs(
         self, pictures: NDArray[np.integer], queries: Sequence[Sequence[int]], of_picture: Tensor, of_query: Tensor

@@ -102,6 +102,7 @@ class VokenLM(nn.Module):
         level_starts: token id of code 0 at each level; `level_offsets` is the same as a tensor (levels,) on the device.
     """
 
+    reader = "the language model"  # models.lengths.Reader
     level_offsets: Tensor
 
     def __init__(
@@ -166,16 +167,30 @@ class VokenLM(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text without padding: the text is cut to `max_source`, the prompt around it never."""
+        queries = self._query_ids(texts, truncation=True, max_length=self.max_source)
         if self.kind != "causal":
-            ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_source)["input_ids"]
-            return ids
+            return queries
         before, after = self.prompt.split("{query}")
         opening: list[int] = self.tokenizer(before)["input_ids"]
-        queries = self.tokenizer(
-            [text.strip() for text in texts], add_special_tokens=False, truncation=True, max_length=self.max_source
-        )
         closing: list[int] = self.tokenizer(after, add_special_tokens=False)["input_ids"]
-        return [opening + query + closing for query in queries["input_ids"]]
+        return [opening + query + closing for query in queries]
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a text that it reads at most."""
+        return self.max_source
+
+    def overlong(self, texts: Sequence[str]) -> list[bool]:
+        """Whether `tokenize` cuts each of the texts."""
+        return [len(ids) > self.max_source for ids in self._query_ids(texts, verbose=False)]
+
+    def _query_ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        """Token ids of the texts alone, without a prompt."""
+        given = list(texts)
+        if self.kind == "causal":
+            given, options = [text.strip() for text in texts], {**options, "add_special_tokens": False}
+        ids: list[list[int]] = self.tokenizer(given, **options)["input_ids"]
+        return ids
 
     def pad(self, token_ids: Sequence[Sequence[int]], *, multiple: int = 1) -> Tokens:
         """A batch of texts, padded to the longest or to the next `multiple` of tokens, on the model's device."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.compute import machine, pick_device, pick_dtype
+from models.lengths import tell_overlong
 from models.options import PrecisionOptions
 from models.scorer import Scorer
 from tools import processes, runs
@@ -126,6 +127,7 @@ class Reranking:
 
     def score(self, lists: RankedLists, blocks_folder: Path) -> tuple[Scores, float | None]:
         """Scores (queries, longest), and queries per second; None where a killed run has left scores."""
+        tell_overlong(self.scorer, lists.texts, "listed captions")
         resumed = processes.share(processes.is_main() and any(blocks_folder.rglob("*.npy")))
         began = time.monotonic()
         scores = score_lists(

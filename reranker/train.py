@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.batches import Part, bucketed_batches, check_batch_size, drawn
 from models.compute import autocast, pick_device, pick_dtype, seed_everything
+from models.lengths import tell_overlong
 from models.options import (
     LargeModelOptions,
     LoraOptions,
@@ -165,6 +166,7 @@ class Training:
         val = lists.read("val", "val").first(config.top_k)
         order = np.random.default_rng(config.seed).permutation(len(val.texts))
         self.val = val.some(np.sort(order[: config.validate_queries]))
+        tell_overlong(scorer, self.train.texts, "train queries")
         self.queries = scorer.query_ids(self.train.texts)
         self.lengths = np.array([len(ids) for ids in self.queries])
         self.pool = np.array([row for row, record in enumerate(pictures.records) if record.split == "train"])

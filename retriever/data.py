@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.guide import GUIDE_NAME, Guide, read_guide
+from models.lengths import tell_overlong
 from tools.captions import Split
 from tools.errors import BadInput
 from tools.features import Features, Floats, read_features
@@ -108,7 +109,9 @@ class RetrieverData(NamedTuple):
         if others := list(dict.fromkeys(text for text, row in zip(texts, rows, strict=True) if row == UNKNOWN)):
             from models.clip import TextEncoder  # slow to load, and seldom needed
 
-            encoded = TextEncoder.recorded(features.manifest.facts, device).encode(others).cpu().numpy()
+            encoder = TextEncoder.recorded(features.manifest.facts, device)
+            tell_overlong(encoder, others, "queries without features")
+            encoded = encoder.encode(others).cpu().numpy()
             place = {text: number for number, text in enumerate(others)}
             for row in np.flatnonzero(rows == UNKNOWN):
                 found[row] = encoded[place[texts[int(row)]]]

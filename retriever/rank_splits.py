@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from models.compute import pick_device
 from models.decoding import Writer, make_writer
+from models.lengths import tell_overlong
 from models.voken_lm import VokenLM
 from tools import processes, runs
 from tools.captions import Split, first_captions
@@ -82,6 +83,7 @@ def rank(
 ) -> tuple[RankedLists, float]:
     """The lists of one split over one pool, and the queries per second, without the encoder of a guide."""
     queries = queries_of(data, split, config)
+    tell_overlong(writer.lm, queries.texts, f"{split} captions")
     beams = config.train_beams if split == "train" else config.beams
     guide = chosen_guide(config, writer.lm.device)
     read = needs_features(writer.lm, guide)

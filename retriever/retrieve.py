@@ -23,6 +23,7 @@ from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Scoring, Writer, make_writer
 from models.guide import GUIDE_NAME, Guide, read_guide
+from models.lengths import tell_overlong
 from models.options import DeviceOptions
 from models.voken_lm import Memory, VokenLM
 from tools import processes, runs
@@ -294,6 +295,7 @@ def main(config: Config) -> None:
     queries = data.queries(config.split)
     if not queries.texts:
         raise BadInput(f"{config.dataset} has no {config.split} captions: choose another --split")
+    tell_overlong(lm, queries.texts, f"{config.split} captions")
     metrics: dict[str, Any] = {}
     began = time.monotonic()
     live = LiveQueries(lm, queries.texts)

@@ -17,6 +17,7 @@ from models.batches import Part, bucketed_batches, check_batch_size, drawn
 from models.compute import autocast, pick_dtype
 from models.decoding import Writer, make_writer
 from models.guide import GUIDE_NAME, fit_text_head, pooled
+from models.lengths import tell_overlong
 from models.options import LargeModelOptions, TrainingOptions, ValidationOptions, examples_of_epoch
 from models.stepper import Stepper
 from models.training import Checkpoint
@@ -350,6 +351,7 @@ class Training:
     def _split(self, pairs: Pairs, name: captions.Split) -> Split:
         read = self.lm.slot is not None or (self.config.guide and name == "val")
         features = self.data.text_features(pairs.texts, self.device) if read else None
+        tell_overlong(self.lm, pairs.texts, f"{name} queries")
         queries: LiveQueries | StoredQueries
         if self.lm.frozen_encoder:
             queries = StoredQueries(self.lm, pairs.texts, folder=self.run.resume_folder, name=name, dtype=self.dtype)

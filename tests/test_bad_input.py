@@ -36,7 +36,8 @@ from retriever.data import read_data
 from retriever.gallery import add as add_pictures
 from retriever.gallery import build as build_index
 from retriever.gallery import search
-from retriever.gallery.api import Found, Retriever
+from retriever.gallery.answers import Found
+from retriever.gallery.api import Retriever
 from retriever.pseudo_queries import generate as generate_pseudo_query
 from retriever.pseudo_queries.endpoint import data_url
 from retriever.queries import LONGEST_QUERY, read_query

@@ -212,7 +212,7 @@ def test_a_bare_folder_is_searched_with_a_retriever_trained_elsewhere(
             precision="fp32", device="cpu",
         )
     )  # fmt: skip
-    found = {line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()[1:3]}
+    found = {line.split(maxsplit=3)[3] for line in capsys.readouterr().out.splitlines()[1:3]}
     assert found == {str(tmp_path / "photos" / name) for name in ("new red circle.png", "deep/blue.png")}
 
 

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.clip import encode_tokens, load_clip
-from retriever.beam import RankedPictures
 from retriever.gallery import add as add_pictures
 from retriever.gallery import api, query_encoder, search
 from retriever.gallery import build as build_index
 from retriever.gallery import remove as remove_pictures
+from retriever.gallery.answers import Ranked, reordered
 from retriever.gallery.gallery import Gallery, read_gallery
 from tests.chain import Chain
 from tools import runs
@@ -58,8 +58,8 @@ def answers(config: search.Config, capsys: pytest.CaptureFixture[str]) -> list[A
     found: list[Answer] = []
     for line in capsys.readouterr().out.splitlines():
         if line.startswith('"'):
-            found.append(Answer(line, [], []))
-        elif picture := re.fullmatch(r" +\d+ +(-?\d+\.\d{3})  (.+)", line):
+            found.append(Answer(line.removesuffix("; the third column is the similarity"), [], []))
+        elif picture := re.fullmatch(r" +\d+ +(-?\d+\.\d{3})(?: +-?\d\.\d{3})?  (.+)", line):
             found[-1].scores.append(float(picture[1]))
             found[-1].files.append(picture[2])
     return found
@@ -136,10 +136,10 @@ def test_equal_scores_keep_the_beams_order(scores: list[int], share: float, seed
     own = sorted(map(float, scores), reverse=True)
     cosines = np.random.default_rng(seed).integers(-2, 3, size=len(own)).astype(np.float32) / np.float32(4)
     rows = np.random.default_rng(seed).permutation(100)[: len(own)].tolist()
-    found = api.reordered(RankedPictures(rows, own), cosines, share)
+    found = reordered(Ranked(np.array(rows), np.array(own), cosines), share)
     total = [(1 - share) * score + share * 100 * float(cosine) for score, cosine in zip(own, cosines, strict=True)]
     order = sorted(range(len(own)), key=lambda place: (-total[place], place))
-    assert found.rows == [rows[place] for place in order]
+    assert found.rows.tolist() == [rows[place] for place in order]
     assert found.scores == pytest.approx([total[place] for place in order])
 
 

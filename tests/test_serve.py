@@ -538,8 +538,8 @@ def test_the_description_is_whole(client: TestClient) -> None:
     described = client.get("/openapi.json").json()
     assert described["openapi"].startswith("3.")
     assert set(described["paths"]) == {
-        "/api/search", "/api/similar/{image}", "/api/vokens", "/api/pictures", "/api/pictures/{image}", "/api/status",
-        "/pictures/{image}",
+        "/api/search", "/api/similar", "/api/similar/{image}", "/api/vokens", "/api/pictures", "/api/pictures/{image}",
+        "/api/status", "/pictures/{image}",
     }  # fmt: skip
     names = re.findall(r"'\$ref': '#/components/schemas/(\w+)'", str(described))
     assert set(names) == set(described["components"]["schemas"]) | set(names)

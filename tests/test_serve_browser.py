@@ -96,8 +96,8 @@ def settle(page: Any) -> None:
     until(page, "[...document.querySelectorAll('#answers img')].every(image => image.complete)")
 
 
-def drop(page: Any, files: dict[str, bytes]) -> None:
-    """Drop files on the page."""
+def drop(page: Any, files: dict[str, bytes], target: str = "main") -> None:
+    """Drop files on a part of the page."""
     encoded = [[name, base64.b64encode(content).decode()] for name, content in files.items()]
     transfer = page.evaluate_handle(
         """files => {
@@ -111,7 +111,7 @@ def drop(page: Any, files: dict[str, bytes]) -> None:
         encoded,
     )
     for event in ("dragenter", "dragover", "drop"):
-        page.dispatch_event("main", event, {"dataTransfer": transfer})
+        page.dispatch_event(target, event, {"dataTransfer": transfer})
 
 
 def test_search_insert_find_and_remove(opened: Open, chain: Chain) -> None:
@@ -199,6 +199,9 @@ def test_mistakes_are_told_in_words(opened: Open) -> None:
     page.locator("#query").fill("   ")
     page.locator("form button").click()
     assert page.locator("#problem").text_content() == "Write some words to search for."
+    page.locator("#query").fill("red " * 300)  # the field cuts nothing in silence
+    page.locator("form button").click()
+    assert page.locator("#problem").text_content() == "The query has 1,199 characters, 1,000 are allowed: shorten it."
     page.goto(f"{address}/?like=no+such.png")
     page.wait_for_selector("#problem:visible")
     assert page.locator("#problem").text_content() == "No picture of the index is called no such.png."
@@ -236,3 +239,84 @@ def test_pictures_can_be_chosen_with_a_dialogue(opened: Open, tmp_path: Path) ->
     assert len(service.retriever) == 51
     assert re.fullmatch(r"51 pictures can be found", page.locator("#pool").text_content())
     assert complaints == []
+
+
+def test_a_search_by_a_picture_that_stays_outside(opened: Open, tmp_path: Path) -> None:
+    page, _, service, complaints = opened
+    draw_picture(tmp_path / "mine.png", "blue", "ring", 3)
+    ask(page, "a red circle")
+    page.locator("#picture").set_input_files(tmp_path / "mine.png")
+    until(page, "document.title.startsWith('Like mine.png')")
+    settle(page)
+    expected = service.retriever.search_image(tmp_path / "mine.png", k=20)
+    assert names(page, "pictures") == [found.image for found in expected]
+    assert page.locator("#answer-title").text_content() == "Pictures like your mine.png"
+    page.locator("#count").select_option("10")  # the controls are for this search too
+    until(page, "document.querySelectorAll('#pictures .card').length === 10")
+    drop(page, {"a.png": (tmp_path / "mine.png").read_bytes(), "b.png": b"x"}, "#search")
+    until(page, "document.title.startsWith('Like a.png')")
+    until(page, "document.getElementById('news').textContent.startsWith('Searched by a.png alone')")
+    assert len(service.retriever) == 48  # nothing was inserted
+    page.go_back()
+    until(page, "document.title.startsWith('Like') === false")
+    assert complaints == []
+    drop(page, {"words.png": b"no picture"}, "#search")
+    page.wait_for_selector("#problem:visible")
+    assert "Words.png is not a picture that can be read" in page.locator("#problem").text_content()
+
+
+def test_near_duplicates_the_cut_off_and_what_is_not_read(opened: Open, chain: Chain) -> None:
+    page, _, service, complaints = opened
+    copies = {f"copy {number}.png": (chain.root / "images" / "red-circle.png").read_bytes() for number in range(3)}
+    drop(page, copies)
+    until(page, "document.getElementById('news').textContent === '3 pictures were inserted.'")
+    ask(page, "a red circle")
+    assert page.locator("#pictures .folded:visible").count() == 0
+    page.locator("#fold").check()
+    until(page, "document.querySelectorAll('#pictures .folded:not([hidden])').length > 0")
+    settle(page)
+    [expected] = service.retriever.search(["a red circle"], k=20, beams=50, fold=True)
+    assert names(page, "pictures") == [found.image for found in expected]
+    stands = next(found for found in expected if found.folded)
+    details = page.locator("#pictures .card", has_text=stands.image).locator(".folded").first
+    assert re.fullmatch(rf"\+{len(stands.folded)} near-duplicates?", details.locator("summary").text_content())
+    details.locator("summary").click()
+    until(page, "document.querySelector('.folded[open] img') !== null")
+    assert [each.get_attribute("alt") for each in details.locator("img").all()] == [one.image for one in stands.folded]
+    similar = page.locator("#pictures .similarity").all_text_contents()
+    assert similar == [f"cos {one.similarity:.2f}".replace("-", "\u2212") for one in expected]
+
+    page.locator("#least").fill("1")
+    page.locator("#least").dispatch_event("change")
+    page.wait_for_selector("#none:visible")
+    assert page.locator("#none").text_content() == (
+        "No picture is close to “a red circle”: none that was found has a similarity of 1.00 or more."
+    )
+    assert "min_similarity=1" in page.url
+    assert "fold=true" in page.url
+    page.reload()
+    page.wait_for_selector("#none:visible")
+    assert page.locator("#fold").is_checked()
+
+    page.locator("#least").fill("0")
+    ask(page, "small " * 60)
+    told = page.locator("#unread").text_content()
+    assert "Words 15 and on of the query are not read by the text tower, which reads 16 tokens." in told
+    ask(page, "a ring")
+    assert page.locator("#unread:visible").count() == 0
+    assert complaints == []
+
+
+def test_a_picture_whose_file_is_gone_is_marked(opened: Open, tmp_path: Path) -> None:
+    page, _, service, complaints = opened
+    draw_picture(tmp_path / "late.png", "red", "circle", 5)
+    drop(page, {"late.png": (tmp_path / "late.png").read_bytes()})
+    until(page, "document.getElementById('news').textContent === '1 picture was inserted.'")
+    (service.uploads / "late.png").unlink()
+    page.locator("#count").select_option("50")
+    ask(page, "a red circle")
+    card = page.locator("#pictures .card", has_text="uploads/late.png")
+    assert card.locator(".missing").text_content() == "file is gone"
+    assert card.locator("img").count() == 0
+    assert page.locator("#pictures .missing").count() == 1
+    assert [each for each in complaints if "404" not in each] == []  # the card of the insertion may load late

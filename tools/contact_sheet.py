@@ -58,11 +58,15 @@ def draw_sheet(path: Path, rows: Sequence[SheetRow], *, title: str, columns: int
 
 
 def paste(sheet: Image.Image, file: Path, left: int, top: int, *, frame: str | None) -> None:
-    """Put a thumbnail of a picture file onto a sheet, with a frame of that colour; grey where the file has gone."""
+    """Put a thumbnail of a picture file onto a sheet, with a frame of that colour; where the file has gone or cannot be
+    read any more, words that say so."""
     try:
         thumbnail = open_picture(file)
-    except OSError:  # the file has gone since the picture was added to the index
+    except OSError:
         thumbnail = Image.new("RGB", (THUMBNAIL, THUMBNAIL), FAINT)
+        words = "file cannot\nbe read" if file.is_file() else "file is gone"
+        centre = (THUMBNAIL // 2, THUMBNAIL // 2)
+        ImageDraw.Draw(thumbnail).text(centre, words, fill=BACKGROUND, anchor="mm", font=ImageFont.load_default(13))
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
     box = (left - FRAME, top - FRAME, left + THUMBNAIL + FRAME - 1, top + THUMBNAIL + FRAME - 1)
     if frame is not None:

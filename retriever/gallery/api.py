@@ -11,31 +11,34 @@ The search command and the search page are this object behind a command line and
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from transformers.utils import logging
 
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Scoring, make_writer
 from models.guide import GUIDE_NAME, read_guide
+from models.lengths import Reader
 from models.voken_lm import VokenLM
 from tools import runs
 from tools.errors import BadInput
 from tools.features import Floats
-from tools.interpolation import COSINE_SCALE, interpolated
 
 from ..beam import RankedPictures, beam_search, expand
 from ..data import read_retriever
 from ..index import to_device
-from ..queries import read_query
 from ..retrieve import needs_features, with_features
 from . import remove
+from .answers import WIDEST, Found, Ranked, Selection, Step, compared, need_features, reordered
+from .by_picture import Likeness, PictureEncoder, by_codes, by_feature, codes_of, read_picture
 from .exported import (
     HUB_NAME,
     Results,
@@ -46,8 +49,10 @@ from .exported import (
     read_exported,
     write_exported,
 )
-from .gallery import FEATURE_BLOCK, Gallery, read_gallery, refreshed
-from .query_encoder import cosines, load_encoder, query_features
+from .gallery import Gallery, read_gallery, refreshed
+from .query_encoder import load_encoder, query_features
+from .query_texts import check_queries, tell_unread
+from .written import written_vokens
 
 if TYPE_CHECKING:
     from models.clip import TextEncoder  # a search by codes alone needs no open_clip
@@ -56,44 +61,6 @@ BEAMS, RERANKED_BEAMS = 10, 50  # by default: of the order by the retriever alon
 SHARE = 0.3  # of the features, where none was chosen on val
 FEATURES = "features"  # what the reranker's test calls their score
 BATCH = 64  # queries that are encoded at once
-
-
-Likeness = Literal["features", "vokens"]
-
-
-class Found(NamedTuple):
-    """One picture of an answer."""
-
-    image: str
-    """Its id."""
-    file: Path
-    """Where it lies; of an exported folder without its pictures, where it would."""
-    score: float
-    """The higher the better; comparable within one answer."""
-    codes: tuple[int, ...]
-    """(levels,) what its vokens say"""
-
-
-class Voken(NamedTuple):
-    """A voken that may be written at one step."""
-
-    token: str
-    """As the tokenizer has it, for example <v0_17>."""
-    code: int
-    probability: float
-    """Among those that pictures of the index have behind the same vokens: over all of them, it sums to 1."""
-
-
-class Step(NamedTuple):
-    """One voken of a picture, as the language model sees it."""
-
-    written: Voken
-    log_probability: float
-    """Under the softmax that scores a search; summed over the levels it is the retriever's score of the picture."""
-    allowed: int
-    """How many vokens pictures of the index have here."""
-    alternatives: list[Voken]
-    """The most probable of them, best first; the one that was written is among them where it is."""
 
 
 @contextmanager
@@ -123,14 +90,6 @@ def chosen_share(tested: Path | None) -> float:
         return SHARE
     chosen = runs.read_manifest(tested, "reranker.test").facts["weights"]
     return float(chosen.get(FEATURES, {FEATURES: SHARE})[FEATURES])
-
-
-def reordered(found: RankedPictures, cosines: Floats, share: float) -> RankedPictures:
-    """The same pictures by the interpolation of their scores and cosines (pictures,); equal ones keep their order."""
-    others = {FEATURES: COSINE_SCALE * cosines}
-    scores = interpolated(np.array(found.scores), others, {FEATURES: share})
-    order = np.argsort(-scores, kind="stable")
-    return RankedPictures([found.rows[place] for place in order], scores[order].tolist())
 
 
 class Retriever:
@@ -164,6 +123,7 @@ class Retriever:
         self.guide = guide.to(self.device) if guide is not None and guide.weight else None
         self._turn, self._change = threading.RLock(), threading.Lock()
         self._encoder: tuple[dict[str, Any], TextEncoder] | None = None  # with what it was loaded for
+        self._picture_encoder: PictureEncoder | None = None
         self._take(gallery)
         with quiet_loading():
             lm = VokenLM.from_pretrained(source.model).to(self.device)
@@ -220,50 +180,93 @@ class Retriever:
         guided: bool = True,
         rerank: bool = True,
         share: float | None = None,
+        min_similarity: float | None = None,
+        fold: bool | float = False,
         seconds: dict[str, float] | None = None,
+        unread: list[list[str]] | None = None,
     ) -> list[list[Found]]:
         """The k best pictures for each query, best first; fewer where the beams find fewer.
 
         Args:
             beams: codes kept at each level, whose pictures are reordered; by default 50, and 10 without features, but
-                at least k.
+                at least k. A search that folds takes more where it needs them for k results.
             guided: let the guide steer the beams, where training gave the retriever one.
             rerank: reorder what the beams find by the pictures' features, where the index keeps them.
             share: of the features in the final order, 0 to 1; by default what was chosen on val.
+            min_similarity: leave out pictures whose cosine with the query is below it.
+            fold: put near-duplicates into the `folded` of the best of them: those whose features have a cosine of at
+                least 0.99, or of what is given.
             seconds: where to add what the parts of the search took: "encode", "beams" and "rerank".
+            unread: where to put, for each query, what of it is longer than a model reads, as sentences; by default
+                they are warnings.
 
         Raises:
             BadInput: a query is empty, a number is out of range, or features are asked for and none are kept.
         """
-        queries = check_queries(queries)
+        texts = check_queries(queries)
         check_counts(k=k, beams=beams)
-        if not queries:
+        if not texts:
             return []
         with self._turn:
+            selection = Selection.of(self.gallery, k=k, min_similarity=min_similarity, fold=fold)
             share = self.share_of_features(rerank=rerank, share=share)
             width = beams or max(k, RERANKED_BEAMS if share else BEAMS)
-            token_ids = self.writer.lm.tokenize(queries)
-            order = np.argsort([len(ids) for ids in token_ids], kind="stable").tolist()
-            answers: list[list[Found]] = [[] for _ in order]
-            for start in range(0, len(order), BATCH):
-                batch = order[start : start + BATCH]
-                ids = [token_ids[place] for place in batch]
-                reads, texts = needs_features(self.writer.lm, self.guide if guided else None), None
-                if reads or share:
-                    with timed(seconds, "encode" if reads else "rerank"):
-                        texts = query_features(self._query_encoder(), [queries[place] for place in batch])
-                read = texts if reads else None
-                kept = width if share else k
-                found = self._beams(ids, width, keep=kept, texts=read, guided=guided, seconds=seconds)
-                if share and texts is not None:
-                    with timed(seconds, "rerank"):
-                        found = [
-                            reordered(one, cosines(text, self.gallery, one.rows), share)
-                            for one, text in zip(found, texts, strict=True)
-                        ]
-                for place, one in zip(batch, found, strict=True):
-                    answers[place] = [self._found(*pair) for pair in zip(one.rows[:k], one.scores, strict=False)]
-            return answers
+            options: dict[str, Any] = {"guided": guided, "share": share, "seconds": seconds}
+            answers = self._searched(texts, width, selection, **options)
+            while width < WIDEST and (short := [place for place, (_, more) in enumerate(answers) if more]):
+                width = min(2 * width, WIDEST)
+                for place, answer in zip(
+                    short, self._searched([texts[place] for place in short], width, selection, **options), strict=True
+                ):
+                    answers[place] = answer
+            models: list[Reader] = [self.writer.lm]
+            if self._encodes(selection, guided, share):
+                models.append(self._query_encoder())
+            tell_unread(queries, models, unread)
+            return [shown for shown, _ in answers]
+
+    def _encodes(self, selection: Selection, guided: bool, share: float) -> bool:
+        """Whether a search passes its queries through the text tower."""
+        reads = needs_features(self.writer.lm, self.guide if guided else None)
+        return reads or share > 0 or selection.min_similarity is not None
+
+    def _searched(
+        self,
+        queries: list[str],
+        width: int,
+        selection: Selection,
+        *,
+        guided: bool,
+        share: float,
+        seconds: dict[str, float] | None,
+    ) -> list[tuple[list[Found], bool]]:
+        """What a search with beams of one width shows for each query, and whether wider ones could show more."""
+        token_ids = self.writer.lm.tokenize(queries)
+        order = np.argsort([len(ids) for ids in token_ids], kind="stable").tolist()
+        answers: list[tuple[list[Found], bool]] = [([], False) for _ in order]
+        reads = needs_features(self.writer.lm, self.guide if guided else None)
+        every = share or selection.min_similarity is not None or selection.fold is not None
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            texts = None
+            if self._encodes(selection, guided, share):
+                with timed(seconds, "encode" if reads else "rerank"):
+                    texts = query_features(self._query_encoder(), [queries[place] for place in batch])
+            found = self._beams(
+                [token_ids[place] for place in batch],
+                width,
+                keep=width if every else selection.k,
+                texts=texts if reads else None,
+                guided=guided,
+                seconds=seconds,
+            )
+            for number, (place, pictures) in enumerate(zip(batch, found, strict=True)):
+                with timed(seconds if share else None, "rerank"):
+                    ranked = compared(self.gallery, pictures, None if texts is None else texts[number])
+                    ranked = reordered(ranked, share)
+                shown, more = selection.apply(self.gallery, ranked)
+                answers[place] = shown, more and width <= len(pictures.rows) < len(self.gallery)
+        return answers
 
     def share_of_features(self, *, rerank: bool = True, share: float | None = None) -> float:
         """What the features count in the order of a `search` with these arguments; 0: they are not looked at.
@@ -284,59 +287,112 @@ class Retriever:
             return 0.0
         return self.source.share if share is None else share
 
-    def two_tower(self, queries: Sequence[str], *, k: int = 10) -> list[list[Found]]:
+    def two_tower(
+        self,
+        queries: Sequence[str],
+        *,
+        k: int = 10,
+        min_similarity: float | None = None,
+        fold: bool | float = False,
+        unread: list[list[str]] | None = None,
+    ) -> list[list[Found]]:
         """The k pictures whose features have the greatest cosine (the score) with each query's: brute force.
+
+        Args:
+            min_similarity, fold, unread: as in `search`.
 
         Raises:
             BadInput: a query is empty, or the index keeps no features.
         """
-        queries = check_queries(queries)
-        check_counts(k=k)
+        texts = check_queries(queries)
         with self._turn:
-            self._need_features()
-            texts = [text for batch in batches(queries) for text in query_features(self._query_encoder(), batch)]
-            return [self._nearest(text, k) for text in texts]
+            selection = Selection.of(self.gallery, k=k, min_similarity=min_similarity, fold=fold)
+            need_features(self.gallery)
+            tell_unread(queries, [self._query_encoder()], unread)
+            features = [one for batch in batches(texts) for one in query_features(self._query_encoder(), batch)]
+            return [selection.apply_to_all(self.gallery, by_feature(self.gallery, feature)) for feature in features]
 
-    def similar(self, image: str, *, k: int = 10, by: Likeness | None = None) -> list[Found]:
+    def similar(
+        self,
+        image: str,
+        *,
+        k: int = 10,
+        by: Likeness | None = None,
+        min_similarity: float | None = None,
+        fold: bool | float = False,
+    ) -> list[Found]:
         """The k pictures most similar to one of the index, without itself.
 
         Args:
             by: "features": the score is the cosine of their features; "vokens": the number of leading vokens that both
                 have, among equals in the order of the cosines. By default the features, where the index keeps them.
+            min_similarity, fold: as in `search`, with the picture in the place of the query.
 
         Raises:
             BadInput: no picture of the index has that id, or features are asked for and none are kept.
         """
-        check_counts(k=k)
         with self._turn:
-            row, features = self._row(image), self.gallery.features
-            if by == "features":
-                self._need_features()
-            nearness = None if features is None else self._cosines(features[row].astype(np.float32))
-            if nearness is not None and by != "vokens":
-                scores, order = nearness, np.argsort(-nearness, kind="stable")
-            else:
-                scores = np.cumprod(self.gallery.codes == self.gallery.codes[row], axis=1).sum(axis=1)
-                order = np.lexsort((np.zeros(len(scores)) if nearness is None else -nearness, -scores))
-            found = [self._found(each, float(scores[each])) for each in order[: k + 1].tolist()]
-            return [one for one in found if one.image != image][:k]
+            selection = Selection.of(self.gallery, k=k, min_similarity=min_similarity, fold=fold)
+            row = self._row(image)
+            features = self.gallery.features
+            feature = None if features is None else features[row].astype(np.float32)
+            ranked = self._like(feature, lambda: self.gallery.codes[row], by)
+            return selection.apply_to_all(self.gallery, ranked.some(np.flatnonzero(ranked.rows != row)))
 
-    def vokens(self, query: str, codes: Sequence[int], *, top: int = 5) -> list[Step]:
+    def search_image(
+        self,
+        picture: str | Path | Image.Image,
+        *,
+        k: int = 10,
+        by: Likeness | None = None,
+        min_similarity: float | None = None,
+        fold: bool | float = False,
+    ) -> list[Found]:
+        """The k pictures most similar to one that need not be in the index: a file, or a picture that Pillow opened.
+
+        Args:
+            by, min_similarity, fold: as in `similar`.
+
+        Raises:
+            BadInput: the picture cannot be read, features are asked for and none are kept, or a model that made the
+                index has changed or cannot be loaded.
+        """
+        seen = read_picture(picture)
+        with self._turn:
+            selection = Selection.of(self.gallery, k=k, min_similarity=min_similarity, fold=fold)
+            if by == "features":
+                need_features(self.gallery)
+            if self._picture_encoder is None:
+                with quiet_loading():
+                    self._picture_encoder = PictureEncoder(self.gallery, self.precision, self.device)
+            feature = self._picture_encoder.feature(seen)
+            kept = feature if self.gallery.features is not None else None
+            ranked = self._like(kept, lambda: codes_of(self.gallery, feature, self.device), by)
+            return selection.apply_to_all(self.gallery, ranked)
+
+    def vokens(
+        self, query: str, codes: Sequence[int], *, top: int = 5, unread: list[list[str]] | None = None
+    ) -> list[Step]:
         """How likely each voken of a picture is to the language model, given a query and the vokens before it.
 
         Args:
             codes: of a picture of the index, as `Found` has them.
             top: alternatives at each level.
+            unread: as in `search`.
 
         Raises:
             BadInput: the query is empty, or no picture of the index has these codes.
         """
-        [query] = check_queries([query])
+        [text] = check_queries([query])
         check_counts(top=top)
+        lm = self.writer.lm
         with self._turn, torch.inference_mode():
-            if len(codes) != len(self._levels):
-                raise BadInput(f"a picture has {len(self._levels)} codes, not {len(codes)}")
-            return list(self._steps(query, codes, top))
+            tell_unread([query], [lm, *([self._query_encoder()] if lm.slot is not None else [])], unread)
+            memory = self.writer.encode(lm.tokenize([text]))
+            if lm.slot is not None:
+                features = torch.from_numpy(query_features(self._query_encoder(), [text])).to(self.device)
+                memory = lm.with_slot(memory, features)
+            return list(written_vokens(self.writer, memory, self._levels, codes, top=top, scoring=self.scoring))
 
     def add(
         self,
@@ -449,6 +505,8 @@ class Retriever:
         """Search these pictures from now on."""
         if self._encoder is not None and self._encoder[0] != gallery.facts["clip"]:
             self._encoder = None
+        if self._picture_encoder is not None and self._picture_encoder.made_for != gallery.facts["clip"]:
+            self._picture_encoder = None
         self.gallery, self._levels = gallery, to_device(gallery.index, self.device)
 
     @contextmanager
@@ -466,12 +524,13 @@ class Retriever:
             self._encoder = (self.gallery.facts["clip"], encoder)
         return self._encoder[1]
 
-    def _need_features(self) -> None:
-        if self.gallery.features is None:
-            raise BadInput(
-                f"{self.gallery.folder} keeps no features to search by: run scripts/14_build_index.sh --overwrite and "
-                "add again what was added"
-            )
+    def _like(self, feature: Floats | None, codes: Callable[[], NDArray[np.integer]], by: Likeness | None) -> Ranked:
+        """All pictures by their likeness to one with a feature (width,), where features are kept, and with codes."""
+        if by == "features" or (by is None and feature is not None):
+            need_features(self.gallery)
+            assert feature is not None, "it is known where features are kept"
+            return by_feature(self.gallery, feature)
+        return by_codes(self.gallery, codes(), feature)
 
     def _beams(
         self,
@@ -501,59 +560,10 @@ class Retriever:
         except FloatingPointError as error:
             raise BadInput(str(error)) from None
 
-    def _cosines(self, feature: Floats) -> Floats:
-        """Cosines (pictures,) of all pictures' features with one (width,)."""
-        scores = np.empty(len(self.gallery), dtype=np.float32)
-        for start in range(0, len(scores), FEATURE_BLOCK):
-            block = slice(start, start + FEATURE_BLOCK)
-            scores[block] = cosines(feature, self.gallery, block)
-        return scores
-
-    def _nearest(self, feature: Floats, k: int) -> list[Found]:
-        """The k pictures with the greatest cosine with a feature (width,); equal ones by their row."""
-        scores = self._cosines(feature)
-        best = np.argsort(-scores, kind="stable")[:k].tolist()
-        return [self._found(row, float(scores[row])) for row in best]
-
-    def _steps(self, query: str, codes: Sequence[int], top: int) -> Iterator[Step]:
-        """`vokens`, level by level: one beam that goes where it is told."""
-        lm = self.writer.lm
-        memory = self.writer.encode(lm.tokenize([query]))
-        if lm.slot is not None:
-            features = torch.from_numpy(query_features(self._query_encoder(), [query])).to(self.device)
-            memory = lm.with_slot(memory, features)
-        session = self.writer.begin(memory)
-        states, node = session.open(), torch.zeros(1, dtype=torch.long, device=self.device)
-        for number, (level, code) in enumerate(zip(self._levels, codes, strict=True)):
-            first, last = int(level.first_child(node)), int(level.first_child(node + 1))
-            allowed = level.codes[first:last].long()
-            place = (allowed == code).nonzero().flatten()
-            if not len(place):
-                raise BadInput(
-                    f"no picture of the index has the codes {tuple(codes)}: {code} is none at level {number}"
-                )
-            scores = self.writer.head.log_probabilities(states, number, self.scoring)[0, 0, allowed]
-            shares = scores.softmax(dim=0)
-            names = lm.space.tokens[lm.space.level_rows(number)]
-            options = [
-                Voken(names[each], each, share) for each, share in zip(allowed.tolist(), shares.tolist(), strict=True)
-            ]
-            order = torch.argsort(-scores, stable=True)[:top].tolist()
-            yield Step(options[int(place)], float(scores[place]), len(options), [options[each] for each in order])
-            node = first + place
-            if number + 1 < len(codes):
-                token = lm.level_offsets[number] + code
-                states = session.advance(token.view(1, 1).to(self.device), torch.zeros_like(node).view(1, 1))
-
     def _row(self, image: str) -> int:
         if image not in self.gallery.rows:
             raise BadInput(f"{image!r} is not the id of a picture in {self.gallery.folder}")
         return self.gallery.rows[image]
-
-    def _found(self, row: int, score: float) -> Found:
-        picture = self.gallery.picture(row)
-        codes = tuple(self.gallery.codes[row].tolist())
-        return Found(picture.image, self.gallery.files_below / picture.file, score, codes)
 
 
 @contextmanager
@@ -568,17 +578,6 @@ def timed(seconds: dict[str, float] | None, part: str) -> Iterator[None]:
 def batches(queries: Sequence[str]) -> Iterator[Sequence[str]]:
     """Queries that are encoded at once."""
     return (queries[start : start + BATCH] for start in range(0, len(queries), BATCH))
-
-
-def check_queries(queries: Sequence[str]) -> list[str]:
-    """Texts on one line each, without control characters.
-
-    Raises:
-        BadInput: one is empty; or one text is given where several are expected: its letters would be the queries.
-    """
-    if isinstance(queries, str):
-        raise BadInput("queries must be a list of texts: write [query]")
-    return [read_query(query) for query in queries]
 
 
 def check_counts(**counts: int | None) -> None:

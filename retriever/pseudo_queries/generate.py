@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from models.compute import pick_device, pick_dtype
+from models.lengths import tell_overlong
 from tools import processes, runs
 from tools.blocks import Blocks
 from tools.captions import Split, read_captions
@@ -205,6 +206,7 @@ def find_candidates(run: runs.Run, pool: Pool, config: Config) -> Callable[[slic
         return lambda block: train.candidates(pool.chosen[block], config.neighbours)
     written = ask_model(run, pool, config) if config.source == "model" else ask_endpoint(run, pool, config)
     encoder = text_encoder(pool, config)
+    tell_overlong(encoder, [text for texts in written for text in texts], "candidates")
     return lambda block: with_features(written[block], encoder)
 
 

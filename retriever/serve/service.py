@@ -7,6 +7,7 @@ inserts and removes pictures; the retriever itself sees to it that they never ch
 import asyncio
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple
 
 from tools.errors import BadInput
 
-from ..gallery.api import BEAMS, RERANKED_BEAMS, Found, Likeness, Retriever, Step
+from ..gallery.answers import Found, Step
+from ..gallery.api import BEAMS, RERANKED_BEAMS, Retriever
+from ..gallery.by_picture import Likeness
 from . import uploads
 from .batching import Answer, Batcher, Busy
 from .uploads import Upload
@@ -45,6 +48,8 @@ class Setting(NamedTuple):
     guided: bool
     share: float
     """Of the features; 0: nothing is re-ranked"""
+    min_similarity: float | None = None
+    fold: bool | float = False
 
 
 class Searched(NamedTuple):
@@ -53,6 +58,8 @@ class Searched(NamedTuple):
     found: list[Found]
     seconds: dict[str, float]
     """Of the parts of the call; see `Retriever.search`"""
+    unread: list[str]
+    """What of the query is longer than a model reads"""
 
 
 class Insertion(NamedTuple):
@@ -83,7 +90,17 @@ class Service:
         for batcher in (self.answers, self.changes):
             batcher.close()
 
-    def setting(self, *, k: int, beams: int | None, guided: bool, rerank: bool, share: float | None) -> Setting:
+    def setting(
+        self,
+        *,
+        k: int,
+        beams: int | None,
+        guided: bool,
+        rerank: bool,
+        share: float | None,
+        min_similarity: float | None = None,
+        fold: bool | float = False,
+    ) -> Setting:
         """What `Retriever.search` makes of these arguments.
 
         Raises:
@@ -91,7 +108,8 @@ class Service:
         """
         share = self.retriever.share_of_features(rerank=rerank, share=share)
         guided = guided and self.retriever.guide is not None
-        return Setting(k, beams or max(k, RERANKED_BEAMS if share else BEAMS), guided, share)
+        beams = beams or max(k, RERANKED_BEAMS if share else BEAMS)
+        return Setting(k, beams, guided, share, min_similarity, fold)
 
     async def search(self, query: str, setting: Setting) -> Answer:
         """The best pictures for a query: a `Searched`.
@@ -103,24 +121,44 @@ class Service:
         """
         return await self._answered(partial(self._search, setting), query, kind=setting)
 
-    async def two_tower(self, query: str, *, k: int) -> Answer:
-        """The pictures of the nearest features, a list of `Found`; raises as `search`."""
-        return await self._answered(partial(self.retriever.two_tower, k=k), query, kind=("two-tower", k))
+    async def two_tower(self, query: str, setting: Setting) -> Answer:
+        """The pictures of the nearest features: a `Searched`; raises as `search`."""
+        kind = ("two-tower", setting.k, setting.min_similarity, setting.fold)
+        return await self._answered(partial(self._two_tower, setting), query, kind=kind)
 
     async def vokens(self, query: str, image: str, *, top: int) -> list[Step]:
         """How the model would write a picture's vokens; raises as `search`, and Unknown."""
 
         def call() -> list[Step]:
-            return self.retriever.vokens(query, self._find(image).codes, top=top)
+            return self.retriever.vokens(query, self._find(image).codes, top=top, unread=[])  # the search has said it
 
         return (await within(ANSWER_SECONDS, self.answers.alone(call))).value
 
-    async def similar(self, image: str, *, k: int, by: Likeness) -> tuple[Found, list[Found]]:
+    async def similar(
+        self, image: str, *, k: int, by: Likeness, min_similarity: float | None = None, fold: bool | float = False
+    ) -> tuple[Found, list[Found]]:
         """A picture and those most similar to it; raises as `search`, and Unknown."""
 
         def call() -> tuple[Found, list[Found]]:
             self.retriever.refresh()
-            return self._find(image), self.retriever.similar(image, k=k, by=by)
+            options: dict[str, Any] = {"by": by, "min_similarity": min_similarity, "fold": fold}
+            return self._find(image), self.retriever.similar(image, k=k, **options)
+
+        return (await within(ANSWER_SECONDS, self.answers.alone(call))).value
+
+    async def like(self, picture: Upload, **options: Any) -> list[Found]:
+        """The pictures most similar to one that is handed in, and not kept; raises as `search`.
+
+        Args:
+            options: of `Retriever.search_image`.
+        """
+        async with self._decoding:
+            ending = await asyncio.to_thread(uploads.check, picture)
+
+        def call() -> list[Found]:
+            self.retriever.refresh()
+            with tempfile.TemporaryDirectory() as folder:
+                return self.retriever.search_image(uploads.store(Path(folder), picture, ending), **options)
 
         return (await within(ANSWER_SECONDS, self.answers.alone(call))).value
 
@@ -173,8 +211,15 @@ class Service:
     def _search(self, setting: Setting, queries: list[str]) -> list[Searched]:
         self.retriever.refresh()
         seconds: dict[str, float] = {}
-        answers = self.retriever.search(queries, **setting._asdict(), seconds=seconds)
-        return [Searched(found, seconds) for found in answers]
+        unread: list[list[str]] = []
+        answers = self.retriever.search(queries, **setting._asdict(), seconds=seconds, unread=unread)
+        return [Searched(found, seconds, notes) for found, notes in zip(answers, unread, strict=True)]
+
+    def _two_tower(self, setting: Setting, queries: list[str]) -> list[Searched]:
+        unread: list[list[str]] = []
+        options: dict[str, Any] = {"k": setting.k, "min_similarity": setting.min_similarity, "fold": setting.fold}
+        answers = self.retriever.two_tower(queries, **options, unread=unread)
+        return [Searched(found, {}, notes) for found, notes in zip(answers, unread, strict=True)]
 
     def _find(self, image: str) -> Found:
         gallery = self.retriever.gallery

@@ -1,7 +1,7 @@
 """The search page's addresses: JSON under /api, described by /openapi.json, the pictures, and the page's own files."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,9 @@ from starlette.exceptions import HTTPException
 
 from tools.errors import BadInput
 
-from ..gallery.api import BEAMS, RERANKED_BEAMS, Found, Likeness, Voken
+from ..gallery.answers import FOLD, Found, Voken
+from ..gallery.api import BEAMS, RERANKED_BEAMS
+from ..gallery.by_picture import Likeness
 from .batching import Busy
 from .guard import Guard
 from .service import Failed, Service, Unknown
@@ -45,7 +47,10 @@ class ShownPicture(BaseModel):
     score: float | None = Field(description="The higher the better; comparable within one answer.")
     codes: list[int] = Field(description="The vokens that stand for the picture.")
     url: str = Field(description="Where it can be seen, small.")
+    similarity: float | None = Field(description="Cosine of its features with the query's, where it is known.")
     inserted: bool = Field(description="Whether it came through this server.")
+    gone: bool = Field(description="Whether its file is not there any more.")
+    folded: list["ShownPicture"] = Field(description="Its near-duplicates, where they are folded.")
 
 
 class Timings(BaseModel):
@@ -69,6 +74,7 @@ class SearchAnswer(BaseModel):
     guided: bool = Field(description="Whether the guide steered the beams.")
     share: float = Field(description="Of the features in the order; 0: the retriever's own order.")
     pool: int = Field(description="Pictures that can be found.")
+    unread: list[str] = Field(description="What of the query is longer than a model reads, as sentences.")
     together: int = Field(description="Queries that were answered by the same call.")
     timings: Timings
 
@@ -81,6 +87,15 @@ class AlikeAnswer(BaseModel):
     by: Likeness = Field(
         description="The score: cosines of features, or the number of leading vokens in common (vokens)."
     )
+
+
+class LikeAnswer(BaseModel):
+    """Pictures like one that was handed in."""
+
+    name: str = Field(description="What the picture that was handed in is called.")
+    pictures: list[ShownPicture]
+    by: Likeness
+    pool: int
 
 
 class ShownVoken(BaseModel):
@@ -168,6 +183,11 @@ def service_of(request: Request) -> Service:
 Served = Annotated[Service, Depends(service_of)]
 Words = Annotated[str, Query(min_length=1, max_length=LONGEST_QUERY, description="What the picture shows.")]
 Count = Annotated[int, Query(ge=1, le=MOST_SHOWN, description="Pictures of the answer at most.")]
+Fold = Annotated[bool, Query(description="Fold near-duplicates under the best of them.")]
+FoldAt = Annotated[float, Query(ge=-1, le=1, description="Cosine from which pictures are near-duplicates.")]
+LeastSimilarity = Annotated[
+    float | None, Query(ge=-1, le=1, description="Leave out pictures whose cosine with the query is below this.")
+]
 InPath = Annotated[str, PathParameter(description="A picture's id, percent-encoded, slashes too.")]
 Id = Annotated[str, Query(min_length=1, max_length=LONGEST_ID, description="A picture's id.")]
 
@@ -187,23 +207,35 @@ async def search(
     rerank: Annotated[bool, Query(description="Reorder what the beams find by features.")] = True,
     share: Annotated[float | None, Query(ge=0, le=1, description="Of the features; by default what val chose.")] = None,
     two_tower: Annotated[bool, Query(description="Also search by features alone, through all pictures.")] = False,
+    min_similarity: LeastSimilarity = None,
+    fold: Fold = False,
+    fold_at: FoldAt = FOLD,
 ) -> SearchAnswer:
     """Pictures for a query, best first."""
     query = q.strip()
     if not query:
         raise BadInput("an empty query finds nothing: write some words")
-    setting = service.setting(k=k, beams=beams, guided=guided, rerank=rerank, share=share)
+    setting = service.setting(
+        k=k,
+        beams=beams,
+        guided=guided,
+        rerank=rerank,
+        share=share,
+        min_similarity=min_similarity,
+        fold=fold and fold_at,
+    )
     began = asyncio.get_running_loop().time()
-    asked = [service.search(query, setting)] + ([service.two_tower(query, k=k)] if two_tower else [])
+    asked = [service.search(query, setting)] + ([service.two_tower(query, setting)] if two_tower else [])
     found, *beside = await asyncio.gather(*asked)
     return SearchAnswer(
         query=query,
         pictures=shown(service, found.value.found),
-        two_tower=shown(service, beside[0].value) if beside else None,
+        two_tower=shown(service, beside[0].value.found) if beside else None,
         beams=setting.beams,
         guided=setting.guided,
         share=setting.share,
         pool=len(service.retriever),
+        unread=list(dict.fromkeys(note for each in (found, *beside) for note in each.value.unread)),
         together=found.shared,
         timings=Timings(
             waited=found.waited,
@@ -222,11 +254,36 @@ async def similar(
     image: InPath,
     k: Count = 10,
     by: Annotated[Likeness, Query(description="By leading vokens in common, or by cosines of features.")] = "vokens",
+    min_similarity: LeastSimilarity = None,
+    fold: Fold = False,
+    fold_at: FoldAt = FOLD,
 ) -> AlikeAnswer:
     """Pictures like one of the index: its codes' neighbours, or its features'."""
-    picture, found = await service.similar(image, k=k, by=by)
+    picture, found = await service.similar(image, k=k, by=by, min_similarity=min_similarity, fold=fold and fold_at)
     [own] = shown(service, [picture], scored=False)
     return AlikeAnswer(picture=own, pictures=shown(service, found), by=by)
+
+
+@router.post("/api/similar", responses=BUSY)
+async def like(
+    service: Served,
+    picture: UploadFile,
+    k: Count = 10,
+    by: Annotated[Likeness | None, Query(description="By default features, where the index keeps them.")] = None,
+    min_similarity: LeastSimilarity = None,
+    fold: Fold = False,
+    fold_at: FoldAt = FOLD,
+) -> LikeAnswer:
+    """Pictures like one that is handed in, which is not kept: JPEG, PNG, WebP, GIF, BMP or TIFF."""
+    upload = Upload(picture.filename or "picture", await picture.read())
+    found = await service.like(upload, k=k, by=by, min_similarity=min_similarity, fold=fold and fold_at)
+    kept = service.retriever.gallery.features is not None
+    return LikeAnswer(
+        name=upload.name,
+        pictures=shown(service, found),
+        by=by or ("features" if kept else "vokens"),
+        pool=len(service.retriever),
+    )
 
 
 @router.get("/api/vokens", responses=BUSY)
@@ -313,7 +370,7 @@ async def docs() -> FileResponse:
     return FileResponse(PAGE / "docs.html")
 
 
-def shown(service: Service, found: list[Found], *, scored: bool = True) -> list[ShownPicture]:
+def shown(service: Service, found: Sequence[Found], *, scored: bool = True) -> list[ShownPicture]:
     """Pictures as JSON has them."""
     return [
         ShownPicture(
@@ -321,7 +378,10 @@ def shown(service: Service, found: list[Found], *, scored: bool = True) -> list[
             score=each.score if scored else None,
             codes=list(each.codes),
             url=f"pictures/{quote(each.image, safe='')}",
+            similarity=each.similarity,
             inserted=service.is_inserted(each),
+            gone=each.gone,
+            folded=shown(service, each.folded, scored=scored),
         )
         for each in found
     ]

@@ -9,18 +9,17 @@ export function showPictures(list, pictures, { query = null, score = (value) => 
   let rank = 0;
   list.replaceChildren(...pictures.map((picture) => {
     const card = template.content.firstElementChild.cloneNode(true);
-    const image = card.querySelector("img");
-    image.src = picture.url;
-    image.alt = picture.id;
-    const button = card.querySelector(".picture");
-    button.title = "Show pictures like this one";
-    button.addEventListener("click", () => alike(picture));
+    card.querySelector(".picture").replaceWith(thumbnail(picture, alike));
     const place = card.querySelector(".place");
     place.hidden = picture.score === null;
     if (picture.score !== null) {
       place.querySelector(".rank").textContent = `${++rank}.`;
       place.querySelector(".score").textContent = score(picture.score).replace("-", "\u2212");
       place.querySelector(".score").title = "Score";
+      const similarity = place.querySelector(".similarity");
+      similarity.hidden = picture.similarity === null || picture.similarity === picture.score;
+      if (!similarity.hidden) similarity.textContent = `cos ${picture.similarity.toFixed(2).replace("-", "\u2212")}`;
+      similarity.title = "Similarity: the cosine of its features with the query's";
     }
     card.querySelector(".name").textContent = picture.id;
     card.classList.toggle("new", picture.inserted);
@@ -28,9 +27,50 @@ export function showPictures(list, pictures, { query = null, score = (value) => 
     removal.hidden = !picture.inserted;
     removal.setAttribute("aria-label", `Remove ${picture.id}`);
     removal.addEventListener("click", () => remove(picture, removal));
+    showFolded(card.querySelector(".folded"), picture, alike);
     explain(card.querySelector(".vokens"), picture, query);
     return card;
   }));
+}
+
+// A button that shows a picture, or says that its file is gone, and leads to those like it.
+function thumbnail(picture, alike) {
+  const button = template.content.querySelector(".picture").cloneNode(true);
+  const image = button.querySelector("img");
+  image.alt = picture.id;
+  if (picture.gone) tellMissing(button, picture, "file is gone");
+  else {
+    image.addEventListener("error", () => tellMissing(button, picture, "file cannot be read"));
+    image.src = picture.url;
+  }
+  button.title = "Show pictures like this one";
+  button.addEventListener("click", () => alike(picture));
+  return button;
+}
+
+function tellMissing(button, picture, words) {
+  const told = document.createElement("span");
+  told.className = "missing";
+  told.textContent = words;
+  button.setAttribute("aria-label", `${picture.id}: ${words}`);
+  button.replaceChildren(told);
+}
+
+// The near-duplicates that a picture stands for.
+function showFolded(details, picture, alike) {
+  const count = picture.folded.length;
+  details.hidden = count === 0;
+  details.querySelector("summary").textContent = `+${count} near-duplicate${count === 1 ? "" : "s"}`;
+  details.addEventListener("toggle", () => {
+    const list = details.querySelector("ol");
+    if (!details.open || list.childElementCount) return;
+    list.append(...picture.folded.map((other) => {
+      const line = document.createElement("li");
+      line.title = other.id;
+      line.append(thumbnail(other, alike));
+      return line;
+    }));
+  });
 }
 
 // The vokens of a picture; unfolded, how probable the model finds each for the query.

@@ -4,7 +4,8 @@ import { insert } from "./server.js";
 
 const at = (id) => document.getElementById(id);
 
-export function listenForPictures(limits, { report, tell, done }) {
+// search: what becomes of files that are dropped on the search form.
+export function listenForPictures(limits, { report, tell, done, search }) {
   let last = Promise.resolve();
 
   function take(files) {
@@ -22,7 +23,8 @@ export function listenForPictures(limits, { report, tell, done }) {
     if (!carriesFiles(event)) return;
     event.preventDefault();
     shown(-depth);
-    take(event.dataTransfer.files);
+    if (at("search").contains(event.target)) search(event.dataTransfer.files);
+    else take(event.dataTransfer.files);
   });
   at("files").addEventListener("change", (event) => {
     take(event.target.files);

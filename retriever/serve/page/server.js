@@ -5,6 +5,14 @@ export async function get(path, values = {}, signal = undefined) {
   return ask(`${path}?${query}`, { signal });
 }
 
+// Pictures like one that is handed in.
+export async function like(file, values, signal) {
+  const form = new FormData();
+  form.append("picture", file);
+  const query = new URLSearchParams(Object.entries(values).filter(([, value]) => value !== null));
+  return ask(`api/similar?${query}`, { method: "POST", body: form, signal });
+}
+
 export async function remove(id) {
   return ask(`api/pictures/${encodeURIComponent(id)}`, { method: "DELETE" });
 }
