@@ -121,7 +121,7 @@ def test_added_pictures_are_found_and_removed_ones_are_not(
 ) -> None:
     before = found_files(folder, retriever, tmp_path / "x.png", capsys)
     add(folder, new)
-    assert capsys.readouterr().out.startswith("6 pictures added, 54 can be found, ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("6 pictures added, 54 can be found, ")
     files = {str(new / image) for image in below(new)}
     assert found_files(folder, retriever, tmp_path / "x.png", capsys) == before | files
     copy = str(new / "copy of red-circle.png")
@@ -512,6 +512,26 @@ def test_only_one_writes_at_a_time(folder: Path, new: Path) -> None:
     add(folder, new)
 
 
+def test_links_out_of_the_folder_are_added_when_asked_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (colour, shape), *_ = NEW
+    for path in (tmp_path / "p" / "0.png", tmp_path / "trip" / "1.png"):
+        draw_picture(path, colour, shape, 200)
+    (tmp_path / "p" / "0.png").rename(tmp_path / "p" / "no ending")
+    (tmp_path / "p" / "same.png").symlink_to("no ending")
+    (tmp_path / "p" / "trip").symlink_to(tmp_path / "trip")
+    with pytest.raises(
+        BadInput, match=r"/p/trip: link to a folder, not followed \(--follow-links adds what is there\)"
+    ):
+        add(folder, tmp_path / "p")
+    capsys.readouterr()
+    add(folder, tmp_path / "p", follow_links=True)
+    assert images(folder)[48:] == ["no ending", "trip/1.png"]
+    said = f"{tmp_path / 'p'}: 1 other file: 1 link to a picture listed under another name"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_a_damaged_picture_stops_all_or_is_left_out(
     folder: Path, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -523,19 +543,19 @@ def test_a_damaged_picture_stops_all_or_is_left_out(
     with pytest.raises(BadInput) as error:
         add(folder, new)
     assert str(error.value) == (
-        f"{new}/cut.png: picture unreadable (OSError) (3 of 9 pictures cannot be used): mend it, or go on without it "
-        "with --skip-bad; nothing was added"
+        f"{new}/cut.png: picture unreadable (image file is truncated) (3 of 9 pictures cannot be used): mend it, or go "
+        "on without it with --skip-bad; nothing was added"
     )
     assert files_of(folder) == before
     capsys.readouterr()
     add(folder, new, skip_bad=True)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [
-        f"left out: {new}/cut.png: picture unreadable (OSError)",
+    assert lines[2:5] == [
+        f"left out: {new}/cut.png: picture unreadable (image file is truncated)",
         f"left out: {new}/words.JPG: file is no picture",
         f"left out: {new}/\\udcff.png: file name not UTF-8",
     ]
-    assert lines[3].startswith("6 pictures added")
+    assert lines[5].startswith("6 pictures added")
 
 
 @pytest.mark.parametrize(

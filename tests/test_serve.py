@@ -404,10 +404,10 @@ def test_ids_with_markup_slashes_and_dots(client: TestClient, folder: Path, chai
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "is not a picture that can be read"),
-        (b"<html>not a picture</html>", "is not a picture that can be read"),
-        (drawn()[:-30], "is not a picture that can be read"),
-        (b"%PDF-1.4", "send a whole JPEG, PNG, WEBP, GIF, BMP or TIFF"),
+        (b"", r"is not a picture that can be read \(file is no picture\)"),
+        (b"<html>not a picture</html>", r"is not a picture that can be read \(file is no picture\)"),
+        (drawn()[:-30], r"is not a picture that can be read \(picture unreadable \(image file is truncated\)\)"),
+        (b"%PDF-1.4", "send a whole JPEG, PNG, WebP, GIF, BMP, DIB, TIFF, JPEG 2000, AVIF"),
         (drawn(kind="ICO"), "is not a picture that can be read"),
         (drawn() + b" " * 3000, "3,[0-9]{3} bytes, 3,000 are allowed: make it smaller"),
         (blank(80, 50), "80 × 50 pixels, 2,000 in all are allowed"),
@@ -474,7 +474,7 @@ def test_a_picture_whose_file_is_gone_is_still_listed(client: TestClient, folder
     (folder.parent / "uploads" / "good.png").unlink()
     response = client.get(f"/{inserted['url']}")
     assert response.status_code == 404
-    assert response.json()["detail"] == "the file of uploads/good.png is gone or damaged (FileNotFoundError)"
+    assert response.json()["detail"] == "the file of uploads/good.png is gone or damaged (picture missing)"
     assert inserted["id"] in everything(client)
     assert client.delete(f"/api/{inserted['url']}").status_code == 200
 

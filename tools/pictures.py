@@ -1,23 +1,50 @@
-"""Picture files: which files of a folder are pictures, whether they can be read, and what they show."""
+"""Picture files: whether they can be read, and what they show."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from .logs import progress
+from .picture_formats import identify, unidentified
+from .picture_listing import Listing, list_pictures
 from .texts import is_unicode
 
-PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-# What a file may hold, whatever it is called. Pillow knows more, and runs Ghostscript on one of them.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM")
+__all__ = [
+    "MOST_OBLONG",
+    "Listing",
+    "as_seen",
+    "check_picture",
+    "find_unreadable",
+    "is_turned",
+    "list_pictures",
+    "open_picture",
+    "why_unreadable",
+]
+
 CHECK_SIZE = (64, 64)  # JPEGs are decoded at about this size when checked: the whole file is read, a tenth of the work
 MOST_OBLONG = 200  # times as long as wide: a picture beyond that would be enlarged to millions of pixels
 ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {  # EXIF's values beside 1, upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TIFF_BITS, TIFF_MEANING = 258, 262  # TIFF's tags: bits of a value; 0 where the smallest value is white
 WHITE = (255, 255, 255, 255)
+FIRST_FRAME = "of several frames or pages: the first is taken"
+STRETCHED = "of grey values in no usual range: they are stretched, the lowest to black and the highest to white"
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -27,74 +54,158 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         OSError: it cannot be read.
     """
-    with Image.open(path, formats=FORMATS) as picture:
+    with identify(path) as picture:
         return as_seen(picture)
 
 
 def as_seen(picture: Image.Image) -> Image.Image:
     """What `open_picture` makes of an open picture."""
-    if is_turned(picture):
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits, of which Pillow would make white
-        levels = np.asarray(picture)
-        shift = 8 if picture.mode != "I" or levels.max(initial=0) > 255 else 0
-        picture = Image.fromarray((levels >> shift).clip(0, 255).astype(np.uint8))
+    turn = TURNS.get(_orientation(picture))
+    if picture.mode.startswith(("I", "F")):  # more than 8 bits, of which Pillow would make white
+        picture = _grey_in_8_bits(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         if picture.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture)
-    return picture.convert("RGB")
+    seen = picture.convert("RGB")
+    return seen if turn is None else seen.transpose(turn)
 
 
 def is_turned(picture: Image.Image) -> bool:
     """Whether its EXIF says that it is to be turned or mirrored."""
+    return _orientation(picture) in TURNS
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, which decoding may settle."""
+    if picture.format == "TIFF":
+        picture.load()  # which turns it
     try:
-        return picture.getexif().get(ORIENTATION, 1) in range(2, 9)
+        return int(picture.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF says nothing; Pillow raises many kinds
-        return False
+        return 1
 
 
-def pictures_below(folder: Path) -> list[str]:
-    """Paths, relative to the folder and in their order, of all pictures below it; links to folders are not followed."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_ENDINGS)
-    return [str(path.relative_to(folder)) for path in paths if path.is_file()]
+def _grey_in_8_bits(picture: Image.Image) -> Image.Image:
+    """A picture of one channel of 16 or 32 bits, or of floats, in mode L."""
+    values = np.asarray(picture)
+    tags = getattr(picture, "tag_v2", {})
+    black, white = _grey_range(values, bits=tags.get(TIFF_BITS, (16,))[0])
+    if tags.get(TIFF_MEANING) == 0:
+        black, white = white, black
+    numbers = values.astype(np.float32 if values.dtype == np.uint16 else np.float64)
+    levels = (np.nan_to_num(numbers, nan=black) - black) * (255 / ((white - black) or 1))
+    levels[values == picture.info.get("transparency")] = 255
+    return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+
+
+def _grey_range(values: NDArray[np.generic], *, bits: int = 16) -> tuple[float, float]:
+    """The values that are black and white: 0 and 1, 255, or the highest of 16 bits, whatever all values fit into first;
+    else the lowest and the highest.
+
+    Args:
+        values: (height, width) integers or floats.
+        bits: of a value where it has fewer than 16.
+    """
+    low, high = _extremes(values)
+    if values.dtype == np.uint16:
+        return 0.0, float(2**bits - 1)
+    usual = (1.0, 255.0) if values.dtype.kind == "f" else (255.0, 65535.0)
+    return next(((0.0, white) for white in usual if low >= 0 and high <= white), (low, high))
+
+
+def _extremes(values: NDArray[np.generic]) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+
+
+class Checked(NamedTuple):
+    """What opening a picture has shown."""
+
+    reason: str
+    """Why it cannot be used, or nothing."""
+    notes: tuple[str, ...] = ()
+    """What is not as in the file, among `FIRST_FRAME` and `STRETCHED`."""
 
 
 def find_unreadable(files: Sequence[str], *, workers: int, folder: Path = Path()) -> dict[str, str]:
-    """Open and decode pictures: for each of `files` why it cannot be used, or nothing.
+    """Open and decode pictures: for each of `files` why it cannot be used, or nothing. A line is printed about pictures
+    that are not used as they are, such as animations.
 
     Args:
         folder: what the files are relative to, where they are not absolute.
         workers: processes that open them; 0 for this one.
     """
-    check = partial(_why_unreadable, folder)
+    check = partial(check_picture, folder)
     if not workers:
-        return {file: check(file) for file in files}
-    with ProcessPoolExecutor(workers) as pool:
-        reasons = progress(pool.map(check, files, chunksize=32), "checking", total=len(files), unit="picture")
-        return dict(zip(files, reasons, strict=True))
+        checked = [check(file) for file in files]
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            opened = pool.map(check, files, chunksize=32)
+            checked = list(progress(opened, "checking", total=len(files), unit="picture"))
+    for note, count in sorted(Counter(note for each in checked for note in each.notes).items()):
+        print(f"{count:,} picture{'s' if count > 1 else ''} {note}")
+    return {file: each.reason for file, each in zip(files, checked, strict=True)}
 
 
-def _why_unreadable(folder: Path, file: str) -> str:
+def why_unreadable(error: Exception) -> str:
+    """What an error on opening or decoding a picture says, without numbers of bytes: equal faults are to be counted."""
+    if isinstance(error, PermissionError):
+        return "no permission to read the picture"
+    if isinstance(error, FileNotFoundError):
+        return "picture missing"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"picture of more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode the picture"
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    said = re.sub(r"\s*\([^()]*\d[^()]*\)", "", said.partition("\n")[0])
+    return f"picture unreadable ({said or type(error).__name__})"
+
+
+def check_picture(folder: Path, file: str) -> Checked:
+    """Open and decode one picture; `file` is relative to the folder, or absolute."""
     path = folder / file
     if not is_unicode(file):
-        return "file name not UTF-8"
+        return Checked("file name not UTF-8")
     try:
         if not path.is_file():
-            return "link that leads nowhere" if path.is_symlink() else "picture missing"
+            return Checked(_why_no_file(path))
         if not path.stat().st_size:
-            return "picture file is empty"
-        with Image.open(path, formats=FORMATS) as picture:
+            return Checked("picture file is empty")
+        with identify(path) as picture:
             if max(picture.size) > MOST_OBLONG * min(picture.size):
-                return f"picture more than {MOST_OBLONG} times as long as wide"
+                return Checked(f"picture more than {MOST_OBLONG} times as long as wide")
             picture.draft("RGB", CHECK_SIZE)
-            picture.load()
-    except PermissionError:
-        return "no permission to read the picture"
+            as_seen(picture)
+            return Checked("", tuple(_notes(picture)))
     except UnidentifiedImageError:
-        return "file is no picture"
-    except Image.DecompressionBombError:
-        return f"picture of more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+        return Checked(unidentified(path))
     except Exception as error:  # Pillow raises many kinds for damaged files
-        return f"picture unreadable ({type(error).__name__})"
-    return ""
+        return Checked(why_unreadable(error))
+
+
+def _why_no_file(path: Path) -> str:
+    if path.is_dir():
+        return "is a folder, not a picture"
+    if path.exists():
+        return "special file, not a picture"
+    return "link that leads nowhere" if path.is_symlink() else "picture missing"
+
+
+def _notes(picture: Image.Image) -> list[str]:
+    """What of a decoded picture is not as in its file."""
+    notes = [FIRST_FRAME] if _has_frames(picture) else []
+    if picture.mode in ("I", "F"):
+        values = np.asarray(picture)
+        if _grey_range(values)[1] not in (1.0, 255.0, 65535.0):
+            notes.append(STRETCHED)
+    return notes
+
+
+def _has_frames(picture: Image.Image) -> bool:
+    """Whether there are frames or pages behind the first; a JPEG's second picture is its preview."""
+    try:
+        return picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
+    except Exception:  # what is damaged lies behind the first frame; Pillow raises many kinds
+        return False

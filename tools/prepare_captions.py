@@ -25,8 +25,9 @@ from .command_line.options import RunOptions
 from .errors import BadInput
 from .files import read_json, read_json_lines
 from .logs import table
-from .pictures import find_unreadable, pictures_below
-from .shards import shards_of, unpack
+from .picture_listing import NOT_FOLLOWED, Listing, summary_of
+from .pictures import find_unreadable, list_pictures
+from .shards import Unpacking, list_shards, shards_of
 from .texts import clean, is_unicode, printable
 
 Format = Literal["karpathy", "published", "coco", "table", "folder", "webdataset"]
@@ -69,6 +70,9 @@ class Config(RunOptions):
                 "name a folder of --images" if self.images is None else f"--images {self.images} is not a folder"
             )
         for path in self.source:
+            if not shards and path.is_dir():
+                beside = list_shards(path, follow_links=self.follow_links).summary() or "the folder is empty"
+                raise BadInput(f"--source {path}: there is no shard below this folder ({beside})")
             if not shards and not path.is_file():
                 raise BadInput(f"--source {path} does not exist")
         if len(self.source) > 1 and self.format not in (None, "coco", "webdataset"):
@@ -85,16 +89,28 @@ class Config(RunOptions):
         Raises:
             BadInput: there are shards and something else.
         """
-        found = [shards_of(path) if self.format in (None, "webdataset") else [] for path in self.source]
+        read = self.format in (None, "webdataset")
+        found = [shards_of(path, follow_links=self.follow_links) if read else [] for path in self.source]
         if any(found) and not all(found):
             other = next(path for path, shards in zip(self.source, found, strict=True) if not shards)
             raise BadInput(f"--source {other} has no webdataset shards, as the others have: name one kind of source")
-        return [shard for shards in found for shard in shards]
+        named = [shard for shards in found for shard in shards]
+        if twice := [shard for shard, count in Counter(_real(each) for each in named).items() if count > 1]:
+            raise BadInput(f"--source names the shard {twice[0]} more than once: leave one out")
+        return named
 
     @property
     def picture_folder(self) -> Path:
         """Where the pictures lie."""
         return self.output / UNPACKED if self.images is None else self.images
+
+    @property
+    def listings(self) -> dict[str, Path]:
+        """Folders whose pictures make another run when they change: that of the pictures, and those it has links to."""
+        if self.images is None:
+            return {}
+        linked = list_pictures(self.images, follow_links=True).linked if self.follow_links else {}
+        return {"images": self.images} | {f"images/{path}": folder for path, folder in linked.items()}
 
 
 class Found(NamedTuple):
@@ -173,19 +189,66 @@ def read_table(path: Path) -> Iterator[Found]:
     yield from found.values()
 
 
-def read_folder(images: Path) -> Iterator[Found]:
-    """Every picture below a folder, without captions: in split test, so that it can be found but trains nothing."""
-    for file in pictures_below(images):
+def read_folder(images: Path, *, follow_links: bool) -> Iterator[Found]:
+    """Every picture below a folder, without captions: in split test, so that it can be found but trains nothing.
+
+    Raises:
+        BadInput: there is none.
+    """
+    listing = list_pictures(images, follow_links=follow_links)
+    if not listing.pictures and not listing.lost:
+        raise BadInput(listing.why_empty(images))
+    for file in listing.pictures:
         yield Found(file, file, "test", [], file)
+    yield from _not_found(images, listing)
 
 
 def read_shards(shards: list[Path], config: Config) -> Iterator[Found]:
-    """Every sample of webdataset shards, whose pictures are unpacked."""
+    """Every sample of webdataset shards, whose pictures are unpacked.
+
+    Raises:
+        BadInput: there is no picture.
+    """
+    for folder in (source for source in config.source if source.is_dir()):
+        yield from _not_found(folder, list_shards(folder, follow_links=config.follow_links))
     config.picture_folder.mkdir(exist_ok=True)
-    for shard, sample in unpack(shards, config.picture_folder):
+    unpacking = Unpacking(shards, config.picture_folder)
+    pictures = bare = 0
+    for shard, sample in unpacking.samples():
+        pictures, bare = pictures + sample.has_picture, bare + (sample.has_picture and not sample.captions)
         split = sample.split or _rule_for(shard, config.split_rule)(sample.name)
         problem = sample.problem or ("" if sample.has_picture else "sample without a picture")
         yield Found(sample.name, sample.name, split, sample.captions, sample.where, problem)
+    members = summary_of(unpacking.others)
+    if not pictures:
+        raise BadInput(f"there is no picture in the shards ({members or 'they are empty'})")
+    if members:
+        print(f"in the shards: {members}")
+    if bare:
+        print(f"{bare:,} of {pictures:,} pictures have no caption in the shards: they can be found, and train nothing")
+
+
+def _not_found(folder: Path, listing: Listing) -> Iterator[Found]:
+    """The problems of a folder that was listed; printed lines account for what else lies there."""
+    for line in listing.notes():
+        print(f"{printable(str(folder))}: {line}")
+    for file, reason in listing.lost.items():
+        advice = " (--follow-links lets it)" if reason in NOT_FOLLOWED else ""
+        yield Found(file, file, "test", [], str(folder), reason + advice)
+
+
+def tell_unnamed(found: list[Found], config: Config) -> None:
+    """Print what lies in the folder of pictures that no source names."""
+    if config.images is None or not config.source:
+        return
+    listing = list_pictures(config.images, follow_links=config.follow_links)
+    named = {os.path.normpath(row.file) for row in found}
+    by_link = [file for file in named.difference(listing.pictures) if is_unicode(file) and not leaves_folder(file)]
+    folder = _real(config.images)
+    named |= {os.path.relpath(_real(folder / file), folder) for file in by_link}
+    unnamed = [file for file in listing.pictures if file not in named]
+    if unnamed:
+        print(printable(f"{config.images}: {len(unnamed):,} pictures are named by no source, the first: {unnamed[0]}"))
 
 
 def recognise(path: Path, value: Any) -> Format:
@@ -202,7 +265,7 @@ def recognise(path: Path, value: Any) -> Format:
 def read_sources(config: Config) -> list[Found]:
     """Read all sources, splits decided."""
     if not config.source:
-        return list(read_folder(config.picture_folder))
+        return list(read_folder(config.picture_folder, follow_links=config.follow_links))
     found = []
     if shards := config.shards:
         return list(read_shards(shards, config))
@@ -279,11 +342,12 @@ def report(problems: list[Problem], images: Path) -> str:
 
 def main(config: Config) -> None:
     sources = {f"source{number}": path for number, path in enumerate(config.shards or config.source)}
-    listings = {} if config.images is None else {"images": config.images}
-    run = runs.begin("tools.prepare_captions", config, inputs=sources, listings=listings)
+    run = runs.begin("tools.prepare_captions", config, inputs=sources, listings=config.listings)
     if run is None:
         return
-    records, problems = check(read_sources(config), config)
+    read = read_sources(config)
+    tell_unnamed(read, config)
+    records, problems = check(read, config)
     if problems and not config.skip_bad:
         if config.images is None:
             shutil.rmtree(config.picture_folder)  # else the folder would be held to be this run's, without --skip-bad

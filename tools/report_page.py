@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from .files import replacing
-from .pictures import as_seen
+from .picture_formats import identify
+from .pictures import as_seen, why_unreadable
 from .plots import DPI, Images
 from .texts import as_html
 
@@ -213,26 +214,30 @@ class Thumbnails:
     """Small copies of pictures, each read once."""
 
     def __init__(self) -> None:
-        self.made: dict[Path, str] = {}
+        self.made: dict[Path, tuple[str, str]] = {}  # what is shown, and why it is not the picture
 
     def image(self, file: Path, alt: str) -> Html:
-        """An image element; a grey square where the file has gone."""
+        """An image element; a grey square, whose text says why, where the file has gone or is damaged."""
         if file not in self.made:
-            self.made[file] = _embedded(_thumbnail(file), "jpeg")
-        return Html(f'<img src="{self.made[file]}" alt="{escape(alt)}">')
+            thumbnail, wrong = _thumbnail(file)
+            self.made[file] = _embedded(thumbnail, "jpeg"), f" ({wrong})" if wrong else ""
+        source, wrong = self.made[file]
+        return Html(f'<img src="{source}" alt="{escape(alt + wrong)}">')
 
 
-def _thumbnail(file: Path) -> bytes:
+def _thumbnail(file: Path) -> tuple[bytes, str]:
+    """A picture drawn small; with the reason where it is a grey square."""
+    wrong = ""
     try:
-        with Image.open(file) as picture:
+        with identify(file) as picture:
             picture.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # a JPEG is decoded at about that size
             small = as_seen(picture)
-    except Exception:  # Pillow raises many kinds for damaged files
-        small = Image.new("RGB", (THUMBNAIL, THUMBNAIL), GONE)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        small, wrong = Image.new("RGB", (THUMBNAIL, THUMBNAIL), GONE), why_unreadable(error)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     written = io.BytesIO()
     small.save(written, format="JPEG", quality=80)
-    return written.getvalue()
+    return written.getvalue(), wrong
 
 
 def _embedded(content: bytes, kind: str) -> str:

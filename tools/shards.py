@@ -1,16 +1,22 @@
 """webdataset shards: tar files in which the members KEY.jpg, KEY.txt and KEY.json belong together.
 
-A sample's picture is its member with a picture's ending; its captions are the text of KEY.txt and `caption` or
-`captions` of KEY.json, which may also have its `split`. Members of other endings are passed over. Pictures are unpacked
-into a folder, under their own names: nothing outside it, and nothing but plain files, is ever written.
+A sample's picture is its member with a picture's ending; its captions are the text of KEY.txt, KEY.text, KEY.caption or
+KEY.cap, and `captions`, `caption` or `text` of KEY.json, which may also have its `split`. Other members are counted.
+Pictures are unpacked into a folder, under their own names: nothing outside it, and nothing but plain files, is ever
+written. A picture whose name another shard has had gets its shard's name before its own.
 """
 
 import errno
+import gzip
 import json
+import lzma
+import os
 import posixpath
 import re
 import shutil
 import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
@@ -20,14 +26,19 @@ from typing import Any
 from .captions import leaves_folder
 from .errors import BadInput
 from .files import replacing
-from .pictures import PICTURE_ENDINGS
+from .picture_formats import PICTURE_ENDINGS
+from .picture_listing import HIDDEN_FILE, NO_ENDING, SHARD_ALIAS, Listing, ending_of, list_files
 from .texts import is_unicode
 
-ENDING = ".tar"
+ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TEXT_ENDINGS = (".txt", ".text", ".caption", ".cap")
+CAPTION_KEYS = ("captions", "caption", "text")  # of a JSON member, the first that it has
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)", re.DOTALL)  # KEY and .ending: the key ends at the first dot
 BRACES = re.compile(r"\{(\d+\.\.\d+|[^{},]*(?:,[^{},]*)+)\}")  # others stand for themselves
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MOST_TEXT = 1 << 20  # bytes of a caption member: what is larger is none
+DAMAGES = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+NOT_CLOSED = "shard without the mark of its end: it may be cut off"
 UNUSABLE_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -42,6 +53,8 @@ class Sample:
     """Texts, unless the shard is wrong."""
     split: str | None = None
     has_picture: bool = False
+    has_null: bool = False
+    """Whether a caption is null, as where there was none to fetch."""
     problem: str = ""
     """What is wrong with it."""
 
@@ -51,16 +64,16 @@ class Sample:
         self.captions += [text for text in captions if not (isinstance(text, str) and text.strip() in known)]
 
 
-def shards_of(source: Path) -> list[Path]:
-    """The shards that a source stands for: itself, those in it where it is a folder, or those that a pattern with *, ?,
-    or braces ("train-{000..012}.tar") names; none where it is no such thing.
+def shards_of(source: Path, *, follow_links: bool = False) -> list[Path]:
+    """The shards that a source stands for: itself, those below it where it is a folder, or those that a pattern with *,
+    ?, or braces ("train-{000..012}.tar") names; none where it is no such thing.
 
     Raises:
         BadInput: a pattern names files that do not exist, or none.
     """
     if source.is_dir():
-        return sorted(source.glob(f"*{ENDING}"))
-    if source.suffix != ENDING:
+        return [source / file for file in list_shards(source, follow_links=follow_links).pictures]
+    if not source.name.lower().endswith(ENDINGS):
         return []
     if source.is_file():
         return [source]
@@ -71,6 +84,16 @@ def shards_of(source: Path) -> list[Path]:
             raise BadInput(f"--source {source}: there is no shard {name}")
         found += [Path(each) for each in matching]
     return found
+
+
+def list_shards(folder: Path, *, follow_links: bool) -> Listing:
+    """The shards below a folder, in the place of a listing's pictures, and an account of everything else."""
+
+    def kind_of_other(path: str, _: str) -> str:
+        name = path.rpartition("/")[2]
+        return "" if name.lower().endswith(ENDINGS) else ending_of(name) or NO_ENDING
+
+    return list_files(folder, kind_of_other, alias=SHARD_ALIAS, follow_links=follow_links)
 
 
 def braces_expanded(pattern: str) -> Iterator[str]:
@@ -93,64 +116,105 @@ def braces_expanded(pattern: str) -> Iterator[str]:
         yield from braces_expanded(pattern[: braces.start()] + word + pattern[braces.end() :])
 
 
-def unpack(shards: Sequence[Path], folder: Path) -> Iterator[tuple[Path, Sample]]:
-    """Unpack the pictures of all shards into a folder; give each sample with its shard, in their order.
+class Unpacking:
+    """The reading of shards, one after the other, with their pictures unpacked into a folder.
 
-    What is there already, from a run that was killed, is not written again. Of pictures with the same name the first is
-    unpacked.
+    What is there already, from a run that was killed, is not written again.
+    """
+
+    def __init__(self, shards: Sequence[Path], folder: Path) -> None:
+        """
+        Args:
+            folder: of the unpacked pictures.
+        """
+        self.shards, self.folder = shards, folder
+        self.others: Counter[str] = Counter()
+        """Endings and kinds of members that are neither pictures nor captions."""
+        self._names: set[str] = set()  # of the pictures
+
+    def samples(self) -> Iterator[tuple[Path, Sample]]:
+        """Each sample with its shard, in their order.
+
+        Raises:
+            BadInput: a shard is damaged, or the disk refuses a file.
+        """
+        for shard in self.shards:
+            samples: dict[str, list[Sample]] = {}
+            try:
+                with tarfile.open(shard, "r:*") as archive:
+                    for member in archive:
+                        self._read(archive, member, samples, shard)
+                    if not _is_closed(archive):
+                        samples["/"] = [Sample(shard.name, shard.name, problem=NOT_CLOSED)]  # no member's key
+            except DAMAGES as error:
+                reason = str(error).partition("\n")[0].rstrip(":")
+                raise BadInput(f"{shard} is damaged ({reason}): fetch it again") from None
+            for sample in (sample for same_key in samples.values() for sample in same_key):
+                if sample.has_null and not sample.captions:
+                    sample.captions = [None]
+                yield shard, sample
+
+    def _read(
+        self, archive: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, list[Sample]], shard: Path
+    ) -> None:
+        """Put what one member says into the samples of its key: mostly one, with further ones for what is wrong."""
+        name = member.name if leaves_folder(member.name) else posixpath.normpath(member.name)
+        match = MEMBER.fullmatch(name)
+        ending = match[2].lower() if match else ""
+        if member.isdir():
+            return
+        if match is None or ending not in PICTURE_ENDINGS | {*TEXT_ENDINGS, ".json"}:
+            hidden = posixpath.basename(name).startswith(".")
+            self.others[HIDDEN_FILE if hidden else ending or NO_ENDING] += 1
+            return
+        where = f"{shard.name}, member {member.name}"
+        same_key = samples.setdefault(match[1], [Sample(match[1], where)])
+        sample = same_key[0]
+        if ending in PICTURE_ENDINGS and sample.has_picture:
+            same_key.append(Sample(name, where, has_picture=True, problem="second picture of the same key"))
+        elif ending in PICTURE_ENDINGS:
+            sample.name, sample.where, sample.has_picture = self._new_name(name, shard), where, True
+            sample.problem = sample.problem or _unpack_picture(archive, member, sample.name, self.folder)
+        elif not member.isreg() or member.size > MOST_TEXT:
+            sample.problem = f"{ending} member is no plain file of at most {MOST_TEXT:,} bytes"
+        else:
+            content = archive.extractfile(member)
+            assert content is not None, "a plain file has content"
+            sample.problem = sample.problem or _read_text(content.read(), ending, sample)
+
+    def _new_name(self, name: str, shard: Path) -> str:
+        """A picture's name, with its shard's before it where another shard has had the same."""
+        while name in self._names:
+            name = f"{self._folder_of(shard)}/{name}"
+        self._names.add(name)
+        return name
+
+    def _folder_of(self, shard: Path) -> str:
+        """A shard's name without its ending, and with the folders that tell it from others of that name."""
+        base = os.path.commonpath([other.absolute().parent for other in self.shards])
+        path = str(shard.absolute().relative_to(base))
+        ending = max((ending for ending in ENDINGS if path.lower().endswith(ending)), key=len, default="")
+        return path.removesuffix(path[len(path) - len(ending) :])
+
+
+def _is_closed(archive: tarfile.TarFile) -> bool:
+    """Whether an archive that was read to its end has tar's mark there; without it, something may be cut off.
 
     Raises:
-        BadInput: a shard is damaged, or the disk refuses a file.
+        tarfile.ReadError: something lies behind the end: tarfile takes a damaged member for one.
     """
-    unpacked: set[str] = set()
-    for shard in shards:
-        samples: dict[str, list[Sample]] = {}
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    _read_member(archive, member, samples, shard=shard, folder=folder, unpacked=unpacked)
-        except tarfile.TarError as error:
-            raise BadInput(f"{shard} is damaged ({error}): fetch it again") from None
-        yield from ((shard, sample) for same_key in samples.values() for sample in same_key)
+    stream = archive.fileobj
+    assert stream is not None, "the archive is open"
+    read = stream.tell() - archive.offset  # of what should be the mark
+    if 0 < read < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("unexpected end of data")
+    while rest := stream.read(MOST_TEXT):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(f"unreadable from byte {archive.offset:,} on")
+    return read > 0
 
 
-def _read_member(
-    archive: tarfile.TarFile,
-    member: tarfile.TarInfo,
-    samples: dict[str, list[Sample]],
-    *,
-    shard: Path,
-    folder: Path,
-    unpacked: set[str],
-) -> None:
-    """Put what one member says into the samples of its key: mostly one, with further ones for what is wrong."""
-    name = member.name if leaves_folder(member.name) else posixpath.normpath(member.name)
-    match = MEMBER.fullmatch(name)
-    if match is None or member.isdir():
-        return
-    key, ending = match[1], match[2].lower()
-    is_picture = ending in PICTURE_ENDINGS
-    if not is_picture and ending not in (".txt", ".json"):
-        return
-    where = f"{shard.name}, member {member.name}"
-    same_key = samples.setdefault(key, [Sample(key, where)])
-    if is_picture and same_key[0].has_picture:
-        same_key.append(Sample(name, where, has_picture=True, problem="second picture of the same key"))
-    elif is_picture:
-        sample = same_key[0]
-        sample.name, sample.where, sample.has_picture = name, where, True
-        sample.problem = sample.problem or _unpack_picture(archive, member, name, folder, unpacked)
-    elif not member.isreg() or member.size > MOST_TEXT:
-        same_key[0].problem = f"{ending} member is no plain file of at most {MOST_TEXT:,} bytes"
-    else:
-        content = archive.extractfile(member)
-        assert content is not None, "a plain file has content"
-        same_key[0].problem = same_key[0].problem or _read_text(content.read(), ending, same_key[0])
-
-
-def _unpack_picture(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, name: str, folder: Path, unpacked: set[str]
-) -> str:
+def _unpack_picture(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str, folder: Path) -> str:
     """Write a picture, unless it is there; returns what is wrong with it. A later stage looks into it."""
     if not member.isreg():
         return "member is no plain file"
@@ -158,9 +222,6 @@ def _unpack_picture(
         return "member leads out of the shard"
     if not is_unicode(name):
         return "file name not UTF-8"
-    if name in unpacked:  # the check of all pictures says that its id is another's
-        return ""
-    unpacked.add(name)
     path = folder / name
     try:
         if path.is_file() and path.stat().st_size == member.size:
@@ -181,12 +242,14 @@ def _read_text(content: bytes, ending: str, sample: Sample) -> str:
     """Take captions and split from a text or JSON member; returns what is wrong with it."""
     try:
         text = content.decode("utf-8-sig")
-        value = {"caption": text} if ending == ".txt" else json.loads(text)
+        value = json.loads(text) if ending == ".json" else {"caption": text}
     except (UnicodeDecodeError, ValueError, RecursionError):
-        return f"{ending} member is not {'UTF-8 text' if ending == '.txt' else 'JSON'}"
+        return f"{ending} member is not {'JSON' if ending == '.json' else 'UTF-8 text'}"
     if not isinstance(value, dict):
         return f"{ending} member is no JSON object"
-    captions = value.get("caption") if value.get("captions") is None else value["captions"]
+    said = [value[key] for key in CAPTION_KEYS if key in value]
+    captions = next((each for each in said if each is not None and each != []), None)
+    sample.has_null = sample.has_null or (captions is None and bool(said))
     sample.say(captions if isinstance(captions, list) else [] if captions is None else [captions])
     sample.split = sample.split or value.get("split") or None
     return ""

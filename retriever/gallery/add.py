@@ -26,7 +26,8 @@ from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.features import Floats, Rows
 from tools.logs import progress
-from tools.pictures import find_unreadable, pictures_below
+from tools.picture_listing import NOT_FOLLOWED
+from tools.pictures import Listing, find_unreadable, list_pictures
 from tools.texts import printable
 from tools.vokens import Codes
 
@@ -48,6 +49,8 @@ class Options(DeviceOptions):
     """Leave out pictures whose id is in the index."""
     skip_bad: bool = False
     """Leave out pictures that cannot be read."""
+    follow_links: bool = False
+    """Add what lies behind links that lead out of the folder, too."""
     batch_size: int = 64
     """Pictures that are encoded at once."""
     precision: Precision = "auto"
@@ -83,6 +86,14 @@ class Choice(NamedTuple):
     """Rows of the gallery that leave for them."""
 
 
+class Offered(NamedTuple):
+    """What lies in the places that are added."""
+
+    pictures: list[Picture]
+    problems: dict[str, str]
+    """File, link or folder -> why it gives no picture."""
+
+
 class Added(NamedTuple):
     """What changed."""
 
@@ -94,23 +105,24 @@ class Added(NamedTuple):
     """Pictures that can be found."""
 
 
-def pictures_of(gallery: Gallery, places: Sequence[Path], prefix: str) -> list[Picture]:
+def pictures_of(gallery: Gallery, places: Sequence[Path], config: Options) -> Offered:
     """Pictures as the gallery will have them: files, whose id is their name, and all files below folders, whose id is
-    their path below it.
+    their path below it. Printed lines account for what else lies in the folders.
 
     Raises:
         BadInput: a place is neither, or has no picture, or two pictures would have the same id.
     """
     found: list[Picture] = []
+    problems: dict[str, str] = {}
     for place in places:
         if place.is_dir():
             folder = Path(gallery.recorded(place))
-            below = [Picture(prefix + file, str(folder / file)) for file in pictures_below(place)]
-            if not below:
-                raise BadInput(f"there is no picture below {place}")
-            found += below
+            listing = list_below(place, follow_links=config.follow_links)
+            found += [Picture(config.prefix + file, str(folder / file)) for file in listing.pictures]
+            advice = dict.fromkeys(NOT_FOLLOWED, " (--follow-links adds what is there)")
+            problems |= {str(folder / path): why + advice.get(why, "") for path, why in listing.lost.items()}
         elif place.is_file():
-            found.append(Picture(prefix + place.name, str(Path(gallery.recorded(place.parent)) / place.name)))
+            found.append(Picture(config.prefix + place.name, str(Path(gallery.recorded(place.parent)) / place.name)))
         else:
             raise BadInput(f"{place} does not exist; nothing was added")
     first: dict[str, Picture] = {}
@@ -120,15 +132,30 @@ def pictures_of(gallery: Gallery, places: Sequence[Path], prefix: str) -> list[P
                 f"{first[picture.image].file} and {picture.file} would both get the id {picture.image!r}: add them "
                 "one after the other, each with a prefix of its own; nothing was added"
             )
-    return found
+    return Offered(found, problems)
 
 
-def choose(gallery: Gallery, new: list[Picture], config: Options) -> Choice:
+def list_below(folder: Path, *, follow_links: bool) -> Listing:
+    """What lies below a folder; printed lines account for what is neither picture nor lost picture.
+
+    Raises:
+        BadInput: there is no picture, and no problem that keeps one out.
+    """
+    listing = list_pictures(folder, follow_links=follow_links)
+    if not listing.pictures and not listing.lost:
+        raise BadInput(listing.why_empty(folder))
+    for line in listing.notes():
+        print(f"{printable(str(folder))}: {line}")
+    return listing
+
+
+def choose(gallery: Gallery, offered: Offered, config: Options) -> Choice:
     """Check that pictures are new and can be read.
 
     Raises:
         BadInput: one is in the index already or cannot be read, and nothing says what to do then.
     """
+    new = offered.pictures
     known = known_rows(gallery, new)
     if known and not (config.replace or config.skip_known):
         first, rows = next(iter(known.items()))
@@ -138,7 +165,8 @@ def choose(gallery: Gallery, new: list[Picture], config: Options) -> Choice:
             f"{old.image!r}, file {old.file}); leave them out with --skip-known, put them in the old ones' place with "
             "--replace, or tell other pictures of the same names apart with --prefix"
         )
-    added = readable(gallery, [picture for picture in new if not (config.skip_known and picture in known)], config)
+    kept = [picture for picture in new if not (config.skip_known and picture in known)]
+    added = readable(gallery, kept, config, problems=offered.problems)
     replaced = {row for picture in added for row in known.get(picture, [])}
     return Choice(added, np.array(sorted(replaced), dtype=np.int64))
 
@@ -154,14 +182,17 @@ def known_rows(gallery: Gallery, new: Sequence[Picture]) -> dict[Picture, list[i
     return known
 
 
-def readable(gallery: Gallery, pictures: list[Picture], config: Options) -> list[Picture]:
-    """The pictures that can be read; without --skip-bad, all of them must be."""
+def readable(
+    gallery: Gallery, pictures: list[Picture], config: Options, *, problems: dict[str, str] | None = None
+) -> list[Picture]:
+    """The pictures that can be read; without --skip-bad, all of them must be, and no file may have a problem."""
     workers = config.workers if len(pictures) > config.batch_size else 0
     reasons = find_unreadable([picture.file for picture in pictures], workers=workers, folder=gallery.files_below)
+    reasons |= problems or {}
     bad = [printable(f"{file}: {reason}") for file, reason in reasons.items() if reason]
     if bad and not config.skip_bad:
         raise BadInput(
-            f"{bad[0]} ({len(bad)} of {len(pictures)} pictures cannot be used): mend it, or go on without it with "
+            f"{bad[0]} ({len(bad)} of {len(reasons)} pictures cannot be used): mend it, or go on without it with "
             "--skip-bad; nothing was added"
         )
     for line in bad:
@@ -205,7 +236,7 @@ def add(index: Path, places: Sequence[Path], config: Options, *, source: str) ->
     """
     device = pick_device(config.device)
     with changing(index) as gallery:
-        choice = choose(gallery, pictures_of(gallery, places, config.prefix), config)
+        choice = choose(gallery, pictures_of(gallery, places, config), config)
         if not choice.added:
             return Added([], 0, len(gallery))
         features = encode(gallery, choice.added, config, device)

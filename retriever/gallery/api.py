@@ -402,6 +402,7 @@ class Retriever:
         replace: bool = False,
         skip_known: bool = False,
         skip_bad: bool = False,
+        follow_links: bool = False,
     ) -> list[str]:
         """Add pictures to the index, without training, and return their ids.
 
@@ -411,6 +412,7 @@ class Retriever:
             replace: let them take the place of pictures that have the same id or file.
             skip_known: leave out those whose id or file is in the index.
             skip_bad: leave out those that cannot be read.
+            follow_links: add what lies behind links that lead out of the folders, too.
 
         Raises:
             BadInput: a file is no picture or in the index already, another process changes the index, or the models
@@ -425,6 +427,7 @@ class Retriever:
             replace=replace,
             skip_known=skip_known,
             skip_bad=skip_bad,
+            follow_links=follow_links,
             precision="auto" if self.precision == "int8" else self.precision,
             device=str(self.device),
             workers=0,

@@ -23,7 +23,8 @@ from tools.blocks import Blocks
 from tools.errors import BadInput
 from tools.files import write_json
 from tools.logs import progress
-from tools.pictures import FORMATS, as_seen, is_turned
+from tools.picture_formats import format_of, identify
+from tools.pictures import as_seen, is_turned
 
 STYLE_CAPTIONS = 5  # shown as an example, at most
 ANSWER_SECONDS = 120.0  # to wait for an answer, before it counts as failed
@@ -127,8 +128,8 @@ def data_url(file: Path) -> str:
         BadInput: the file cannot be read.
     """
     try:
-        with Image.open(file, formats=FORMATS) as picture:
-            kind, content = picture.format or "", BytesIO()
+        with identify(file) as picture:
+            kind, content = format_of(picture), BytesIO()
             if kind in FORMATS_SENT and not is_turned(picture):
                 content.write(file.read_bytes())
             else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tools.errors import BadInput
+from tools.pictures import why_unreadable
 
 from ..gallery.answers import Found, Step
 from ..gallery.api import BEAMS, RERANKED_BEAMS, Retriever
@@ -253,7 +254,7 @@ class Service:
             changed = file.stat().st_mtime_ns
             return uploads.thumbnail(file, changed), f"{changed:x}"
         except Exception as error:  # Pillow raises many kinds for damaged files
-            raise Unknown(f"the file of {image} is gone or damaged ({type(error).__name__})") from None
+            raise Unknown(f"the file of {image} is gone or damaged ({why_unreadable(error)})") from None
 
 
 async def within(seconds: float, answer: "Future[Answer]") -> Answer:

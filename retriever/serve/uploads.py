@@ -9,22 +9,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tools.errors import BadInput
 from tools.files import replacing
-from tools.pictures import MOST_OBLONG, as_seen
+from tools.picture_formats import FORMATS, called, format_of, identify, unidentified
+from tools.pictures import MOST_OBLONG, as_seen, why_unreadable
 
 MOST_BYTES = 20 << 20  # of one picture
 MOST_PIXELS = 64_000_000  # of one picture: some 200 MB while it is decoded
-ENDINGS = {
-    "JPEG": (".jpg", ".jpeg"),
-    "PNG": (".png",),
-    "WEBP": (".webp",),
-    "GIF": (".gif",),
-    "BMP": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-}
 LONGEST_NAME = 120  # bytes, where file systems take 255 and a number is put behind
 THUMBNAIL = 320  # pixels of the longer side
 CACHED = 1000  # thumbnails, some 10 kB each
@@ -48,24 +41,31 @@ def check(upload: Upload) -> str:
         raise BadInput(f"{name}: {len(content):,} bytes, {MOST_BYTES:,} are allowed: make it smaller")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=list(ENDINGS)) as picture:
-                if picture.width * picture.height > MOST_PIXELS:
-                    raise BadInput(
-                        f"{name}: {picture.width:,} × {picture.height:,} pixels, {MOST_PIXELS:,} in all are allowed: "
-                        "make it smaller"
-                    )
-                if max(picture.size) > MOST_OBLONG * min(picture.size):
-                    raise BadInput(f"{name} is more than {MOST_OBLONG} times as long as wide")
-                picture.load()
-                endings = ENDINGS[str(picture.format)]
-    except BadInput:
-        raise
-    except Exception:  # Pillow raises many kinds for damaged files
-        *most, last = ENDINGS
-        raise BadInput(f"{name} is not a picture that can be read: send a whole {', '.join(most)} or {last}") from None
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is below it
+            picture = identify(io.BytesIO(content))
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise BadInput(_refusal(name, content, error)) from None
+    if picture.width * picture.height > MOST_PIXELS:
+        raise BadInput(
+            f"{name}: {picture.width:,} × {picture.height:,} pixels, {MOST_PIXELS:,} in all are allowed: "
+            "make it smaller"
+        )
+    if max(picture.size) > MOST_OBLONG * min(picture.size):
+        raise BadInput(f"{name} is more than {MOST_OBLONG} times as long as wide")
+    try:
+        picture.load()
+    except Exception as error:  # as above
+        raise BadInput(_refusal(name, content, error)) from None
+    endings = FORMATS[format_of(picture)]
     suffix = Path(name).suffix.lower()
     return suffix if suffix in endings else endings[0]
+
+
+def _refusal(name: str, content: bytes, error: Exception) -> str:
+    """Why an upload cannot be opened or decoded, and what to do about it."""
+    reason = unidentified(content) if isinstance(error, UnidentifiedImageError) else why_unreadable(error)
+    *most, last = (called(each) for each in FORMATS)
+    return f"{name} is not a picture that can be read ({reason}): send a whole {', '.join(most)} or {last}"
 
 
 def safe_name(name: str, ending: str) -> str:
@@ -99,7 +99,7 @@ def thumbnail(file: Path, changed: int) -> bytes:
     Raises:
         OSError: the file is gone, or no picture any more.
     """
-    with Image.open(file) as picture:
+    with identify(file) as picture:
         picture.draft("RGB", (THUMBNAIL, THUMBNAIL))
         seen = as_seen(picture)
     seen.thumbnail((THUMBNAIL, THUMBNAIL))

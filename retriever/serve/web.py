@@ -309,7 +309,8 @@ async def vokens(
 
 @router.post("/api/pictures", status_code=201, responses=BUSY)
 async def insert(service: Served, pictures: list[UploadFile]) -> InsertAnswer:
-    """Insert pictures into the index: JPEG, PNG, WebP, GIF, BMP or TIFF. Some may be refused and others inserted."""
+    """Insert pictures into the index, of the formats that folders of pictures may have. Some may be refused and others
+    inserted."""
     if len(pictures) > MOST_PICTURES:
         raise BadInput(f"{len(pictures)} pictures at once are too many: send {MOST_PICTURES} at most")
     uploads = [Upload(picture.filename or "picture", await picture.read()) for picture in pictures]

@@ -37,40 +37,24 @@ def check_file(need: Need) -> Iterator[Finding]:
 
 def check_pictures(need: Need) -> Iterator[Finding]:
     """path: a folder; count: how many pictures it holds at least, 0 where that is not known; links: follow those."""
+    from ..pictures import check_picture, list_pictures
+
     folder, expected = Path(need.values["path"]), int(need.values.get("count", 0))
     if not folder.is_dir():
         yield Finding(need.stage, str(folder), MISSING, "put the pictures there")
         return
-    links = bool(need.values.get("links"))
-    files = [path for path in _files_below(folder, links=links) if path.suffix.lower() in _picture_endings()]
+    files = list_pictures(folder, follow_links=bool(need.values.get("links"))).pictures
     what = f"{folder}: {len(files):,} pictures"
     if not files or len(files) < expected:
         yield Finding(need.stage, what, MISSING, f"{max(expected, 1):,} pictures belong there")
-    elif broken := [path for path in files[:: max(1, len(files) // SAMPLED)] if not _opens(path)]:
+        return
+    sample = files[:: max(1, len(files) // SAMPLED)]
+    broken = [f"{folder / file}: {reason}" for file in sample if (reason := check_picture(folder, file).reason)]
+    if broken:
         advice = "--skip-bad leaves damaged pictures out" if need.values.get("skippable") else "copy it again"
-        yield Finding(need.stage, f"{broken[0]} cannot be opened", UNKNOWN, advice)
+        yield Finding(need.stage, broken[0], UNKNOWN, advice)
     else:
         yield Finding(need.stage, what, OK, "")
-
-
-def _picture_endings() -> frozenset[str]:
-    from ..pictures import PICTURE_ENDINGS
-
-    return PICTURE_ENDINGS
-
-
-def _files_below(folder: Path, *, links: bool) -> list[Path]:
-    return [Path(root) / name for root, _, names in os.walk(folder, followlinks=links) for name in sorted(names)]
-
-
-def _opens(path: Path) -> bool:
-    from ..pictures import open_picture
-
-    try:
-        open_picture(path)
-    except Exception:  # Pillow raises many kinds of a damaged file
-        return False
-    return True
 
 
 def check_key(need: Need) -> Iterator[Finding]:
