@@ -188,7 +188,7 @@ def test_a_dataset_without_a_guide_is_refused_with_what_to_do(chain: Chain) -> N
     config = dataclasses.replace(t5_config(chain, chain.root), guide=True)
     (chain.root / "train.jsonl").write_text("{}\n")
     (chain.root / "val.jsonl").write_text("{}\n")
-    with pytest.raises(BadInput, match=r"has no guide.*scripts/06_generate_codes\.sh --overwrite and 07"):
+    with pytest.raises(BadInput, match=r"has no guide.*scripts/06_generate_codes\.sh --overwrite and scripts/07"):
         config.check(bare)
 
 

@@ -377,7 +377,7 @@ BAD: dict[str, tuple[list[Member], str]] = {
     "not UTF-8": ([EVIL, ("evil.txt", b"caf\xe9")], ".txt member is not UTF-8 text"),
     "empty": ([EVIL, ("evil.json", b'{"caption": ["", "red"]}')], "empty caption"),
     "number": ([EVIL, ("evil.json", b'{"caption": [7, "red"]}')], "caption is no text but int"),
-    "split": ([EVIL, ("evil.json", b'{"split": "dev"}')], "split is not one of train, val, test"),
+    "split": ([EVIL, ("evil.json", b'{"split": "holdout"}')], "split is not one of train, val, test"),
     "two pictures": ([EVIL, ("evil.jpg", picture("red"))], "second picture of the same key"),
     "long name": ([(f"{'x' * 250}.png", picture("red"))], "member's name cannot be a file's (ENAMETOOLONG)"),
     "below a picture": ([("c.png/evil.png", picture("red"))], "member's name cannot be a file's (EEXIST)"),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tools import prepare_captions
 from tools.captions import Record, read_captions
+from tools.data.splits import random_split
 from tools.errors import BadInput
 from tools.prepare_captions import Config, main
 
@@ -105,7 +105,7 @@ def test_jsonl_without_splits_is_divided_the_same_way_every_time(images: Path) -
 
 def test_random_rule_has_its_shares() -> None:
     bounds = (0.8, 0.9)
-    splits = [prepare_captions._random_split(f"{number}.jpg", bounds) for number in range(5000)]
+    splits = [random_split(f"{number}.jpg", bounds) for number in range(5000)]
     assert 0.78 < splits.count("train") / 5000 < 0.82
     assert 0.09 < splits.count("val") / 5000 < 0.11
 
@@ -128,7 +128,7 @@ def test_new_pictures_in_a_bare_folder_are_noticed(images: Path) -> None:
 def test_a_csv_in_another_encoding(images: Path) -> None:
     source = images.parent / "x.csv"
     source.write_bytes("image,caption\na.jpg,caf\xe9\n".encode("latin-1"))
-    with pytest.raises(BadInput, match="save it as UTF-8"):
+    with pytest.raises(BadInput, match=r"line that is not UTF-8 \(save the file as UTF-8\): x\.csv, line 2"):
         prepare(images, source)
 
 
@@ -174,12 +174,20 @@ def test_duplicate_ids(images: Path) -> None:
     ("name", "content", "message"),
     [
         ("x.json", '{"images": [', r"x\.json, line 1: not valid JSON"),
-        ("x.json", '{"images": [{"filename": "a.jpg"}]}', r"images\[0\]: no 'sentences'"),
+        (
+            "x.json",
+            '{"images": [{"filename": "a.jpg"}]}',
+            r"entry without 'sentences', which Karpathy's files have: x\.json, images\[0\]",
+        ),
         ("x.json", "[1, 2]", "name its --format"),
-        ("x.json", '{"a.jpg": ["one"]}', 'entry "a.jpg"'),
-        ("x.csv", "file,text\na.jpg,x\n", "line 2: needs `image` and `caption`"),
+        ("x.json", '{"a.jpg": {"split": "val"}}', 'entry without "caption": x.json, entry "a.jpg"'),
+        (
+            "x.csv",
+            "id,words\na.jpg,x\n",
+            "the columns are id, words: name the columns with --image-column and --caption",
+        ),
         ("x.csv", "image,caption\n", "no usable picture"),
-        ("x.json", '{"images": [{"id": 1}], "annotations": [{}]}', "not of format coco"),
+        ("x.json", '{"images": [{"id": 1}], "annotations": [{}]}', "entry without id or file_name: x.json, images"),
     ],
 )
 def test_a_source_of_another_kind(images: Path, name: str, content: str, message: str) -> None:

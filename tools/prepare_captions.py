@@ -1,38 +1,46 @@
 """Write the one caption format (tools/captions.py) from what the data came as, checked before anything is written.
 
-In:  a folder of pictures and one source: a Karpathy JSON, a published `<dataset>_split_captions.json`, COCO
-     `captions_*.json`, a CSV or JSONL table of image, caption(s) and optionally split, or nothing but the pictures; or
-     webdataset shards, which hold both (tools/shards.py).
-Out: `<output>/captions.jsonl`, `<output>/manifest.json`; of shards, `<output>/pictures/`.
+In:  a folder of pictures and the source of their captions: a table (CSV, TSV, JSON lines), a JSON file (Karpathy,
+     COCO, BLIP, or file name -> captions), parquet, text files beside the pictures, or nothing but the pictures; or
+     webdataset shards or parquet files, which hold both. docs/layouts.md shows each.
+Out: `<output>/captions.jsonl`, `<output>/manifest.json`; of shards and parquet, `<output>/pictures/`.
 Command: python -m tools.prepare_captions --images DIR --source FILE --output RQ-VAE/data/<dataset>/01_captions
 """
 
-import csv
-import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from tyro.conf import UseAppendAction
 
 from . import runs
 from .captions import FILE_NAME, SPLITS, Record, leaves_folder, portable, write_captions
 from .command_line.commands import run_command
 from .command_line.options import RunOptions
+from .data.columns import Wanted
+from .data.found import Found, Problem, note, some
+from .data.identity import file_key, join, resolve, tell_copies
+from .data.json_sources import Reader, read_coco, read_karpathy, read_published, read_value
+from .data.parquet import parquet_files, read_parquet
+from .data.sidecars import SIDECARS, count_sidecars, read_sidecars
+from .data.splits import rule_for, split_named
+from .data.tables import ENDINGS, found_in_objects, read_table
 from .errors import BadInput
-from .files import read_json, read_json_lines
 from .logs import table
 from .picture_listing import NOT_FOLLOWED, Listing, summary_of
 from .pictures import find_unreadable, list_pictures
 from .shards import Unpacking, list_shards, shards_of
-from .texts import clean, is_unicode, printable
+from .texts import BYTE_ORDER_MARK, clean, is_unicode, printable
 
-Format = Literal["karpathy", "published", "coco", "table", "folder", "webdataset"]
+Format = Literal["karpathy", "published", "coco", "table", "parquet", "sidecar", "folder", "webdataset"]
 UNPACKED = "pictures"  # the folder, below the output, of what was in shards
 NAMED_PROBLEMS = 10
+FOLDERS = (None, "parquet", "sidecar", "webdataset")  # formats that may come as a folder
+SEVERAL = (None, "coco", "table", "parquet", "webdataset")  # formats that may come in several files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +50,9 @@ class Config(RunOptions):
     images: Path | None = None
     """Folder of the pictures; file names are relative to it. Not for shards, which hold the pictures."""
     source: tuple[Path, ...] = ()
-    """Caption file, or several for COCO; none for a bare folder of pictures. Of webdataset shards the folder, the .tar
-    files, or a pattern of their names with *, ? or {000..012}."""
+    """Caption file, or several of one kind; none for a bare folder of pictures. A folder of parquet files, or one with
+    text files beside the pictures. Of webdataset shards the folder, the .tar files, or a pattern of their names with
+    *, ? or {000..012}."""
     format: Format | None = None
     """Format of the source; by default recognised from the file."""
     split_rule: str = "random:0.8,0.1,0.1"
@@ -56,6 +65,10 @@ class Config(RunOptions):
     """Leave out what is wrong with the data, and go on."""
     follow_links: bool = False
     """Take pictures behind links that lead out of --images too."""
+    image_column: str | None = None
+    """Column of a table that names the pictures; by default recognised by its name."""
+    caption_column: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """Column of a table that holds captions; by default recognised by its name. For several, give it several times."""
     workers: int = 4
     """Processes that open the pictures."""
 
@@ -65,22 +78,32 @@ class Config(RunOptions):
             raise BadInput("--format webdataset takes --source: .tar files, or a folder that has some")
         if shards and self.images is not None:
             raise BadInput(f"--images {self.images}: the pictures are in the shards, leave it out")
-        if not shards and (self.images is None or not self.images.is_dir()):
-            raise BadInput(
-                "name a folder of --images" if self.images is None else f"--images {self.images} is not a folder"
-            )
         for path in self.source:
-            if not shards and path.is_dir():
-                beside = list_shards(path, follow_links=self.follow_links).summary() or "the folder is empty"
-                raise BadInput(f"--source {path}: there is no shard below this folder ({beside})")
-            if not shards and not path.is_file():
+            if not shards and not path.is_file() and not path.is_dir():
                 raise BadInput(f"--source {path} does not exist")
-        if len(self.source) > 1 and self.format not in (None, "coco", "webdataset"):
+        if self.images is None and not shards and not (self.source and all(map(parquet_files, self.source))):
+            raise BadInput("name a folder of --images")
+        if self.images is not None and not self.images.is_dir():
+            raise BadInput(f"--images {self.images} is not a folder")
+        self._check_format()
+        if self.workers < 0:
+            raise BadInput("--workers must be at least 0")
+
+    def _check_format(self) -> None:
+        """Refuse sources that are not of the format that is named."""
+        if len(self.source) > 1 and self.format not in SEVERAL:
             raise BadInput(f"--format {self.format} takes one --source, not {len(self.source)}")
         if self.format == "folder" and self.source:
             raise BadInput("--format folder takes no --source")
-        if self.workers < 0:
-            raise BadInput("--workers must be at least 0")
+        if self.format == "sidecar" and not self.source:
+            raise BadInput("--format sidecar takes --source: the folder, or one below it")
+        for path in self.source:
+            if self.format == "parquet" and not parquet_files(path):
+                raise BadInput(f"--source {path} is no .parquet file and no folder that has some")
+            if self.format == "sidecar" and not path.is_dir():
+                raise BadInput(f"--source {path} is no folder, as --format sidecar takes")
+            if path.is_dir() and self.format not in FOLDERS:
+                raise BadInput(f"--source {path} is a folder: name the file that --format {self.format} reads")
 
     @property
     def shards(self) -> list[Path]:
@@ -113,84 +136,11 @@ class Config(RunOptions):
         return {"images": self.images} | {f"images/{path}": folder for path, folder in linked.items()}
 
 
-class Found(NamedTuple):
-    """A picture as its source names it, before any check; split None is decided by the rule."""
-
-    image: str
-    file: str
-    split: str | None
-    captions: list[Any]
-    """Texts, unless the source is wrong."""
-    where: str
-    problem: str = ""
-    """What is known to be wrong with it."""
-
-
-class Problem(NamedTuple):
-    """What is wrong with one picture or caption, and where."""
-
-    kind: str
-    where: str
-
-
-def read_karpathy(path: Path, value: Any) -> Iterator[Found]:
-    """Karpathy and Fei-Fei's `dataset_flickr30k.json`, `dataset_coco.json`; `restval` counts as train."""
-    for number, row in enumerate(value["images"]):
-        try:
-            file = str(Path(row.get("filepath", "")) / row["filename"])
-            captions = [sentence["raw"] for sentence in row["sentences"]]
-            split = {"restval": "train"}.get(row["split"], row["split"])
-        except KeyError as error:
-            raise BadInput(f"{path}, images[{number}]: no {error} in it; is this a Karpathy file?") from None
-        except (TypeError, AttributeError):
-            raise BadInput(f"{path}, images[{number}]: not as in a Karpathy file: name another --format") from None
-        yield Found(row["filename"], file, split, captions, f"{path.name}, images[{number}]")
-
-
-def read_published(path: Path, value: Any) -> Iterator[Found]:
-    """The `<dataset>_split_captions.json` of the method's authors: file name -> {"split", "caption": [...]}."""
-    for file, row in value.items():
-        captions = row.get("caption", row.get("captions")) if isinstance(row, dict) else None
-        if captions is None or "split" not in row:
-            raise BadInput(f'{path}, entry "{file}": expected {{"split": ..., "caption": [...]}}')
-        captions = captions if isinstance(captions, list) else [captions]
-        yield Found(file, file, row["split"], captions, f'{path.name}, entry "{file}"')
-
-
-def read_coco(path: Path, value: Any) -> Iterator[Found]:
-    """COCO's `captions_*.json`: `images` (id, file_name) and `annotations` (image_id, caption)."""
-    captions: dict[int, list[str]] = {row["id"]: [] for row in value["images"]}
-    for number, row in enumerate(value["annotations"]):
-        if row["image_id"] not in captions:
-            raise BadInput(f"{path}, annotations[{number}]: image_id {row['image_id']} is not among the images")
-        captions[row["image_id"]].append(row["caption"])
-    for number, row in enumerate(value["images"]):
-        file = str(row["file_name"])
-        yield Found(file, file, None, captions[row["id"]], f"{path.name}, images[{number}]")
-
-
-def read_table(path: Path) -> Iterator[Found]:
-    """A CSV, TSV or JSONL of `image`, `caption` (or `captions`) and optionally `split`; one row per caption is fine."""
-    found: dict[str, Found] = {}
-    for number, row in _table_rows(path):
-        where = f"{path.name}, line {number}"
-        captions = row.get("captions", row.get("caption"))
-        if not row.get("image") or captions is None:
-            raise BadInput(f"{path}, line {number}: needs `image` and `caption` (or `captions`), has {', '.join(row)}")
-        captions = captions if isinstance(captions, list) else [captions]
-        image, split = str(row["image"]), row.get("split") or None
-        known = found.get(image)
-        if known is None:
-            found[image] = Found(image, str(row.get("file") or image), split, captions, where)
-        elif known.split == split:
-            known.captions.extend(captions)
-        else:  # two splits: kept apart, so that the check names it
-            found[f"{image} {split}"] = Found(image, image, split, captions, where)
-    yield from found.values()
-
-
-def read_folder(images: Path, *, follow_links: bool) -> Iterator[Found]:
+def read_folder(images: Path, *, follow_links: bool, read: Collection[str] = ()) -> Iterator[Found]:
     """Every picture below a folder, without captions: in split test, so that it can be found but trains nothing.
+
+    Args:
+        read: endings of other files that are read elsewhere, and so are not counted here.
 
     Raises:
         BadInput: there is none.
@@ -198,6 +148,8 @@ def read_folder(images: Path, *, follow_links: bool) -> Iterator[Found]:
     listing = list_pictures(images, follow_links=follow_links)
     if not listing.pictures and not listing.lost:
         raise BadInput(listing.why_empty(images))
+    for ending in read:
+        listing.others.pop(ending, None)
     for file in listing.pictures:
         yield Found(file, file, "test", [], file)
     yield from _not_found(images, listing)
@@ -216,7 +168,7 @@ def read_shards(shards: list[Path], config: Config) -> Iterator[Found]:
     pictures = bare = 0
     for shard, sample in unpacking.samples():
         pictures, bare = pictures + sample.has_picture, bare + (sample.has_picture and not sample.captions)
-        split = sample.split or _rule_for(shard, config.split_rule)(sample.name)
+        split = sample.split or rule_for(shard, config.split_rule)(sample.name)
         problem = sample.problem or ("" if sample.has_picture else "sample without a picture")
         yield Found(sample.name, sample.name, split, sample.captions, sample.where, problem)
     members = summary_of(unpacking.others)
@@ -248,7 +200,7 @@ def tell_unnamed(found: list[Found], config: Config) -> None:
     named |= {os.path.relpath(_real(folder / file), folder) for file in by_link}
     unnamed = [file for file in listing.pictures if file not in named]
     if unnamed:
-        print(printable(f"{config.images}: {len(unnamed):,} pictures are named by no source, the first: {unnamed[0]}"))
+        note(f"{config.images}: pictures that no source names: {len(unnamed):,} ({some(unnamed)})")
 
 
 def recognise(path: Path, value: Any) -> Format:
@@ -259,48 +211,62 @@ def recognise(path: Path, value: Any) -> Format:
         return "karpathy"
     if isinstance(value, dict):
         return "published"
+    if isinstance(value, list) and any(isinstance(row, dict) for row in value):
+        return "table"
     raise BadInput(f"{path}: not one of {', '.join(get_args(Format))}: name its --format")
 
 
 def read_sources(config: Config) -> list[Found]:
     """Read all sources, splits decided."""
     if not config.source:
-        return list(read_folder(config.picture_folder, follow_links=config.follow_links))
-    found = []
+        return _read_pictures(config)
     if shards := config.shards:
-        return list(read_shards(shards, config))
+        return [row._replace(split=split_named(row.split)) for row in read_shards(shards, config)]
+    found = []
     for path in config.source:
-        rule = _rule_for(path, config.split_rule)
-        found += [row if row.split else row._replace(split=rule(row.image)) for row in _read_source(path, config)]
+        rows = [(file, row._replace(split=split_named(row.split))) for file, row in _read_source(path, config)]
+        files = [file for file, _ in rows]
+        resolved = resolve([row for _, row in rows], config.picture_folder, follow_links=config.follow_links)
+        found += _with_splits(files, resolved, config.split_rule)
     return found
 
 
 def check(found: list[Found], config: Config) -> tuple[list[Record], list[Problem]]:
     """Split what was found into good records and problems; every picture is opened and decoded."""
     problems: list[Problem] = []
-    splits: dict[str, set[str]] = {}
+    good, without_caption = [], set()
     for row in found:
-        splits.setdefault(row.image, set()).add(str(row.split))
-    outside = files_outside(found, config)
-    inside = sorted({row.file for row in found} - outside.keys())
-    unreadable = outside | find_unreadable(inside, workers=config.workers, folder=config.picture_folder)
-    records: dict[str, Record] = {}
-    for row in found:
+        if row.problem:
+            problems.append(Problem(row.problem, f"{row.where}: {row.file}" if row.file else row.where))
+            continue
         captions, wrong = check_captions(row)
         problems += wrong
-        reason = row.problem or unreadable[row.file] or ("" if is_unicode(row.image) else "id not UTF-8")
+        good.append(row._replace(captions=list(captions)))
+        if row.captions and not captions:
+            without_caption.add(row.file)
+    rows = join(good)
+    outside = files_outside(rows, config)
+    inside = sorted({row.file for row in rows} - outside.keys())
+    unreadable = outside | find_unreadable(inside, workers=config.workers, folder=config.picture_folder)
+    keys = {file: file_key(file, config.picture_folder) for file in inside}
+    splits: dict[Hashable, set[str]] = {}
+    for row in rows:
+        splits.setdefault(keys.get(row.file, row.file), set()).add(str(row.split))
+    records: dict[str, Record] = {}
+    for row in rows:
+        reason = unreadable[row.file] or ("" if is_unicode(row.image) else "id not UTF-8")
         if row.split not in SPLITS:
             problems.append(Problem(f"split is not one of {', '.join(SPLITS)}", f"{row.where}: {row.split!r}"))
-        elif len(splits[row.image]) > 1:
+        elif len(splits[keys.get(row.file, row.file)]) > 1:
             problems.append(Problem("picture in two splits", f"{row.where}: {row.image}"))
         elif row.image in records:
             problems.append(Problem("duplicate id", f"{row.where}: {row.image}"))
         elif reason:
             problems.append(Problem(reason, f"{row.where}: {row.file}"))
-        elif row.captions and not captions:
+        elif row.file in without_caption and not row.captions:
             problems.append(Problem("picture without a caption", f"{row.where}: {row.image}"))
         else:
-            records[row.image] = Record(row.image, row.file, row.split, captions)
+            records[row.image] = Record(row.image, row.file, row.split, tuple(row.captions))
     return list(records.values()), problems
 
 
@@ -341,15 +307,17 @@ def report(problems: list[Problem], images: Path) -> str:
 
 
 def main(config: Config) -> None:
-    sources = {f"source{number}": path for number, path in enumerate(config.shards or config.source)}
-    run = runs.begin("tools.prepare_captions", config, inputs=sources, listings=config.listings)
+    files = config.shards or [file for path in config.source for file in parquet_files(path) or [path]]
+    sources = {f"source{number}": path for number, path in enumerate(files) if path.is_file()}
+    folders = {f"source{number}": path for number, path in enumerate(files) if not path.is_file()}
+    run = runs.begin("tools.prepare_captions", config, inputs=sources, listings=config.listings | folders)
     if run is None:
         return
     read = read_sources(config)
     tell_unnamed(read, config)
     records, problems = check(read, config)
     if problems and not config.skip_bad:
-        if config.images is None:
+        if config.images is None and config.picture_folder.is_dir():
             shutil.rmtree(config.picture_folder)  # else the folder would be held to be this run's, without --skip-bad
         raise BadInput(report(problems, config.picture_folder) + "\nMend them, or go on without them with --skip-bad.")
     if problems:
@@ -360,6 +328,7 @@ def main(config: Config) -> None:
     found = tuple(pictures[split] for split in SPLITS)
     if config.expect is not None and found != config.expect:
         raise BadInput(f"train, val, test have {found} pictures, --expect says {config.expect}: is the data complete?")
+    tell_copies(records, config.picture_folder)
     write_captions(run.folder / FILE_NAME, records)
     captions = Counter(dict.fromkeys(SPLITS, 0))
     for record in records:
@@ -379,73 +348,68 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _read_source(path: Path, config: Config) -> Iterator[Found]:
-    kind = config.format
-    if kind == "table" or path.suffix.lower() in (".csv", ".tsv", ".jsonl"):
-        return read_table(path)
-    value = read_json(path)
-    readers: dict[Format, Callable[[Path, Any], Iterator[Found]]] = {
-        "karpathy": read_karpathy,
-        "published": read_published,
-        "coco": read_coco,
-    }
+def _read_pictures(config: Config) -> list[Found]:
+    """The pictures of a bare folder; that captions lie beside them is said."""
+    found = list(read_folder(config.picture_folder, follow_links=config.follow_links))
+    beside = count_sidecars([row.file for row in found if not row.problem], config.picture_folder)
+    if beside:
+        advice = f"--source {config.picture_folder} reads them as captions"
+        note(f"{beside:,} pictures have a text file beside them, which is not read: {advice}")
+    return found
+
+
+def _read_source(path: Path, config: Config) -> Iterator[tuple[Path, Found]]:
+    """What one source names, each with the file whose split rule counts."""
+    wanted = Wanted(config.image_column, config.caption_column)
+    if config.format in (None, "parquet") and (files := parquet_files(path)):
+        yield from read_parquet(files, wanted, config.images, config.picture_folder)
+    elif path.is_dir():
+        found = list(read_folder(config.picture_folder, follow_links=config.follow_links, read=SIDECARS))
+        pictures = [row.file for row in found if not row.problem]
+        yield from ((path, row) for row in found if row.problem)
+        yield from ((path, row) for row in read_sidecars(pictures, config.picture_folder, path))
+    elif config.format in (None, "table") and not _is_json(path):
+        yield from ((path, row) for row in read_table(path, wanted))
+    else:
+        yield from ((path, row) for row in _read_json(path, config.format, wanted))
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a caption file is JSON and no table, by its name's ending or else by its first character."""
+    ending = path.suffix.lower()
+    if ending in ENDINGS or ending == ".json":
+        return ending == ".json"
+    with path.open("rb") as file:
+        return file.read(1024).lstrip(BYTE_ORDER_MARK.encode() + b" \t\r\n")[:1] in (b"{", b"[")
+
+
+def _read_json(path: Path, kind: Format | None, wanted: Wanted) -> Iterator[Found]:
+    value = read_value(path)
     kind = kind or recognise(path, value)
-    if kind not in readers:
+    readers: dict[Format, Reader] = {"karpathy": read_karpathy, "published": read_published, "coco": read_coco}
+    if kind == "table" and isinstance(value, list):
+        rows = [(f"{path.name}, entry {number}", row) for number, row in enumerate(value)]
+        yield from found_in_objects(rows, wanted, path.name)
+    elif kind in readers:
+        yield from readers[kind](path, value)
+    else:
         raise BadInput(f"--format {kind} does not read {path}")
-    return _rows_of_shape(readers[kind](path, value), path, kind)
 
 
-def _rows_of_shape(rows: Iterator[Found], path: Path, kind: Format) -> Iterator[Found]:
-    try:
-        yield from rows
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadInput(
-            f"{path} is not of format {kind} ({type(error).__name__}: {error}): name another --format"
-        ) from None
-
-
-def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if path.suffix.lower() == ".jsonl":
-        yield from read_json_lines(path)
-        return
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        try:
-            for row in rows:
-                yield rows.line_num, {key: value for key, value in row.items() if key and value is not None}
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{path}, after line {rows.line_num}: cannot be read ({error}); save it as UTF-8") from None
-        except csv.Error as error:
-            raise BadInput(f"{path}, after line {rows.line_num}: not readable as a table ({error}): mend it") from None
-
-
-def _rule_for(path: Path, rules: str) -> Callable[[str], str]:
-    """The split rule of one source, as a function of the image id."""
-    rule = rules
-    for part in rules.split(";"):
-        name, equals, own = part.partition("=")
-        if equals and name.strip() in (path.name, path.stem):
-            rule = own.strip()
-        elif equals and rule == rules:
-            rule = ""
-    if rule in SPLITS:
-        return lambda image: rule
-    kind, _, shares = rule.partition(":")
-    try:
-        train, val, test = (float(share) for share in shares.split(","))
-    except ValueError:
-        kind = ""
-    if kind != "random" or not abs(train + val + test - 1) < 1e-6 or min(train, val, test) < 0:
-        raise BadInput(
-            f"--split-rule {rules!r} gives no rule for {path.name}: write train, val or test, or "
-            '"random:0.8,0.1,0.1" with shares that sum to 1, or "FILE=RULE;FILE=RULE"'
-        )
-    return partial(_random_split, bounds=(train, train + val))
-
-
-def _random_split(image: str, bounds: tuple[float, float]) -> str:
-    draw = int.from_bytes(hashlib.blake2b(image.encode(errors="surrogatepass"), digest_size=8).digest(), "big") / 2**64
-    return "train" if draw < bounds[0] else "val" if draw < bounds[1] else "test"
+def _with_splits(files: list[Path], rows: list[Found], rules: str) -> list[Found]:
+    """Rows of one source with their splits; those of a source without splits have them by the rule of their file."""
+    has_splits = any(row.split for row in rows)
+    first: dict[str, str] = {}  # file -> id that its split is drawn by
+    decided = []
+    for path, row in zip(files, rows, strict=True):
+        if row.problem or row.split:
+            decided.append(row)
+        elif has_splits:
+            decided.append(row._replace(problem="row without a split, where others have one"))
+        else:
+            image = first.setdefault(row.file, row.image)
+            decided.append(row._replace(split=rule_for(path, rules)(image)))
+    return decided
 
 
 if __name__ == "__main__":
