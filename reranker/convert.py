@@ -27,6 +27,7 @@ from tools.blocks import Blocks, wait_for
 from tools.captions import CaptionSet, portable, read_captions
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
+from tools.command_line.place import NameOrPath
 from tools.errors import BadInput
 from tools.files import read_array, write_array
 from tools.logs import progress
@@ -46,13 +47,13 @@ class Config(RunOptions, DeviceOptions):
     """SEED-2's tokenizer (published), or tokens of patches that are fitted on the train pictures."""
     quantizer: Path | None = None
     """seed: seed_quantizer.pt."""
-    vision: str | None = None
+    vision: NameOrPath | None = None
     """seed: eva_vit_g.pth, or a BLIP-2 model's folder or Hugging Face name."""
     interpolation: Interpolation = "bilinear"
     """seed: how pictures become 224 pixels wide and high; SEED's own scripts: bilinear."""
-    model: str | None = None
+    model: NameOrPath | None = None
     """patches: open_clip model name or folder."""
-    pretrained: str | None = None
+    pretrained: NameOrPath | None = None
     """patches: tag or checkpoint file, for a model given by name."""
     activation: Activation = "auto"
     """patches: what the model was trained with, for a checkpoint file that does not tell."""

@@ -37,6 +37,7 @@ from models.training import Checkpoint
 from tools import runs
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
+from tools.command_line.place import NameOrPath
 from tools.errors import BadInput
 from tools.interpolation import choose_weights, interpolated
 from tools.logs import Tracker
@@ -55,9 +56,9 @@ class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions, 
     """Run folder of retriever.rank_splits."""
     tokens: Path
     """Run folder of reranker.convert."""
-    language_model: str
+    language_model: NameOrPath
     """Hugging Face name or folder of a causal model; for --new-layers, of any model that lends tokenizer and words."""
-    tokenizer: str | None = None
+    tokenizer: NameOrPath | None = None
     """Name or folder of the tokenizer, where it is not the model's; published: AILab-CVC/seed-tokenizer-2."""
     layers: int | None = None
     """Use only the first layers of the model, so many of them."""

@@ -18,6 +18,7 @@ from models.options import LoraOptions
 from models.voken_lm import Kind, Lora, VokenLM, build_causal, build_encoder_decoder, build_seq2seq
 from tools import runs
 from tools.command_line.commands import run_command
+from tools.command_line.place import NameOrPath
 from tools.errors import BadInput
 from tools.logs import Tracker
 
@@ -29,7 +30,7 @@ from .training import Training, TrainingConfig
 class Config(TrainingConfig, LoraOptions):
     """Model and training. Published values: T5-base on Flickr30k."""
 
-    language_model: str
+    language_model: NameOrPath
     """Hugging Face name or folder: a T5 (seq2seq), a text encoder (encoder-decoder), or a causal model."""
     kind: Kind = "seq2seq"
     """seq2seq: a pretrained sequence-to-sequence model, all of it trained; encoder-decoder: a frozen text encoder,

@@ -100,7 +100,8 @@ class TrainingConfig(RunOptions, TrainingOptions, ValidationOptions, LargeModelO
         if self.guide and data.guide is None:
             raise BadInput(
                 f"{data.folder} has no guide, which a tokenizer without --no-skip gives: run "
-                "scripts/06_generate_codes.sh --overwrite and 07, or leave --guide out"
+                "scripts/06_generate_codes.sh --overwrite and scripts/07_prepare_retriever_dataset.sh --overwrite, or "
+                "leave --guide out"
             )
 
     def inputs(self) -> dict[str, Path]:

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Add a folder of pictures to the index, without training: bash scripts/add_pictures.sh ~/new_photos
-if [ -d "${1:-}" ]; then set -- "$(realpath "$1")" "${@:2}"; fi # as seen from where the user stands
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
 run retriever.gallery.add --index "$RETRIEVER/14_index" "$@"

@@ -9,10 +9,7 @@
 #   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
 #   VERIFY        "off": what a stage reads is not compared with its manifest's hashes (docs/reliability.md)
 set -euo pipefail
-if [ -f "${DATASET:-}" ]; then DATASET="$(realpath "$DATASET")"; fi # as seen from where the user stands
-if [ -d "${PICTURES:-}" ]; then PICTURES="$(realpath "$PICTURES")"; fi
-if [ -f "${CAPTIONS_FILE:-}" ]; then CAPTIONS_FILE="$(realpath "$CAPTIONS_FILE")"; fi
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/place.sh" # which goes to the root
 REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
 
 use_python() { # the active environment when it has the packages, else .venv
@@ -34,7 +31,7 @@ use_python() { # the active environment when it has the packages, else .venv
 }
 
 run() { # a command of a room, on the processes that LAUNCH starts; without loading its libraries where it has finished
-    python -m tools.finished -m "$@" || ${LAUNCH:-python} -m "$@"
+    TYPED="$TYPED $HERE" python -m tools.finished -m "$@" || TYPED="$TYPED $HERE" ${LAUNCH:-python} -m "$@"
 }
 
 use_python

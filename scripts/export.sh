@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Write the trained retriever and its pictures into one folder, to copy or to put on a model hub: bash scripts/export.sh FOLDER
-if [[ "${1:-}" != -* ]]; then set -- "$(realpath -m "${1:?name the folder to write}")" "${@:2}"; fi # as seen from where the user stands
 SYSTEM="${SYSTEM:-best}"
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
 run retriever.gallery.export --index "$RETRIEVER/14_index" --retriever "$TRAINED" --summary "$SUMMARY" --system "${ABLATION:+$ABLATION, }$SYSTEM" ${RERANKER:+--weights "$RERANKER/18_test/$SYSTEM"} "$@"

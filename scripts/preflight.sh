@@ -3,7 +3,7 @@
 #   bash scripts/preflight.sh            one list: stage, what, state, what to do; it ends with 2 when something is missing
 #   bash scripts/preflight.sh --brief    only what is missing or cannot be known
 #   PREFLIGHT=off                        switches it off, in scripts/quickstart.sh too
-# Stages that are finished need nothing. What an earlier stage of the chain makes is not looked for.
+# Stages that are finished need nothing, unless OVERWRITE is set. What an earlier stage of the chain makes is not looked for.
 if [ "${PREFLIGHT:-}" = off ]; then exit 0; fi
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
 
@@ -202,7 +202,7 @@ all_needs() {
         system=retriever
         case "$stage" in *@*) system="${stage#*@}" ;; esac
         OUTPUTS+=("$(output_of "${stage%@*}" "$system")")
-        if [ ! -f "${OUTPUTS[-1]}/manifest.json" ]; then left+=("${stage%@*}:$system"); fi
+        if [ -n "${OVERWRITE:-}" ] || [ ! -f "${OUTPUTS[-1]}/manifest.json" ]; then left+=("${stage%@*}:$system"); fi
     done
     if [ "${#left[@]}" = 0 ]; then return; fi
     STAGE=all

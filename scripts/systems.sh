@@ -61,9 +61,9 @@ if [ -z "$TRAINED_BY" ]; then
     refuse "SYSTEM=$SYSTEM: write ${names//$'\n'/, } or best$(nearest "$SYSTEM" $names best)"
 fi
 TRAINED="${TRAINED:-$OWN}"
-case "$(basename "$(readlink -f "$0")" .sh):${ABLATION:-}" in
+case "$SCRIPT:${ABLATION:-}" in
 "$TRAINED_BY":*) ;;
-09_* | 10_* | 11_*) refuse "SYSTEM=$SYSTEM is trained by scripts/$TRAINED_BY.sh" ;;
+09_* | 10_* | 11_*) refuse "SYSTEM=$SYSTEM is trained by scripts/$TRAINED_BY.sh: $RUN_SCRIPTS/$TRAINED_BY.sh" ;;
 08_*:?*) refuse "pseudo queries are the same in every ABLATION: leave it out here" ;;
 esac
 LISTS="$RERANKER/16_lists/$SYSTEM"

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from tools.files import read_array, read_json, write_array
 
 NEW = (("red", "square"), ("orange", "ring"), ("grey", "cross"))
 VERSION_FILES = [
-    "codes.npy", "features.npy",
+    "codes.npy", "contents.npy", "features.npy",
     *(f"level{level}_{part}.npy" for level in range(3) for part in ("bases", "codes", "deltas")),
     "lines.npy", "pictures.jsonl", "pictures.npy",
 ]  # fmt: skip
@@ -572,6 +573,59 @@ def test_unknown_names_remove_nothing(folder: Path, names: tuple[str, ...], mess
     with pytest.raises(BadInput, match=message):
         remove(folder, *names)
     assert len(read_gallery(folder)) == 48
+
+
+@pytest.fixture
+def two_cars(folder: Path, tmp_path: Path) -> Path:
+    """photos/car.png and photos/2024/car.png, both in the index, and a third that is not."""
+    photos = tmp_path / "photos"
+    for number, name in enumerate(("car.png", "2024/car.png", "dog.png")):
+        draw_picture(photos / name, "red", "square", 100 + number)
+    add(folder, photos)
+    draw_picture(tmp_path / "elsewhere" / "car.png", "blue", "cross", 104)
+    return photos
+
+
+def test_a_name_that_is_two_pictures_is_refused(folder: Path, two_cars: Path) -> None:
+    """The id of one, and a file where the user stands, whether that is in the index or not."""
+    for place in (two_cars / "2024", two_cars.parent / "elsewhere"):
+        with pytest.raises(BadInput, match=r"'car\.png' is the id of .*photos/car\.png, and also a file in .*: write "):
+            remove_pictures.remove(folder, ["car.png"], seen_from=place)
+    assert len(read_gallery(folder)) == 51
+    with pytest.raises(BadInput, match="neither the id nor, as seen from"):
+        remove_pictures.remove(folder, ["./car.png"], seen_from=two_cars.parent / "elsewhere")
+
+
+def test_the_advice_for_such_a_name_can_be_followed(folder: Path, two_cars: Path) -> None:
+    before = images(folder)
+    with pytest.raises(BadInput) as refused:
+        remove_pictures.remove(folder, ["car.png"], seen_from=two_cars / "2024")
+    advised = re.search(r"write (\S+) for the file here, or (\S+) for the picture with this id", str(refused.value))
+    assert advised is not None
+    for name, image in zip(advised.groups(), ("2024/car.png", "car.png"), strict=True):
+        remove_pictures.remove(folder, [name], seen_from=two_cars / "2024")
+        assert [each for each in before if each not in images(folder)] == [image]
+        before = images(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "image"),
+    [
+        ("2024", "./car.png", "2024/car.png"),
+        ("2024", "../car.png", "car.png"),
+        ("2024", "2024/car.png", "2024/car.png"),  # an id
+        ("2024", "dog.png", "dog.png"),  # an id, and no file here
+        (".", "car.png", "car.png"),  # both, of one picture
+        (".", "./2024/car.png", "2024/car.png"),
+    ],
+)
+def test_a_name_is_seen_from_where_the_user_stands(
+    folder: Path, two_cars: Path, place: str, name: str, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = images(folder)
+    monkeypatch.chdir(two_cars / place)
+    assert remove_pictures.remove(folder.absolute(), [name]).pictures == 1
+    assert [each for each in before if each not in images(folder)] == [image]
 
 
 def test_the_last_picture_stays(folder: Path) -> None:

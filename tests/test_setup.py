@@ -76,7 +76,7 @@ def program(path: Path, text: str) -> None:
 def checkout(tmp_path: Path) -> Checkout:
     """With a Python that has every package, and uv."""
     root, programs = tmp_path / "avg", tmp_path / "programs"
-    scripts = [f"scripts/{name}.sh" for name in ("env", "venv", "install", "systems", "datasets/emoji")]
+    scripts = [f"scripts/{name}.sh" for name in ("env", "place", "venv", "install", "systems", "datasets/emoji")]
     for name in (*scripts, "requirements.txt", "requirements-dev.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)

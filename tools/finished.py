@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from . import runs
+from .command_line.place import typed_elsewhere
 from .command_line.sweeps import own_place
 from .errors import BadInput
 from .files import read_json
@@ -41,8 +42,8 @@ def is_finished(command: str, arguments: list[str]) -> Path | None:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) < 2 or arguments[0] != "-m":
-        return 1
+    if len(arguments) < 2 or arguments[0] != "-m" or typed_elsewhere():
+        return 1  # the command itself knows which of the words that were typed elsewhere are paths
     folder = is_finished(arguments[1], arguments[2:])
     if folder is None:
         return 1

@@ -31,24 +31,17 @@ from tools.pictures import Listing, find_unreadable, list_pictures
 from tools.texts import printable
 from tools.vokens import Codes
 
-from .gallery import Gallery, Picture, changing, replace_pictures
+from .contents import read_contents
+from .gallery import Folder, Gallery, Picture, changing, replace_pictures
 from .options import IndexOptions
 
 AGAIN = "new pictures would get codes of another meaning: run scripts/14_build_index.sh --overwrite and add them again"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(DeviceOptions):
-    """How pictures are added."""
+class ReadingOptions(DeviceOptions):
+    """How pictures are found, read and encoded."""
 
-    prefix: str = ""
-    """Put before each new picture's id, to tell two folders' IMG_0001.jpg apart."""
-    replace: bool = False
-    """Let pictures take the place of those that have the same id in the index."""
-    skip_known: bool = False
-    """Leave out pictures whose id is in the index."""
-    skip_bad: bool = False
-    """Leave out pictures that cannot be read."""
     follow_links: bool = False
     """Add what lies behind links that lead out of the folder, too."""
     batch_size: int = 64
@@ -59,10 +52,27 @@ class Options(DeviceOptions):
     """Processes that read pictures; 0 for the main one alone."""
 
     def __post_init__(self) -> None:
-        if self.replace and self.skip_known:
-            raise BadInput("--replace and --skip-known contradict each other: give one")
         if self.batch_size < 1 or self.workers < 0:
             raise BadInput("--batch-size must be at least 1 and --workers at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ReadingOptions):
+    """How pictures are added."""
+
+    prefix: str = ""
+    """Put before each new picture's id, to tell two folders' IMG_0001.jpg apart."""
+    replace: bool = False
+    """Let pictures take the place of those that have the same id in the index."""
+    skip_known: bool = False
+    """Leave out pictures whose id is in the index."""
+    skip_bad: bool = False
+    """Leave out pictures that cannot be read."""
+
+    def __post_init__(self) -> None:
+        if self.replace and self.skip_known:
+            raise BadInput("--replace and --skip-known contradict each other: give one")
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +210,7 @@ def readable(
     return [picture for picture in pictures if not reasons[picture.file]]
 
 
-def encode(gallery: Gallery, new: Sequence[Picture], config: Options, device: torch.device) -> Floats:
+def encode(gallery: Gallery, new: Sequence[Picture], config: ReadingOptions, device: torch.device) -> Floats:
     """Features (pictures, width) of new pictures, by the model that encoded the gallery's."""
     gallery.check_clip(AGAIN)
     clip = load_recorded(gallery.clip_facts)
@@ -239,6 +249,7 @@ def add(index: Path, places: Sequence[Path], config: Options, *, source: str) ->
         choice = choose(gallery, pictures_of(gallery, places, config), config)
         if not choice.added:
             return Added([], 0, len(gallery))
+        contents = read_contents(gallery.files_below / picture.file for picture in choice.added)
         features = encode(gallery, choice.added, config, device)
         codes = code(gallery, features, np.delete(gallery.codes, choice.replaced, axis=0), device)
         total = replace_pictures(
@@ -248,6 +259,8 @@ def add(index: Path, places: Sequence[Path], config: Options, *, source: str) ->
             codes=codes,
             features=features,
             source=source,
+            contents=contents,
+            folders=[Folder(gallery.recorded(place), config.prefix) for place in places if place.is_dir()],
         )
     return Added([picture.image for picture in choice.added], len(choice.replaced), total)
 

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from tools import runs
-from tools.captions import portable
+from tools.captions import FILE_NAME, portable
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import Floats, read_features
 
 from ..data import RetrieverData, read_data
+from .contents import Contents, read_contents
 from .gallery import (
+    FOLDERS,
     KEEPS_FEATURES,
+    Folder,
     Picture,
     entry,
     half_normalized,
@@ -54,7 +57,8 @@ def encoder_facts(data: RetrieverData, rqvae: Path) -> dict[str, Any]:
     if content != codes.inputs["rqvae"]["fingerprint"]:
         raise BadInput(
             f"{rqvae} is not the RQ-VAE that coded {data.folder}: give the one of its codes "
-            f"({codes.inputs['rqvae']['path']}), or run scripts/06_generate_codes.sh and 07 again"
+            f"({codes.inputs['rqvae']['path']}), or run scripts/06_generate_codes.sh --overwrite and "
+            "scripts/07_prepare_retriever_dataset.sh --overwrite"
         )
     return {
         "clip": clip_facts(runs.unchanged_input(codes, "features")),
@@ -90,9 +94,17 @@ def dataset_features(data: RetrieverData) -> Floats:
     if len(images) != len(data.codes):
         raise BadInput(
             f"{folder} has features of {len(images)} pictures, {data.folder} has {len(data.codes)}: run "
-            "scripts/06_generate_codes.sh and 07 again"
+            "scripts/06_generate_codes.sh --overwrite and scripts/07_prepare_retriever_dataset.sh --overwrite"
         )
     return images
+
+
+def dataset_contents(data: RetrieverData) -> Contents:
+    """What the files of the dataset's pictures hold; unknown where one has changed since its captions were read."""
+    features = runs.read_manifest(Path(data.manifest.facts["features"]), "RQ-VAE.prepare_emb", "RQ-VAE.train_heads")
+    captions = Path(features.facts["captions"]) / FILE_NAME
+    before = captions.stat().st_mtime_ns if captions.is_file() else 0
+    return read_contents((data.image_folder / file for file in data.files), before=before)
 
 
 def main(config: Config) -> None:
@@ -108,7 +120,8 @@ def main(config: Config) -> None:
     files = (str(data.image_folder / file) for file in data.files)
     lines = (Picture(image, file).line() for image, file in zip(data.images, files, strict=True))
     kept = None if features is None else half_normalized(features)
-    write_version(run.folder, data.codes, lines, features=kept, number=0)
+    contents = dataset_contents(data)
+    write_version(run.folder, data.codes, lines, features=kept, contents=contents, number=0)
     run.finish(
         facts={
             **version_facts(0, len(data.images)),
@@ -116,6 +129,7 @@ def main(config: Config) -> None:
             "codebooks": data.codebooks_hash,
             **encoder,
             KEEPS_FEATURES: config.keep_features,
+            FOLDERS: [Folder(str(data.image_folder), prefix="")._asdict()],
             "history": [entry(added=len(data.images), removed=0, source=portable(config.dataset))],
         }
     )

@@ -31,6 +31,7 @@ from . import card
 from .gallery import (
     EXPORTED,
     EXPORTED_PICTURES,
+    FOLDERS,
     Gallery,
     Picture,
     entry,
@@ -218,6 +219,7 @@ def write_index(folder: Path, gallery: Gallery, *, include_pictures: bool) -> No
         "clip": {"model": CLIP, "pretrained": None, "content": model_content(str(folder.parent / CLIP))},
         "rqvae": {"path": RQVAE, "content": runs.fingerprint(folder.parent / RQVAE)},
         "history": [entry(added=len(gallery), removed=0, source="retriever.gallery.export")],
+        FOLDERS: [],
         EXPORTED: {"pictures": place if below.is_dir() and not Path(place).is_absolute() else None},
     }
     write_manifest(folder, gallery.manifest, facts)

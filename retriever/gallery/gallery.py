@@ -7,6 +7,8 @@ version-000007/     the arrays of the tree (retriever/index.py)
     pictures.jsonl  {"image": id, "file": path} a line per row; the path as seen from the repository's root
     lines.npy       (pictures + 1,) int64 bytes, where each line begins
     features.npy    (pictures, width) float16, the pictures' normalised features, where they are kept
+    contents.npy    (pictures,) what their files held when they were encoded (retriever/gallery/contents.py); versions
+                    of earlier programs have none
 
 A change writes a new version under a temporary name, renames it, and replaces the manifest in one step; then all but
 the new version and the one before it go. So readers need no lock: what a manifest named a moment ago is still there,
@@ -33,10 +35,14 @@ from tools.features import Floats, Rows, normalized
 from tools.files import read_array, remove_torn, replacing, write_array
 
 from ..index import VokenIndex, load_index
+from .contents import Contents, unknown
 from .large_index import write_index
 
 COMMAND = "retriever.gallery.build"
+ROOT = Path(__file__).resolve().parents[2]
 CODES, PICTURES, LINES, FEATURES = "codes.npy", "pictures.jsonl", "lines.npy", "features.npy"
+CONTENTS = "contents.npy"
+FOLDERS = "folders"  # the manifest's fact: the folders that pictures were taken from; see `Folder`
 KEEPS_FEATURES = "keeps_features"  # the manifest's fact; indexes of earlier versions have neither it nor features
 FEATURE_BLOCK = 65_536  # rows that are normalised at a time
 EXPORTED = "exported"  # the manifest's fact of an index inside an exported folder (retriever/gallery/exported.py)
@@ -60,6 +66,15 @@ class Picture(NamedTuple):
         return json.dumps(self._asdict(), ensure_ascii=False).encode() + b"\n"
 
 
+class Folder(NamedTuple):
+    """A folder whose pictures were put into the gallery."""
+
+    path: str
+    """As seen from the gallery's `files_below`."""
+    prefix: str
+    """What stands before a picture's path below the folder in its id."""
+
+
 @dataclass(frozen=True)
 class Gallery:
     """One version of the pictures, memory-mapped: it stays what it is when the folder's content changes."""
@@ -74,6 +89,8 @@ class Gallery:
     """(pictures + 1,)"""
     features: HalfFloats | None
     """(pictures, width), normalised, of the model that `facts["clip"]` names; None where they are not kept"""
+    contents: Contents | None = None
+    """(pictures,); None in a version of an earlier program"""
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -143,12 +160,17 @@ class Gallery:
 
     @cached_property
     def files_below(self) -> Path:
-        """What the pictures' files are relative to: the repository's root, from which every command runs; of an
-        exported index the pictures beside it, or where they were when it was exported."""
+        """What the pictures' files are relative to: the repository's root, as seen from the current folder, which it
+        nearly always is; of an exported index the pictures beside it, or where they were when it was exported."""
         if EXPORTED not in self.facts:
-            return Path()
+            return Path() if Path.cwd() == ROOT else ROOT
         beside, earlier = self.folder.parent / EXPORTED_PICTURES, self.facts[EXPORTED]["pictures"]
         return Path(earlier) if earlier and Path(earlier).is_dir() and not beside.is_dir() else beside
+
+    @property
+    def folders(self) -> list[Folder]:
+        """Where its pictures came from; empty in galleries of an earlier program."""
+        return [Folder(**each) for each in self.facts.get(FOLDERS, [])]
 
     @cached_property
     def rows(self) -> dict[str, int]:
@@ -210,6 +232,18 @@ def changing(folder: Path) -> Iterator[Gallery]:
         yield gallery
 
 
+class Content(NamedTuple):
+    """All pictures of a version, in the order of rows."""
+
+    codes: NDArray[np.integer]
+    """(pictures, levels)"""
+    lines: Iterable[bytes]
+    features: HalfFloats | None
+    """(pictures, width), of `half_normalized`; None where none are kept"""
+    contents: Contents | None
+    """(pictures,)"""
+
+
 def replace_pictures(
     gallery: Gallery,
     *,
@@ -218,6 +252,8 @@ def replace_pictures(
     codes: NDArray[np.integer],
     features: Floats | None,
     source: str,
+    contents: Contents | None = None,
+    folders: Sequence[Folder] = (),
 ) -> int:
     """Publish a version without the rows `removed` and with pictures behind the rows that stay, whose codes stay.
 
@@ -226,11 +262,12 @@ def replace_pictures(
         codes: (added, levels)
         features: (added, width), as the image tower gives them; None where nothing is added or none are kept.
         source: where the change comes from, for the manifest's history.
+        contents: (added,) of the files; None where they are not known.
+        folders: that the pictures were taken from.
 
     Returns:
         The number of pictures in the new version.
     """
-    folder, number = gallery.folder, _number(gallery.manifest) + 1
     stay = np.delete(np.arange(len(gallery)), removed)
     lines = chain((gallery.line(row) for row in stay.tolist()), (picture.line() for picture in added))
     kept = None
@@ -238,15 +275,39 @@ def replace_pictures(
         kept = gallery.features[stay]
         if features is not None:
             kept = np.concatenate([kept, half_normalized(features)])
-    files = write_version(folder, np.concatenate([gallery.codes[stay], codes]), lines, features=kept, number=number)
+    noted = np.concatenate([contents_of(gallery)[stay], unknown(len(added)) if contents is None else contents])
+    content = Content(np.concatenate([gallery.codes[stay], codes]), lines, kept, noted)
+    change = entry(added=len(added), removed=len(removed), source=source)
+    return publish(gallery, content, change, folders=folders)
+
+
+def contents_of(gallery: Gallery) -> Contents:
+    """What the files held, unknown where an earlier program did not note it."""
+    return unknown(len(gallery)) if gallery.contents is None else gallery.contents
+
+
+def publish(gallery: Gallery, content: Content, change: dict[str, Any], *, folders: Sequence[Folder] = ()) -> int:
+    """Write a version and let the manifest speak of it. Returns the number of its pictures.
+
+    Args:
+        gallery: what `changing` gave.
+        change: an `entry` of the history.
+        folders: that pictures were taken from, besides those that are known.
+    """
+    folder, number = gallery.folder, _number(gallery.manifest) + 1
+    files = write_version(
+        folder, content.codes, content.lines, features=content.features, contents=content.contents, number=number
+    )
+    places = list(dict.fromkeys([*gallery.folders, *folders]))
     facts = {
         **gallery.facts,
-        **version_facts(number, len(stay) + len(added)),
-        "history": [*gallery.facts["history"], entry(added=len(added), removed=len(removed), source=source)][-HISTORY:],
+        **version_facts(number, len(content.codes)),
+        FOLDERS: [each._asdict() for each in places],
+        "history": [*gallery.facts["history"], change][-HISTORY:],
     }
     runs.replace_outputs(gallery.manifest, files, facts)
     keep_versions(folder, latest=number)
-    return len(stay) + len(added)
+    return len(content.codes)
 
 
 def version_facts(number: int, pictures: int) -> dict[str, Any]:
@@ -269,7 +330,13 @@ def half_normalized(features: Floats) -> HalfFloats:
 
 
 def write_version(
-    folder: Path, codes: NDArray[np.integer], lines: Iterable[bytes], *, features: HalfFloats | None, number: int
+    folder: Path,
+    codes: NDArray[np.integer],
+    lines: Iterable[bytes],
+    *,
+    features: HalfFloats | None,
+    contents: Contents | None = None,
+    number: int,
 ) -> list[Path]:
     """Write one version, complete or not at all, which no manifest names yet. Returns its files.
 
@@ -277,6 +344,7 @@ def write_version(
         codes: (pictures, levels) of at least one picture.
         lines: the pictures' lines (`Picture.line`), in the order of codes.
         features: (pictures, width) of `half_normalized`, in the order of codes; None to keep none.
+        contents: (pictures,) of their files; None where they are not known.
     """
     assert features is None or len(features) == len(codes), f"{len(features)} features of {len(codes)} pictures"
     version = folder / VERSION.format(number)
@@ -291,6 +359,8 @@ def write_version(
     write_array(temporary / LINES, np.array(ends, dtype=np.int64))
     if features is not None:
         write_array(temporary / FEATURES, features)
+    if contents is not None:
+        write_array(temporary / CONTENTS, contents)
     temporary.rename(version)
     return sorted(version.iterdir())
 
@@ -317,6 +387,7 @@ def _open(manifest: runs.Manifest) -> Gallery:
     index = load_index(folder, manifest.facts["levels"])
     codes, lines = read_array(folder / CODES), read_array(folder / LINES)
     features = read_array(folder / FEATURES) if manifest.facts.get(KEEPS_FEATURES) else None
+    contents = read_array(folder / CONTENTS) if (folder / CONTENTS).is_file() else None
     try:
         text = np.memmap(folder / PICTURES, dtype=np.uint8, mode="r")
     except (FileNotFoundError, ValueError):
@@ -327,4 +398,8 @@ def _open(manifest: runs.Manifest) -> Gallery:
         raise BadInput(
             f"{folder}: {FEATURES} has {len(features)} rows for {len(codes)} pictures: build the index again"
         )
-    return Gallery(manifest, index, codes, text, lines, features)
+    if contents is not None and len(contents) != len(codes):
+        raise BadInput(
+            f"{folder}: {CONTENTS} has {len(contents)} rows for {len(codes)} pictures: build the index again"
+        )
+    return Gallery(manifest, index, codes, text, lines, features, contents)

@@ -5,6 +5,7 @@ Out: the index's next version (retriever/gallery/gallery.py).
 Command: python -m retriever.gallery.remove --index DIR NAME [NAME ...]
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import tyro
 
 from tools.command_line.commands import run_command
+from tools.command_line.place import user_folder
 from tools.errors import BadInput
 from tools.features import Rows
 
@@ -28,7 +30,7 @@ class Config(IndexOptions):
     """What is removed from which index."""
 
     names: tyro.conf.Positional[tuple[str, ...]]
-    """Pictures to remove: each an id, or the path of a file."""
+    """Pictures to remove: each an id, or the path of a file. "./car.jpg" is always a file."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -43,31 +45,63 @@ class Removed(NamedTuple):
     """Pictures that are left."""
 
 
-def as_recorded(gallery: Gallery, name: str) -> str:
+def as_recorded(gallery: Gallery, name: str, seen_from: Path) -> str:
     """A path as the index has it; links in the name of the file itself are left alone."""
-    path = Path(name)
+    path = seen_from / name
     return str(Path(gallery.recorded(path.parent)) / path.name)
 
 
-def find(gallery: Gallery, names: Sequence[str]) -> Rows:
+def is_path(name: str) -> bool:
+    """Whether a name can only be a file's.
+
+    >>> [name for name in ("./car.jpg", "../car.jpg", "/a/car.jpg", "car.jpg", "2024/car.jpg") if is_path(name)]
+    ['./car.jpg', '../car.jpg', '/a/car.jpg']
+    """
+    return name.startswith(("./", "../", "/"))
+
+
+def find(gallery: Gallery, names: Sequence[str], *, seen_from: Path) -> Rows:
     """Rows of the pictures that have one of the names, as id or as file.
 
+    Args:
+        seen_from: the folder to which names of files are relative.
+
     Raises:
-        BadInput: a name is no picture's.
+        BadInput: a name is no picture's, or the id of one picture and the file of another.
     """
-    recorded = {name: as_recorded(gallery, name) for name in names}
-    wanted = {*names, *recorded.values()}
-    found: dict[str, list[int]] = {}
+    recorded = {name: as_recorded(gallery, name, seen_from) for name in names}
+    images, files = {name for name in names if not is_path(name)}, set(recorded.values())
+    with_id: dict[str, int] = {}
+    with_file: dict[str, list[int]] = {}
     for row, picture in enumerate(gallery.pictures()):
-        for name in {picture.image, picture.file} & wanted:
-            found.setdefault(name, []).append(row)
-    unknown = [name for name in names if name not in found and recorded[name] not in found]
+        if picture.image in images:
+            with_id[picture.image] = row
+        if picture.file in files:
+            with_file.setdefault(picture.file, []).append(row)
+    unknown = [name for name in names if name not in with_id and recorded[name] not in with_file]
     if unknown:
         raise BadInput(
-            f"{len(unknown)} of {len(names)} names are neither the id nor the file of a picture in {gallery.folder}, "
-            f"the first: {unknown[0]!r}; nothing was removed"
+            f"{len(unknown)} of {len(names)} names are neither the id nor, as seen from {seen_from.resolve()}, the "
+            f"file of a picture in {gallery.folder}, the first: {unknown[0]!r}; nothing was removed"
         )
-    return np.unique(np.concatenate(list(found.values())))
+    for name, row in with_id.items():
+        _refuse_two_meanings(gallery, name, row, with_file.get(recorded[name], []), seen_from)
+    by_file = [row for name in names for row in with_file.get(recorded[name], [])]
+    return np.unique(np.array([*with_id.values(), *by_file], dtype=np.int64))
+
+
+def _refuse_two_meanings(gallery: Gallery, name: str, row: int, others: list[int], seen_from: Path) -> None:
+    """Refuse a name that is the id of the picture in `row`, where it is also another file seen from a folder."""
+    if row in others or not (others or (seen_from / name).is_file()):
+        return
+    own, here = gallery.files_below / gallery.picture(row).file, seen_from / name
+    if not others and own.exists() and own.samefile(here):
+        return
+    raise BadInput(
+        f"{name!r} is the id of {own.absolute()}, and also a file in {seen_from.resolve()}: write "
+        f"{shlex.quote(f'./{name}')} for the file here, or {shlex.quote(str(own.absolute()))} for the picture with "
+        "this id; nothing was removed"
+    )
 
 
 def shortened(names: Sequence[str]) -> str:
@@ -75,14 +109,18 @@ def shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
 
 
-def remove(index: Path, names: Sequence[str]) -> Removed:
+def remove(index: Path, names: Sequence[str], *, seen_from: Path | None = None) -> Removed:
     """Publish a version of the index without the named pictures.
 
+    Args:
+        seen_from: the folder to which names of files are relative; by default the current one.
+
     Raises:
-        BadInput: a name is no picture's, they are all pictures, or another process changes the index.
+        BadInput: a name is no picture's, or the id of one and the file of another; they are all pictures; or another
+            process changes the index.
     """
     with changing(index) as gallery:
-        rows = find(gallery, names)
+        rows = find(gallery, names, seen_from=seen_from or Path.cwd())
         if len(rows) == len(gallery):
             raise BadInput(f"these are all pictures of {index}: an index holds at least one; nothing was removed")
         none = gallery.codes[:0]
@@ -91,7 +129,7 @@ def remove(index: Path, names: Sequence[str]) -> Removed:
 
 
 def main(config: Config) -> None:
-    pictures, total = remove(config.index, config.names)
+    pictures, total = remove(config.index, config.names, seen_from=user_folder())
     print(f"{pictures:,} pictures removed, {total:,} can be found")
 
 

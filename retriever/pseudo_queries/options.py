@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from models.compute import Precision
 from models.options import DeviceOptions
+from tools.command_line.place import NameOrPath
 from tools.errors import BadInput
 
 Source = Literal["nearest", "model", "endpoint"]
@@ -47,7 +48,7 @@ class WrittenOptions(DeviceOptions):
 class CaptionerOptions(WrittenOptions):
     """An image-to-text model that runs here (`model`)."""
 
-    captioner: str | None = None
+    captioner: NameOrPath | None = None
     """Name or folder of a Hugging Face image-to-text model: BLIP, BLIP-2, or any other (model)."""
     prompt: str | None = None
     """What a caption goes on from, or what a chat model is asked; by default what the model needs (model)."""

@@ -7,6 +7,8 @@ DATA=RQ-VAE/data/folder
 TOKENIZER=RQ-VAE/output/folder
 RETRIEVER=retriever/output/folder
 
+FOLLOWS="$IMAGES" # once there is an index, quickstart.sh brings it in line with this folder
+
 STAGES="01_prepare_captions 03_prepare_emb 06_generate_codes 07_prepare_retriever_dataset 14_build_index"
 
 CAPTIONS=(--skip-bad)

@@ -15,6 +15,7 @@ from ..errors import EXIT_BAD_INPUT, BadInput
 from ..logs import end_progress
 from .arguments import check_arguments, check_numbers, with_options
 from .failures import explain
+from .place import typed_here, with_commands
 from .sweeps import of_trial
 
 ConfigT = TypeVar("ConfigT")
@@ -48,6 +49,7 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
     environment.tell_choices()
     try:
         check_arguments(config_type, sys.argv[1:])
+        sys.argv[1:] = typed_here(config_type, sys.argv[1:])
         put_own_options_first(config_type)
         description = help_text(sys.modules[main.__module__].__doc__ or "")
         config = tyro.cli(config_type, prog=command_line(), description=description)
@@ -105,7 +107,7 @@ def _refuse(line: str) -> NoReturn:
     if not processes.is_main():  # the launcher ends this one when the main one's mistake is the cause
         time.sleep(GRACE_SECONDS)
     end_progress()
-    processes.say_once(f"error: {line.strip()}")
+    processes.say_once(f"error: {with_commands(line.strip())}")
     sys.exit(EXIT_BAD_INPUT)
 
 

@@ -1,0 +1,230 @@
+"""What a sync changes: the pictures below one folder as the gallery has them, held against the files that are there.
+
+Each file that is there takes its code and feature from a row of the gallery that holds the same content: its own row,
+or that of a picture which is no longer where it was. All other files are encoded.
+"""
+
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tools.errors import BadInput
+from tools.pictures import Listing
+
+from .contents import TIMES, Contents, known, read_contents, times_of, unknown
+from .gallery import Folder, Gallery, Picture, contents_of
+
+UNREADABLE_FOLDER = ("no permission to read the folder", "folder cannot be read")
+
+
+class Target(NamedTuple):
+    """One picture as it will be."""
+
+    picture: Picture
+    row: int | None
+    """Row of the gallery that holds its content; None where it is to be encoded."""
+    own: int | None
+    """Row that has this file now."""
+
+
+@dataclass
+class Changes:
+    """What becomes of the pictures below a folder."""
+
+    folder: Folder
+    targets: list[Target]
+    """In the order of their paths."""
+    gone: list[Picture]
+    """Pictures whose file, and whose content, is no longer there."""
+    contents: Contents
+    """(targets,) of the files as they are now"""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Path -> why it gives no picture."""
+    touched: bool = False
+    """Whether times or hashes have to be noted, although no picture has changed."""
+
+    def came(self) -> list[Target]:
+        return [each for each in self.targets if each.row is None and each.own is None]
+
+    def changed(self) -> list[Target]:
+        return [each for each in self.targets if each.own is not None and each.row != each.own]
+
+    def moved(self) -> list[Target]:
+        return [each for each in self.targets if each.own is None and each.row is not None]
+
+    def counts(self) -> dict[str, int]:
+        """Pictures that came, changed, moved and went, and those that are as they were."""
+        numbers = {"came": len(self.came()), "changed": len(self.changed()), "moved": len(self.moved())}
+        return {**numbers, "went": len(self.gone), "same": len(self.targets) - sum(numbers.values())}
+
+    def any(self) -> bool:
+        return bool(self.gone or self.touched or any(each.row is None or each.row != each.own for each in self.targets))
+
+
+def rows_below(gallery: Gallery, folder: str) -> dict[str, int]:
+    """Row of each picture whose file lies below a folder, by its path below it."""
+    place = Path(folder)
+    start = "" if place == Path() else f"{place}/".replace("//", "/")
+    found: dict[str, int] = {}
+    for row, picture in enumerate(gallery.pictures()):
+        if picture.file.startswith(start) and (start or not Path(picture.file).is_absolute()):
+            found.setdefault(picture.file[len(start) :], row)
+    return found
+
+
+def folder_of(gallery: Gallery, place: Path) -> Folder:
+    """A folder with the prefix that its pictures' ids have.
+
+    Raises:
+        BadInput: no picture of the gallery came from there.
+    """
+    path = gallery.recorded(place)
+    for known_folder in gallery.folders:
+        if path == known_folder.path:
+            return known_folder
+    for known_folder in gallery.folders:
+        if Path(path).is_relative_to(known_folder.path):
+            below = Path(path).relative_to(known_folder.path)
+            return Folder(path, f"{known_folder.prefix}{below}/")
+    rows = rows_below(gallery, path)
+    ids = {below: gallery.picture(row).image for below, row in rows.items()}
+    prefixes = {image.removesuffix(below) for below, image in ids.items() if image.endswith(below)}
+    if len(prefixes) == 1 and all(image.endswith(below) for below, image in ids.items()):
+        return Folder(path, prefixes.pop())
+    if rows:
+        added = ", ".join(each.path for each in gallery.folders) or "folders below it"
+        raise BadInput(f"the pictures below {place} came from {added}: sync each of these; nothing was changed")
+    if not place.is_dir():
+        raise BadInput(f"{place} is not a folder, and no picture of {gallery.folder} came from there: name another one")
+    typed = shlex.quote(str(place.resolve()))
+    raise BadInput(
+        f"no picture of {gallery.folder} lies below {place}: add those that are there with scripts/add_pictures.sh "
+        f"{typed}, or search them alone, in the place of those that the index has, with DATASET=folder "
+        f"PICTURES={typed} bash scripts/quickstart.sh --overwrite"
+    )
+
+
+def compare(gallery: Gallery, folder: Folder, listing: Listing, *, before: int) -> Changes:
+    """Hold the pictures below a folder against its files.
+
+    Args:
+        listing: of the folder.
+        before: nanoseconds since 1970, for pictures of which nothing is noted: files that have not changed since then
+            are what the gallery has.
+    """
+    root, old = gallery.files_below / folder.path, rows_below(gallery, folder.path)
+    listed = set(listing.pictures)
+    closed = {path for path in old.keys() - listed if _is_closed(path, listing)}
+    kept = closed | {path for path in old.keys() - listed if (root / path).is_file()}
+    paths = sorted(listed | kept, key=lambda path: path.split("/"))
+    contents, unchanged = _contents_now(gallery, root, paths, old, before, closed=closed)
+    free = _free_contents(gallery, old, unchanged)
+    targets, left_out = [], {path: why for path, why in listing.problems.items() if path not in kept}
+    others = _ids_elsewhere(gallery, old.values())
+    for place, path in enumerate(paths):
+        own = old.get(path)
+        row = own if path in unchanged else _take(free, contents[place]["hash"]) if known(contents[place]) else None
+        image = folder.prefix + path if own is None else gallery.picture(own).image
+        targets.append(Target(Picture(image, str(Path(folder.path) / path)), row, own))
+    used = {each.row for each in targets} | {each.own for each in targets}
+    gone = [gallery.picture(row) for row in old.values() if row not in used]
+    noted = contents_of(gallery)
+    touched = any(
+        each.row is not None and noted[each.row] != record for each, record in zip(targets, contents, strict=True)
+    )
+    changes = Changes(folder, targets, gone, contents, left_out, touched)
+    return _without(changes, _same_ids(changes, others))
+
+
+def leave_out(changes: Changes, reasons: dict[str, str]) -> Changes:
+    """The changes without files that cannot be used.
+
+    Args:
+        reasons: file of a picture -> why.
+    """
+    return _without(changes, {file: why for file, why in reasons.items() if why})
+
+
+def _without(changes: Changes, reasons: dict[str, str]) -> Changes:
+    if not reasons:
+        return changes
+    stay = [place for place, each in enumerate(changes.targets) if each.picture.file not in reasons]
+    left_out = {**changes.left_out, **reasons}
+    lost = [each.picture for each in changes.targets if each.picture.file in reasons and each.own is not None]
+    targets = [changes.targets[place] for place in stay]
+    return Changes(changes.folder, targets, changes.gone + lost, changes.contents[stay], left_out, changes.touched)
+
+
+def _contents_now(
+    gallery: Gallery, root: Path, paths: Sequence[str], old: dict[str, int], before: int, *, closed: set[str]
+) -> tuple[Contents, set[str]]:
+    """What files hold now, and those which hold what the gallery has of them. Only others than these are hashed.
+
+    Args:
+        closed: paths in folders that cannot be read, which are taken for unchanged.
+    """
+    noted = contents_of(gallery)
+    same: dict[str, Contents] = {}
+    to_hash = []
+    for path in paths:
+        row = old.get(path)
+        if row is not None and (path in closed or _has_times(root / path, noted[row])):
+            same[path] = noted[row]
+        else:
+            to_hash.append(path)
+    hashed = dict(zip(to_hash, read_contents(root / path for path in to_hash), strict=True))
+    unchanged = set(same)
+    for path in to_hash:
+        row, record = old.get(path), hashed[path]
+        if row is not None and known(record):
+            trusted = not known(noted[row]) and max(record["mtime"], record["ctime"]) < before
+            if trusted or (known(noted[row]) and record["hash"] == noted[row]["hash"]):
+                unchanged.add(path)
+    now = unknown(len(paths))
+    for place, path in enumerate(paths):
+        now[place] = same[path] if path in same else hashed[path]
+    return now, unchanged
+
+
+def _has_times(file: Path, record: Any) -> bool:
+    return known(record) and times_of(file) == record[TIMES].item()
+
+
+def _is_closed(path: str, listing: Listing) -> bool:
+    """Whether a picture may be in a folder that cannot be read."""
+    closed = [place for place, why in listing.problems.items() if why.startswith(UNREADABLE_FOLDER)]
+    return any(place == "." or path.startswith(f"{place}/") for place in closed)
+
+
+def _free_contents(gallery: Gallery, old: dict[str, int], unchanged: set[str]) -> dict[bytes, list[int]]:
+    """Rows below the folder whose content is no longer in their file, by its hash; the first is taken last."""
+    noted = contents_of(gallery)
+    free: dict[bytes, list[int]] = defaultdict(list)
+    for path in sorted(old, key=lambda path: path.split("/"), reverse=True):
+        if path not in unchanged and known(noted[old[path]]):
+            free[bytes(noted[old[path]]["hash"])].append(old[path])
+    return free
+
+
+def _take(free: dict[bytes, list[int]], content: bytes) -> int | None:
+    rows = free.get(bytes(content))
+    return rows.pop() if rows else None
+
+
+def _ids_elsewhere(gallery: Gallery, below: Iterable[int]) -> dict[str, str]:
+    """Id -> file of the pictures that do not lie below the folder."""
+    own = set(below)
+    return {each.image: each.file for row, each in enumerate(gallery.pictures()) if row not in own}
+
+
+def _same_ids(changes: Changes, others: dict[str, str]) -> dict[str, str]:
+    """New files whose id another picture has -> why they are left out."""
+    taken = others | {each.picture.image: each.picture.file for each in changes.targets if each.own is not None}
+    found: dict[str, str] = {}
+    for each in changes.targets:
+        if each.own is None and each.picture.image in taken:
+            found[each.picture.file] = f"its id would be that of {taken[each.picture.image]}: rename it"
+    return found

@@ -1,0 +1,219 @@
+"""Bring the index in line with a folder whose pictures came, changed, moved, were renamed or went.
+
+In:  a `retriever.gallery.build` folder, and folders whose pictures are in it; by default all that they came from.
+Out: the index's next version (retriever/gallery/gallery.py). Only pictures whose content is new are encoded; a picture
+     that was moved or renamed keeps its code and gets the id of its new path. Pictures of other folders stay.
+Command: python -m retriever.gallery.sync --index DIR [FOLDER ...]
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+
+from models.compute import pick_device
+from tools import runs
+from tools.command_line.commands import run_command
+from tools.errors import BadInput
+from tools.features import Rows
+from tools.pictures import Listing, find_unreadable, list_pictures
+from tools.texts import printable
+
+from .add import ReadingOptions, code, encode
+from .changes import Changes, Target, compare, folder_of, leave_out, rows_below
+from .gallery import (
+    HISTORY,
+    Content,
+    Folder,
+    Gallery,
+    changing,
+    contents_of,
+    entry,
+    half_normalized,
+    publish,
+    read_gallery,
+)
+from .options import IndexOptions
+
+AGAIN = "start again with scripts/quickstart.sh --overwrite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ReadingOptions, IndexOptions):
+    """Which index follows which folders."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Folders whose pictures are in the index, or folders below these; by default all that pictures came from."""
+    rqvae: Path | None = None
+    """Run folder of the tokenizer that the index must have been coded with; another one is refused."""
+    dry_run: bool = False
+    """Show what would change, and change nothing."""
+    allow_empty: bool = False
+    """Let all pictures of a folder go, where it is empty or not there."""
+
+
+class Synced(NamedTuple):
+    """What changed, as numbers of pictures."""
+
+    came: int
+    changed: int
+    moved: int
+    went: int
+    same: int
+    total: int
+    """Pictures that can be found."""
+
+
+def folders_of(gallery: Gallery, places: Sequence[Path]) -> list[Folder]:
+    """The folders that are named, or all that the gallery's pictures came from.
+
+    Raises:
+        BadInput: no picture came from a folder; or none is named, and the gallery does not know where they came from.
+    """
+    if places:
+        return [folder_of(gallery, place) for place in places]
+    known = [each for each in gallery.folders if rows_below(gallery, each.path)]
+    if not known:
+        raise BadInput(f"{gallery.folder} does not say which folders its pictures came from: name the folder")
+    return known
+
+
+def look(gallery: Gallery, folder: Folder, config: Config) -> Changes:
+    """What has changed below a folder; files that cannot be read are left out of it.
+
+    Raises:
+        BadInput: the folder is empty or not there, and nothing says that this is meant.
+    """
+    place = gallery.files_below / folder.path
+    listing = list_pictures(place, follow_links=config.follow_links) if place.is_dir() else Listing()
+    if summary := listing.summary():
+        print(f"{printable(str(place))}: {summary}")
+    changes = compare(gallery, folder, listing, before=_made_at(gallery))
+    new = [each.picture.file for each in changes.targets if each.row is None]
+    workers = config.workers if len(new) > config.batch_size else 0
+    changes = leave_out(changes, find_unreadable(new, workers=workers, folder=gallery.files_below))
+    if not changes.targets and changes.gone:
+        _refuse_loss(gallery, place, changes, allowed=config.allow_empty)
+    return changes
+
+
+def _refuse_loss(gallery: Gallery, place: Path, changes: Changes, *, allowed: bool) -> None:
+    there = "there is no picture below" if place.is_dir() else "there is no folder"
+    if len(changes.gone) == len(gallery):
+        raise BadInput(
+            f"{there} {place}, where all pictures of {gallery.folder} came from: is its disk mounted? An index holds "
+            f"at least one picture; to search another folder, {AGAIN}"
+        )
+    if not allowed:
+        raise BadInput(
+            f"{there} {place}, where {len(changes.gone):,} pictures of {gallery.folder} came from: is its disk "
+            "mounted? --allow-empty lets them go; nothing was changed"
+        )
+
+
+def _made_at(gallery: Gallery) -> int:
+    """Nanoseconds since 1970 when the index was made; 0 where that is forgotten."""
+    history = gallery.facts["history"]
+    if len(history) >= HISTORY:
+        return 0
+    return int(datetime.fromisoformat(history[0]["time"]).timestamp()) * 10**9
+
+
+def apply(gallery: Gallery, changes: Changes, config: Config) -> int:
+    """Publish the version after the changes. Returns the number of its pictures."""
+    below = set(rows_below(gallery, changes.folder.path).values())
+    stay = np.delete(np.arange(len(gallery)), sorted(below))
+    before, behind = np.split(stay, np.searchsorted(stay, [min(below, default=len(gallery))]))
+    kept = np.array([each.row for each in changes.targets if each.row is not None], dtype=np.int64)
+    others = np.concatenate([stay, kept])
+    new = [each.picture for each in changes.targets if each.row is None]
+    codes, features = gallery.codes, gallery.features
+    if new:
+        device = pick_device(config.device)
+        encoded = encode(gallery, new, config, device)
+        codes = np.concatenate([codes, code(gallery, encoded, gallery.codes[others], device).astype(codes.dtype)])
+        if features is not None:
+            features = np.concatenate([features, half_normalized(encoded)])
+    rows = np.concatenate([before, _rows_of(changes.targets, first_new=len(gallery)), behind])
+    noted = contents_of(gallery)
+    contents = np.concatenate([noted[before], changes.contents, noted[behind]])
+    inserted = (each.picture.line() for each in changes.targets)
+    lines = chain(map(gallery.line, before.tolist()), inserted, map(gallery.line, behind.tolist()))
+    content = Content(codes[rows], lines, None if features is None else features[rows], contents)
+    place = Path(changes.folder.path)
+    change = entry(added=len(new), removed=len(gallery) - len(others), source=f"sync of {place}")
+    is_new = not any(place.is_relative_to(each.path) for each in gallery.folders)
+    return publish(gallery, content, change, folders=[changes.folder] if is_new else [])
+
+
+def _rows_of(targets: Sequence[Target], *, first_new: int) -> Rows:
+    """Where each target's code is: in its row, or behind all rows, in the order in which they are encoded."""
+    numbers = iter(range(first_new, first_new + len(targets)))
+    return np.array([next(numbers) if each.row is None else each.row for each in targets], dtype=np.int64)
+
+
+def sync(index: Path, places: Sequence[Path], config: Config) -> Synced:
+    """Bring an index in line with folders, one after the other; each change is published whole or not at all.
+
+    Raises:
+        BadInput: see `folders_of` and `look`; a model has changed, or another process changes the index.
+    """
+    gallery = read_gallery(index)
+    if config.rqvae is not None:
+        _check_tokenizer(gallery, config.rqvae)
+    told = Counter[str]()
+    total = len(gallery)
+    for folder in folders_of(gallery, places):
+        if config.dry_run:
+            changes = look(gallery, folder, config)
+            show(gallery, changes)
+        else:
+            with changing(index) as gallery:
+                changes = look(gallery, folder, config)
+                if changes.any():
+                    total = apply(gallery, changes, config)
+        for path, why in changes.left_out.items():
+            print(printable(f"left out: {path}: {why}"))
+        told.update(changes.counts())
+    return Synced(**told, total=total)
+
+
+def _check_tokenizer(gallery: Gallery, rqvae: Path) -> None:
+    recorded = gallery.facts["rqvae"]["content"]
+    if runs.fingerprint(runs.read_manifest(rqvae, "RQ-VAE.train").folder) != recorded:
+        raise BadInput(f"{gallery.folder} was coded by another tokenizer than {rqvae}: {AGAIN}")
+
+
+def show(gallery: Gallery, changes: Changes) -> None:
+    """Print what would change, a line a picture."""
+    for each in changes.came():
+        print(printable(f"came: {each.picture.file}"))
+    for each in changes.changed():
+        print(printable(f"changed: {each.picture.file}"))
+    for each in changes.moved():
+        assert each.row is not None, "a picture that moved has its row"
+        print(printable(f"moved: {gallery.picture(each.row).file} -> {each.picture.file}"))
+    for picture in changes.gone:
+        print(printable(f"went: {picture.file}"))
+
+
+def main(config: Config) -> None:
+    done = sync(config.index, config.folders, config)
+    would = "would have " if config.dry_run else ""
+    if not any(done[:4]):
+        print(f"nothing has changed; {done.total:,} pictures can be found")
+        return
+    print(
+        f"{done.came:,} {would}came, {done.changed:,} changed, {done.moved:,} moved, {done.went:,} went, "
+        f"{done.same:,} are as before; {done.total:,} pictures can be found"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
