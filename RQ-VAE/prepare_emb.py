@@ -34,6 +34,7 @@ from tools.blocks import Blocks
 from tools.captions import CaptionSet, portable, read_captions
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
+from tools.command_line.place import NameOrPath
 from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Rows
 from tools.files import new_array, read_array, replacing, write_array
@@ -46,9 +47,9 @@ class Config(RunOptions, DeviceOptions):
 
     captions: Path
     """Run folder of tools.prepare_captions."""
-    model: str
+    model: NameOrPath
     """open_clip model name, or folder of an open_clip model."""
-    pretrained: str | None = None
+    pretrained: NameOrPath | None = None
     """Tag or checkpoint file, for a model given by name."""
     activation: Activation = "auto"
     """What the model was trained with, for a checkpoint file that does not tell: quick_gelu for weights of OpenAI, DFN
