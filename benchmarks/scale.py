@@ -29,7 +29,7 @@ from retriever.gallery.large_index import write_large_index
 from retriever.index import VokenIndex, build_index, load_index, to_device
 from tools.command_line.commands import run_command
 from tools.errors import BadInput
-from tools.files import new_array, read_json, write_json
+from tools.files import new_array, read_array, read_json, write_json
 from tools.logs import progress, table
 
 from .calls import engine
@@ -73,7 +73,7 @@ def write_codes(path: Path, pictures: int) -> None:
 def build(codes: Path, folder: Path) -> tuple[float, float]:
     """Seconds and peak gibibytes of building an index; to be run in a process of its own."""
     began = time.perf_counter()
-    write_large_index(folder, np.load(codes, mmap_mode="r"))
+    write_large_index(folder, read_array(codes))
     return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIBIBYTE
 
 

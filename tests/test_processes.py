@@ -284,7 +284,7 @@ def test_a_mistake_is_one_line_and_a_status(chain: Chain, tmp_path: Path, monkey
     assert wrong.statuses() == [EXIT_BAD_INPUT] * 2
     assert wrong.log.read_text() == "error: --nonsense is not an option of this command: --help lists the options\n"
     assert unfinished.statuses() == [EXIT_BAD_INPUT] * 2
-    line = f"error: {tmp_path} has no manifest.json: run scripts/01_prepare_captions.sh first\n"
+    line = f"error: {tmp_path} has no manifest.json: run bash scripts/01_prepare_captions.sh first\n"
     assert unfinished.log.read_text() == line
     prepare_emb.main(encode_config(chain.captions, str(chain.root / "clip"), tmp_path / "run", layer="tower"))
     refused = start(command("RQ-VAE.prepare_emb", **{**options, "layer": "embedding"}), tmp_path / "refused.log")

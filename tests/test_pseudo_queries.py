@@ -286,7 +286,7 @@ def test_the_published_names_lead_to_the_command(command: list[str], tmp_path: P
     flags = ["--dataset", str(tmp_path / "none"), "--source", "nearest", "--output", str(tmp_path / "x")]
     done = subprocess.run([sys.executable, *command, *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.endswith("has no manifest.json: run scripts/07_prepare_retriever_dataset.sh first\n")
+    assert done.stderr.endswith("has no manifest.json: run bash scripts/07_prepare_retriever_dataset.sh first\n")
 
 
 class Endpoint:

@@ -403,6 +403,9 @@ class FewFeatures:
     def encode(self, texts: list[str]) -> torch.Tensor:
         return torch.from_numpy(np.array(read_array(self.path)[: len(texts)]))
 
+    def overlong(self, texts: list[str]) -> list[bool]:
+        return [False for _ in texts]
+
 
 def without_keys(text: str) -> None:
     for value in KEYS.values():

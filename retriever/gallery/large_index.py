@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from tools.files import replacing
+from tools.files import read_array, replacing
 
 from ..index import (
     BASES,
@@ -248,7 +248,7 @@ class OffsetsFile:
 def widened(narrow: ArrayFile, kind: "np.dtype[Any]") -> ArrayFile:
     """The same numbers in a wider type."""
     narrow.close()
-    old = np.load(narrow.path, mmap_mode="r")
+    old = read_array(narrow.path)
     with replacing(narrow.path) as temporary:
         wide = ArrayFile(temporary, kind)
         for start in range(0, len(old), READ):

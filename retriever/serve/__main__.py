@@ -1,5 +1,14 @@
-from tools.command_line.commands import run_command
+"""`python -m retriever.serve`"""
 
-from .serve import Config, main
+import os
+
+# On a CPU, oneDNN and PyTorch's layer above it each keep a prepared operation for every shape of input, 1,024 of them.
+# Batches of searches have ever new shapes, and the caches would grow by hundreds of megabytes. Both read these once.
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(name, "64")
+
+from tools.command_line.commands import run_command  # noqa: E402
+
+from .serve import Config, main  # noqa: E402
 
 run_command(main, Config)

@@ -117,12 +117,8 @@ def join(rows: Sequence[Found]) -> list[Found]:
 
 
 def file_key(file: str, folder: Path) -> Hashable:
-    """The same for all names of a file: links, too."""
-    try:
-        state = (folder / file).stat()
-    except (OSError, ValueError):
-        return file
-    return (state.st_dev, state.st_ino)
+    """The same for all names of a file, links too; hard links are files of equal content, as copies are."""
+    return os.path.realpath(folder / file)
 
 
 def tell_copies(records: Sequence[Record], folder: Path) -> None:
