@@ -50,7 +50,9 @@ class Lists(NamedTuple):
         """
         path = self.manifest.folder / f"{split}-{pool}.jsonl"
         if not path.is_file():
-            raise BadInput(f"{self.manifest.folder} has no {split} lists: run scripts/16_prepare_reranker_dataset.sh")
+            raise BadInput(
+                f"{self.manifest.folder} has no {split} lists: run scripts/16_prepare_reranker_dataset.sh --overwrite"
+            )
         return read_lists(path)
 
     def test_pools(self) -> list[str]:

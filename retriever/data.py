@@ -183,7 +183,7 @@ def read_retriever(folder: Path, data: Coded, *commands: str) -> Manifest:
     if trained.facts["codebooks"] != data.codebooks_hash:
         raise BadInput(
             f"{folder} writes vokens of another tokenizer than {data.folder}: code the pictures with the RQ-VAE that "
-            "the retriever was trained with (scripts/06_generate_codes.sh), or train a retriever on them"
+            "the retriever was trained with (scripts/06_generate_codes.sh --overwrite), or train a retriever on them"
         )
     return trained
 
@@ -207,7 +207,7 @@ def read_pseudo_queries(folder: Path, data: RetrieverData) -> Pairs:
         if line["image"] not in row_of:
             raise BadInput(
                 f"{folder / PSEUDO_QUERIES}, line {number}: {data.folder} has no picture {line['image']}: make the "
-                "pseudo queries for this dataset (scripts/08_generate_pseudo_query.sh)"
+                "pseudo queries for this dataset (scripts/08_generate_pseudo_query.sh --overwrite)"
             )
         texts.append(line["query"])
         pictures.append(row_of[line["image"]])

@@ -70,7 +70,9 @@ def queries_of(data: RetrieverData, split: Split, config: Config) -> Queries:
     if not queries.texts:
         raise BadInput(f"{config.dataset} has no {split} captions: a reranker needs all three splits")
     if (queries.captions == UNKNOWN).any():
-        raise BadInput(f"{config.dataset} is of an earlier version: run scripts/07_prepare_retriever_dataset.sh again")
+        raise BadInput(
+            f"{config.dataset} is of an earlier version: run scripts/07_prepare_retriever_dataset.sh --overwrite"
+        )
     if split != "train" or config.train_per_picture is None:
         return queries
     shuffled = np.random.default_rng(config.seed).permutation(len(queries.texts))

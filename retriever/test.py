@@ -18,6 +18,7 @@ from models.options import DeviceOptions
 from models.rqvae import RqVae
 from tools import runs
 from tools.captions import first_captions
+from tools.command_line.command_names import scripts_for
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions, TableOptions
 from tools.contact_sheet import SheetRow, draw_sheet
@@ -76,7 +77,8 @@ class Case:
             lines = [line for _, line in read_json_lines(manifest.folder / f"{pool}{guided}.jsonl")]
             if [line["query"] for line in lines] != self.texts:
                 raise BadInput(
-                    f"{manifest.folder} answers other queries than {data.folder} has: run scripts/12_retrieve.sh"
+                    f"{manifest.folder} answers other queries than {data.folder} has: run "
+                    f"{scripts_for(manifest.folder, 'retriever.retrieve')} --overwrite"
                 )
             self.ranked[guided] = [[row_of[image] for image in line["ranked"]] for line in lines]
 
@@ -173,7 +175,10 @@ def main(config: Config) -> None:
     manifest = runs.read_manifest(config.predictions, "retriever.retrieve")
     data = read_data(Path(manifest.facts["dataset"]))
     if data.manifest.fingerprint != manifest.inputs["dataset"]["fingerprint"]:
-        raise BadInput(f"{data.folder} has changed since {config.predictions} was made: run scripts/12_retrieve.sh")
+        raise BadInput(
+            f"{data.folder} has changed since {config.predictions} was made: run "
+            f"{scripts_for(manifest.folder, 'retriever.retrieve')} --overwrite"
+        )
     inputs = {"predictions": config.predictions, "features": Path(data.manifest.facts["features"])}
     if config.rqvae is not None:
         inputs["rqvae"] = config.rqvae

@@ -31,7 +31,9 @@ use_python() { # the active environment when it has the packages, else .venv
 }
 
 run() { # a command of a room, on the processes that LAUNCH starts; without loading its libraries where it has finished
-    TYPED="$TYPED $HERE" python -m tools.finished -m "$@" || TYPED="$TYPED $HERE" ${LAUNCH:-python} -m "$@"
+    local TYPED="$TYPED $HERE" SETTINGS="$DATASET_NAME $SETTINGS"
+    export TYPED SETTINGS
+    python -m tools.finished -m "$@" || ${LAUNCH:-python} -m "$@"
 }
 
 use_python

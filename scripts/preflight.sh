@@ -4,6 +4,7 @@
 #   bash scripts/preflight.sh --brief    only what is missing or cannot be known
 #   PREFLIGHT=off                        switches it off, in scripts/quickstart.sh too
 # Stages that are finished need nothing, unless OVERWRITE is set. What an earlier stage of the chain makes is not looked for.
+# FIRST holds options that the first stage will be given beside those of the dataset's file.
 if [ "${PREFLIGHT:-}" = off ]; then exit 0; fi
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
 
@@ -101,14 +102,14 @@ need_memory() { # what a training takes of a GPU, and of the disk: model, fields
 }
 
 needs_of_captions() {
-    local source count=0 number
+    local source count=0 number given=("${CAPTIONS[@]}" ${FIRST:-})
     while read -r source; do
         case "$source" in *[*?{]*) ;; *) need_file "$source" advice="put the captions there" ;; esac
     done < <(values --source "${CAPTIONS[@]}")
     for number in $(values --expect "${CAPTIONS[@]}"); do count=$((count + number)); done
     if [ -n "${IMAGES:-}" ] && ! made_here "$IMAGES"; then
-        need pictures path="$IMAGES" count="$count" $(if has --skip-bad "${CAPTIONS[@]}"; then echo skippable=yes; fi) \
-            $(if has --follow-links "${CAPTIONS[@]}"; then echo links=yes; fi)
+        need pictures path="$IMAGES" count="$count" $(if has --skip-bad "${given[@]}"; then echo skippable=yes; fi) \
+            $(if has --follow-links "${given[@]}"; then echo links=yes; fi)
     fi
     need disk path="$TOKENIZER" bytes=$((count * PICTURE_BYTES))
 }
@@ -180,12 +181,22 @@ needs_of_reranking() { # weights in 16 bits, and the room for all that scoring k
         room="$(value --memory 4 "${TEST_RERANKER[@]}")" advice="a smaller --memory"
 }
 
+how_to_train() { # a tokenizer, by the name of the dataset in its path
+    local dataset
+    dataset="$(basename "$(dirname "$1")")"
+    if [ -f "scripts/datasets/$dataset.sh" ]; then
+        echo "DATASET=$dataset ${RUN_SCRIPTS#"$SETTINGS"}/quickstart.sh trains it"
+    else
+        echo "RQVAE names a tokenizer of 05_train_rqvae: train it first"
+    fi
+}
+
 needs_of() { # what a stage will ask for; arrays that a dataset's file leaves out are passed over
     STAGE="$1" OUTPUT="$3"
     case "$1" in
     01_*) if [ -n "${CAPTIONS+x}" ]; then needs_of_captions; fi ;;
     03_*) if [ -n "${CLIP+x}" ]; then need_clip "${CLIP[@]}"; fi ;;
-    06_*) need_file "$RQVAE/manifest.json" advice="RQVAE names a tokenizer of 05_train_rqvae: train it first" ;;
+    06_*) need_file "$RQVAE/manifest.json" advice="$(how_to_train "$RQVAE")" ;;
     08_*) if [ -n "${PSEUDO_QUERIES+x}" ]; then needs_of_pseudo_queries; fi ;;
     09_*) if [ -n "${TRAIN_RETRIEVER+x}" ]; then needs_of_retriever "${TRAIN_RETRIEVER[@]}"; fi ;;
     10_*) if [ -n "${TRAIN_STAGE2+x}" ]; then needs_of_stage2; fi ;;

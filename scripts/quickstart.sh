@@ -20,7 +20,8 @@ if [ -n "${FOLLOWS:-}" ] && [ "${#every[@]}" = 0 ] && [ -f "$RETRIEVER/14_index/
     exec bash "$ROOT/scripts/sync_pictures.sh" "${first[@]}" "$FOLLOWS"
 fi
 # What is missing for a later stage is said now; PREFLIGHT=off passes over it.
-OVERWRITE="${every:-}" bash scripts/preflight.sh --brief
+OVERWRITE="${every:-}" FIRST="${first[*]}" bash scripts/preflight.sh --brief
+export STARTED_BY="scripts/quickstart.sh${first[*]:+ ${first[*]}}" # as the stages' messages name it
 cd "$HERE"
 for stage in $STAGES; do # "09_train_retriever_t5", or "09_train_retriever_t5@retriever+pseudo" for another SYSTEM
     script="$ROOT/scripts/${stage%@*}.sh" system=retriever own=()

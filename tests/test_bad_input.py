@@ -580,18 +580,19 @@ FOLDERS: list[Any] = [
          r"a/rqvae was trained on features of another two-tower model than those of .*b/features \(ViT-b\): encode the "
          r"pictures with that model \(scripts/03_prepare_emb\.sh\)", id="another dataset's features"),
     case(lambda made, new: generate(made / "a/codes", made / "a/rqvae", new),
-         r"a/codes was made by RQ-VAE\.generate_codes, not by RQ-VAE\.prepare_emb or RQ-VAE\.train_heads: run "
-         r"scripts/03_prepare_emb\.sh or scripts/04_train_heads\.sh", id="codes for features"),
+         r"a/codes was made by RQ-VAE\.generate_codes, not by RQ-VAE\.prepare_emb or RQ-VAE\.train_heads: "
+         r"name a folder that scripts/03_prepare_emb\.sh or scripts/04_train_heads\.sh made", id="codes for features"),
     case(lambda made, new: generate(made / "gone", made / "a/rqvae", new),
          r"gone has no manifest\.json: run scripts/03_prepare_emb\.sh or scripts/04_train_heads\.sh first",
          id="no features"),
     case(lambda made, new: search_of(made / "a/dataset", made / "b/retriever", new),
          r"b/retriever writes vokens of another tokenizer than .*a/dataset: code the pictures with the RQ-VAE that the "
-         r"retriever was trained with \(scripts/06_generate_codes\.sh\), or train a retriever on them",
+         r"retriever was trained with \(scripts/06_generate_codes\.sh --overwrite\), or train a retriever on them",
          id="another tokenizer's codes"),
     case(lambda made, new: search_of(made / "a/dataset", made / "a/rqvae", new),
-         r"a/rqvae was made by RQ-VAE\.train, not by retriever\.train or retriever\.train_stage2: run "
-         r"scripts/09_train_retriever_t5\.sh or scripts/10_train_retriever_t5_stage2\.sh", id="no retriever"),
+         r"a/rqvae was made by RQ-VAE\.train, not by retriever\.train or retriever\.train_stage2: "
+         r"name a folder that scripts/09_train_retriever_t5\.sh or scripts/10_train_retriever_t5_stage2\.sh made",
+         id="no retriever"),
     case(lambda made, new: build_index.main(build_index.Config(
              dataset=made / "a/dataset", rqvae=made / "b/rqvae", output=new)),
          r"b/rqvae is not the RQ-VAE that coded .*a/dataset: give the one of its codes \(.*a/rqvae\), or run "
@@ -610,7 +611,7 @@ FOLDERS: list[Any] = [
          id="another dataset's pseudo queries"),
     case(lambda made, new: train_heads.main(train_heads.Config(features=made / "a/features", output=new)),
          r"a/features holds embedding features, tower features are needed: run scripts/03_prepare_emb\.sh --layer "
-         r"tower", id="features of another layer"),
+         r"tower --overwrite", id="features of another layer"),
 ]  # fmt: skip
 
 

@@ -250,7 +250,8 @@ def test_a_strangers_files_are_named_and_left(config: Config) -> None:
         f"{config.output} holds files no run of this project left (thesis.tex): name another --output"
     )
     assert refusal(begin, replace(config, overwrite=True)) == (
-        f"{config.output} holds files that no run of this project left: --overwrite will not remove them"
+        f"{config.output} holds files that no run of this project left: --overwrite will not remove them, "
+        "move them away"
     )
     assert sorted(path.name for path in config.output.iterdir()) == [".lock", "thesis.tex"]
 
@@ -359,8 +360,8 @@ def test_why_a_folder_is_not_read(config: Config, tmp_path: Path) -> None:
     )
     finish(config)
     assert refusal(runs.read_manifest, config.output, *commands) == (
-        f"{config.output} was made by tools.example, not by RQ-VAE.train or tools.unknown: run "
-        "scripts/05_train_rqvae.sh or tools.unknown"
+        f"{config.output} was made by tools.example, not by RQ-VAE.train or tools.unknown: name a "
+        "folder that scripts/05_train_rqvae.sh or tools.unknown made"
     )
     assert runs.read_manifest(config.output, "RQ-VAE.train", "tools.example").command == "tools.example"
 

@@ -159,7 +159,7 @@ def test_a_script_and_its_launcher_hand_the_place_on(tmp_path: Path) -> None:
         assert f"{tmp_path}/holiday is not a folder" in done.stderr
     (tmp_path / "holiday").mkdir()
     done = script("add_pictures", "--index", "holiday", "--skip-known", "holiday", cwd=tmp_path)
-    advice = f"bash {ROOT}/scripts/14_build_index.sh"
+    advice = f"DATASET=emoji bash {ROOT}/scripts/14_build_index.sh"
     assert f"error: {tmp_path}/holiday has no manifest.json: run {advice} first" in done.stderr
 
 
@@ -191,7 +191,7 @@ def test_a_script_knows_its_name_from_any_folder() -> None:
         env={**os.environ, "SYSTEM": "llama", "DATASET": "emoji"},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.endswith(f".sh: bash {ROOT}/scripts/11_finetune_retriever_llama.sh\n")
+    assert done.stderr.endswith(f".sh: DATASET=emoji SYSTEM=llama bash {ROOT}/scripts/11_finetune_retriever_llama.sh\n")
 
 
 def test_quickstart_refuses_what_it_does_not_hand_on() -> None:

@@ -356,7 +356,8 @@ def test_quickstart_follows_its_folder(life: Life, chain: Chain, tmp_path: Path)
     draw(tmp_path / "other" / "x.png", 21)
     done = quickstart(tmp_path, "other")
     assert done.returncode == 2
-    advice = f"bash {ROOT}/scripts/add_pictures.sh {tmp_path}/other"
+    variables = f"DATASET={tmp_path}/mine.sh PICTURES={tmp_path}/other"
+    advice = f"{variables} bash {ROOT}/scripts/add_pictures.sh {tmp_path}/other"
     assert f"lies below {tmp_path}/other: add those that are there with {advice}, or" in done.stderr.splitlines()[-1]
     assert len(life.ids()) == 4
 

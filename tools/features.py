@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .captions import Record, Split, query_owners, read_captions
-from .command_line.command_names import script_of
+from .command_line.command_names import script_of, scripts_for
 from .errors import BadInput
 from .files import read_array
 from .runs import Manifest, fingerprint, read_manifest
@@ -66,11 +66,12 @@ def read_features(folder: Path, *, layer: str = "embedding") -> Features:
     manifest = read_manifest(folder, TOWERS, HEADS)
     facts: dict[str, Any] = manifest.facts
     if facts["layer"] != layer:
-        script = script_of(HEADS) if layer == "embedding" else f"{script_of(TOWERS)} --layer tower"
+        script = script_of(HEADS) if layer == "embedding" else f"{script_of(TOWERS)} --layer tower --overwrite"
         raise BadInput(f"{folder} holds {facts['layer']} features, {layer} features are needed: run {script}")
     captions = read_captions(Path(facts["captions"]))
     if captions.manifest.fingerprint != facts["captions_fingerprint"]:
-        raise BadInput(f"{facts['captions']} has changed since {folder} was made: make it again with --overwrite")
+        again = scripts_for(folder, manifest.command)
+        raise BadInput(f"{facts['captions']} has changed since {folder} was made: run {again} --overwrite")
     images, texts = read_array(folder / IMAGES), read_array(folder / TEXTS)
     return Features(images, texts, captions.records, np.array(query_owners(captions.records), np.int64), manifest)
 

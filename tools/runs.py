@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TextIO
 
 from . import environment, processes
-from .command_line.command_names import current_name, script_of, scripts_of_commands
+from .command_line.command_names import current_name, scripts_for, scripts_of_commands
+from .command_line.place import is_untouched, started_by
 from .errors import EXIT_BAD_INPUT, BadInput
 from .files import hash_file, read_json, remove_torn, verified_hash, write_json
 
@@ -181,7 +182,7 @@ def _begin(command: str, config: StageConfig, inputs: dict[str, Path], listings:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise BadInput(f"{folder} cannot be a folder, {error.filename} is a file: name another --output") from None
+        raise BadInput(f"{folder} cannot be a folder, {error.filename} is a file: {_elsewhere()}") from None
     lock = hold(folder)
     started = {
         "command": command,
@@ -212,7 +213,7 @@ def _begin(command: str, config: StageConfig, inputs: dict[str, Path], listings:
         started = found
         remove_torn(folder)
     elif unknown := _output_files(folder):
-        raise BadInput(f"{folder} holds files no run of this project left ({unknown[0].name}): name another --output")
+        raise BadInput(f"{folder} holds files no run of this project left ({unknown[0].name}): {_elsewhere()}")
     else:
         shutil.rmtree(folder / RESUME, ignore_errors=True)
     write_json(folder / STARTED, started)
@@ -227,17 +228,21 @@ def read_manifest(folder: Path, *commands: str) -> Manifest:
             the script to run.
     """
     commands = tuple(map(current_name, commands))
-    scripts = " or ".join(map(script_of, commands))
+    scripts = scripts_for(folder, *commands)
     if not (folder / MANIFEST).is_file():
         state = "was not finished" if (folder / STARTED).is_file() else "has no manifest.json"
-        raise BadInput(f"{folder} {state}: run {scripts} first")
+        whole = ", or scripts/quickstart.sh, which runs all stages" if is_untouched(folder) and not started_by() else ""
+        raise BadInput(f"{folder} {state}: run {scripts} first{whole}")
     values = _manifest_values(folder, *commands)
     if values["command"] not in commands:
-        raise BadInput(f"{folder} was made by {values['command']}, not by {' or '.join(commands)}: run {scripts}")
+        raise BadInput(
+            f"{folder} was made by {values['command']}, not by {' or '.join(commands)}: name a folder that "
+            f"{scripts} made"
+        )
     while damage := _damage(folder, values["outputs"]):
         newer = _manifest_values(folder, *commands)
         if newer == values:
-            raise BadInput(f"{damage}: run {script_of(values['command'])} --overwrite")
+            raise BadInput(f"{damage}: run {scripts_for(folder, values['command'])} --overwrite")
         values = newer  # the folder's content was replaced in the meantime
     return Manifest(folder=folder, **values)
 
@@ -256,7 +261,7 @@ def check_files(path: Path) -> None:
     values = _manifest_values(folder)
     own = {name: content for name, content in values["outputs"].items() if _lies_in(folder / name, path)}
     if damage := _damage(folder, own):
-        raise BadInput(f"{damage}: run {script_of(values['command'])} --overwrite")
+        raise BadInput(f"{damage}: run {scripts_for(folder, values['command'])} --overwrite")
 
 
 def unchanged_input(manifest: Manifest, name: str) -> Path:
@@ -268,7 +273,7 @@ def unchanged_input(manifest: Manifest, name: str) -> Path:
     recorded = manifest.inputs[name]
     path = Path(recorded["path"])
     if fingerprint(path, recorded["by"]) != recorded["fingerprint"]:
-        script = script_of(manifest.command)
+        script = scripts_for(manifest.folder, manifest.command)
         raise BadInput(f"{path} has changed since {manifest.folder} was made: run {script} --overwrite")
     return path
 
@@ -413,7 +418,7 @@ def _refuse_format(path: Path, values: dict[str, Any], commands: Iterable[str]) 
     if type(found) is not int:
         raise _damaged_record(path, "its format is no number", commands)
     if found < FORMAT:
-        again = " or ".join(_scripts(path, commands))
+        again = _scripts(path, commands)
         raise BadInput(
             f"{path.parent} was made by an earlier version of this project (format {found}, this one reads {FORMAT}): "
             f"run {again} --overwrite"
@@ -426,13 +431,13 @@ def _refuse_format(path: Path, values: dict[str, Any], commands: Iterable[str]) 
 
 
 def _damaged_record(path: Path, reason: str, commands: Iterable[str]) -> BadInput:
-    return BadInput(f"{path} is damaged ({reason}): run {' or '.join(_scripts(path, commands))} --overwrite")
+    return BadInput(f"{path} is damaged ({reason}): run {_scripts(path, commands)} --overwrite")
 
 
-def _scripts(path: Path, commands: Iterable[str]) -> list[str]:
+def _scripts(path: Path, commands: Iterable[str]) -> str:
     """Which scripts may have made the folder of a record."""
-    by_name = [script for script in scripts_of_commands().values() if Path(script).stem == path.parent.name]
-    return [script_of(command) for command in commands] or by_name or [f"the command that made {path.parent}"]
+    by_name = [name for name, script in scripts_of_commands().items() if Path(script).stem == path.parent.name]
+    return scripts_for(path.parent, *(list(commands) or by_name)) or f"the command that made {path.parent}"
 
 
 def _damage(folder: Path, outputs: dict[str, str]) -> str:
@@ -462,7 +467,7 @@ def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, An
         defaults: of the configuration: what a run meant that knew nothing of a field.
     """
     if found["command"] != wanted["command"]:
-        raise BadInput(f"{folder} was made by {found['command']}: name another --output")
+        raise BadInput(f"{folder} was made by {found['command']}: {_elsewhere()}")
     differences = [
         f"--{name.replace('_', '-')} was {found['config'].get(name, defaults.get(name))}, now {value}"
         for name, value in wanted["config"].items()
@@ -475,16 +480,30 @@ def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, An
     ]
     differences += [f"{name} was given" for name in found["inputs"] if name not in wanted["inputs"]]
     if differences:
-        raise BadInput(
-            f"{folder} holds another run ({'; '.join(differences)}): add --overwrite or name another --output"
-        )
+        raise BadInput(f"{folder} holds another run ({'; '.join(differences)}): {_instead(folder, wanted['command'])}")
+
+
+def _elsewhere() -> str:
+    """What to do where something stands in the way of a folder."""
+    return "move it away" if started_by() else "name another --output"
+
+
+def _instead(folder: Path, command: str) -> str:
+    """What to do where a folder holds another run."""
+    chain = started_by()
+    if not chain:
+        return "add --overwrite or name another --output"
+    alone = f", or this one with {scripts_for(folder, command)} --overwrite and then those that follow it"
+    return f"make all stages again with {chain} --overwrite{'' if ' ' in chain else alone}"
 
 
 def _clear(folder: Path) -> None:
     """Remove an earlier run's files. Its manifest goes first, so that no reader trusts a torn folder, and becomes the
     record of a run under way, so that the folder is still known as ours when this is cut short."""
     if not any((folder / name).is_file() for name in (MANIFEST, STARTED)) and _output_files(folder):
-        raise BadInput(f"{folder} holds files that no run of this project left: --overwrite will not remove them")
+        raise BadInput(
+            f"{folder} holds files that no run of this project left: --overwrite will not remove them, move them away"
+        )
     if (folder / MANIFEST).exists():
         (folder / MANIFEST).replace(folder / STARTED)
     for path in folder.iterdir():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.command_line.place import users_variables
 from tools.errors import BadInput
 from tools.pictures import Listing
 
@@ -99,12 +100,17 @@ def folder_of(gallery: Gallery, place: Path) -> Folder:
         raise BadInput(f"the pictures below {place} came from {added}: sync each of these; nothing was changed")
     if not place.is_dir():
         raise BadInput(f"{place} is not a folder, and no picture of {gallery.folder} came from there: name another one")
-    typed = shlex.quote(str(place.resolve()))
+    typed = str(place.resolve())
     raise BadInput(
         f"no picture of {gallery.folder} lies below {place}: add those that are there with scripts/add_pictures.sh "
-        f"{typed}, or search them alone, in the place of those that the index has, with DATASET=folder "
-        f"PICTURES={typed} bash scripts/quickstart.sh --overwrite"
+        f"{shlex.quote(typed)}, or search them alone, in the place of those that the index has, with "
+        f"{of_pictures(typed)}scripts/quickstart.sh --overwrite"
     )
+
+
+def of_pictures(folder: str) -> str:
+    """The variables with which scripts/quickstart.sh searches a folder of pictures."""
+    return users_variables(**({} if "PICTURES=" in users_variables() else {"DATASET": "folder"}), PICTURES=folder)
 
 
 def compare(gallery: Gallery, folder: Folder, listing: Listing, *, before: int) -> Changes:

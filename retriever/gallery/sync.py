@@ -26,7 +26,7 @@ from tools.pictures import Listing, find_unreadable, list_pictures
 from tools.texts import printable
 
 from .add import ReadingOptions, code, encode
-from .changes import Changes, Target, compare, folder_of, leave_out, rows_below
+from .changes import Changes, Target, compare, folder_of, leave_out, of_pictures, rows_below
 from .gallery import (
     HISTORY,
     Content,
@@ -108,7 +108,8 @@ def _refuse_loss(gallery: Gallery, place: Path, changes: Changes, *, allowed: bo
     if len(changes.gone) == len(gallery):
         raise BadInput(
             f"{there} {place}, where all pictures of {gallery.folder} came from: is its disk mounted? An index holds "
-            f"at least one picture; to search another folder, {AGAIN}"
+            f"at least one picture; to search another folder, start again with {of_pictures('FOLDER')}"
+            "scripts/quickstart.sh --overwrite"
         )
     if not allowed:
         raise BadInput(

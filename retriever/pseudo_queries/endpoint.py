@@ -183,8 +183,8 @@ def _client(endpoint: Endpoint) -> Any:
     key = os.environ.get(endpoint.api_key_variable, "").strip()
     if not key or not key.isascii() or not key.isprintable():
         raise BadInput(
-            f"--api-key-variable {endpoint.api_key_variable}: this environment variable holds no key; export it "
-            "(any word will do for an endpoint that asks for none)"
+            f"--api-key-variable {endpoint.api_key_variable}: this environment variable holds no key: "
+            f"export {endpoint.api_key_variable}=KEY (any word will do for an endpoint that asks for none)"
         )
     import openai  # here, and not above: no other source needs it
 

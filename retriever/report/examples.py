@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.decoding import Scoring, Writer
+from tools.command_line.command_names import scripts_for
 from tools.errors import BadInput
 from tools.files import read_json_lines
 from tools.ranked import read_lists
@@ -85,7 +86,8 @@ def read_found(predictions: Manifest, data: RetrieverData, pool: str) -> Lists:
         rows = [[row_of[image] for image in line["ranked"]] for line in lines]
     except KeyError as error:
         raise BadInput(
-            f"{predictions.folder} found {error.args[0]}, {data.folder} does not have it: run scripts/12_retrieve.sh"
+            f"{predictions.folder} found {error.args[0]}, {data.folder} does not have it: run "
+            f"{scripts_for(predictions.folder, 'retriever.retrieve')} --overwrite"
         ) from None
     ranks = [image_rank(found, target) for found, target in zip(rows, targets, strict=True)]
     return Lists(

@@ -162,7 +162,7 @@ def two_tower_figure(features: Features, pool: Rows, queries: Queries) -> Figure
         BadInput: the dataset does not say which features its captions have.
     """
     if (queries.captions == UNKNOWN).any():
-        raise BadInput("the dataset is of an earlier version: run scripts/07_prepare_retriever_dataset.sh again")
+        raise BadInput("the dataset is of an earlier version: run scripts/07_prepare_retriever_dataset.sh --overwrite")
     return Figure(TWO_TOWER, len(pool), len(queries.texts), two_tower_recall(features, queries.captions, pool).recalls)
 
 

@@ -299,12 +299,13 @@ class Report:
         data = self.data
         for system in reversed(self.systems):
             found = self.finished.one("retriever.retrieve", system.name)
+            again = f"run SYSTEM={system.name} bash scripts/12_retrieve.sh --overwrite"
             if found is None:
                 self.absent.append(f"queries of {system.name}: no finished scripts/12_retrieve.sh of it")
             elif found.inputs["retriever"]["fingerprint"] != self.trained[system.name].fingerprint:
-                self.absent.append(f"queries of {system.name}: it was trained again since; run scripts/12_retrieve.sh")
+                self.absent.append(f"queries of {system.name}: it was trained again since; {again}")
             elif found.inputs["dataset"]["fingerprint"] != data.manifest.fingerprint:
-                self.absent.append(f"queries of {system.name}: the dataset has changed; run scripts/12_retrieve.sh")
+                self.absent.append(f"queries of {system.name}: the dataset has changed; {again}")
             else:
                 return self.gallery_of(system, found)
         return Part()

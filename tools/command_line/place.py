@@ -2,7 +2,9 @@
 
 The scripts go to the repository's root before they start a command, and the paths that they put in are relative to it.
 So `scripts/env.sh` tells each command in TYPED how many of its last words the user typed, and in which folder. For
-example, "2 /home/me/photos" stands for `add_pictures.sh --skip-known holiday`, typed in /home/me/photos.
+example, "2 /home/me/photos" stands for `add_pictures.sh --skip-known holiday`, typed in /home/me/photos. SETTINGS holds
+the dataset's name, and behind it the variables that the user set, as they are typed: "folder DATASET=folder ". A script
+that starts the others says in STARTED_BY how it was started.
 """
 
 import dataclasses
@@ -16,7 +18,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = "TYPED"
-SCRIPT = re.compile(r"(?<![\w./-])(?:bash )?(scripts/(?!datasets/)[\w/]+\.sh)")
+SETTINGS = "SETTINGS"
+STARTED_BY = "STARTED_BY"
+_ASSIGNED = r"(?<![\w./-])((?:[A-Z_]+=(?:'[^']*'|\"[^\"]*\"|\\.|[^\s'\\])* )*)"
+SCRIPT = re.compile(_ASSIGNED + r"(?:bash )?(?<![\w./-])(scripts/(?!datasets/)[\w/]+\.sh)")
+STAGE_FOLDER = re.compile(r"[\w-]+/(?:output|data)/([^/]+)/(?:ablations/([^/]+)/)?\d\d_.*")
 
 NAME_OR_PATH: Literal["name or path"] = "name or path"
 NameOrPath = Annotated[str, NAME_OR_PATH]
@@ -70,11 +76,66 @@ def seen_from(folder: Path, path: str) -> str:
 def with_commands(message: str) -> str:
     """A message that names scripts, with what the user types to start them in their place.
 
-    Where the user stands elsewhere than in the repository's root, that is a whole path.
+    The variables that the user set stand before a script, unless the message has others there. Where the user stands
+    elsewhere than in the repository's root, a script is a whole path.
     """
-    if user_folder().resolve() == ROOT.resolve():
-        return SCRIPT.sub(r"bash \1", message)
-    return SCRIPT.sub(lambda found: f"bash {shlex.quote(str(ROOT / found[1]))}", message)
+    at_root = user_folder().resolve() == ROOT.resolve()
+    settings = _assigned(_settings()[1])
+
+    def typed(found: re.Match[str]) -> str:
+        path = found[2] if at_root else shlex.quote(str(ROOT / found[2]))
+        return f"{found[1] or settings}bash {path}"
+
+    return SCRIPT.sub(typed, message)
+
+
+def variables_of(folder: Path) -> str:
+    """The variables with which scripts write a run folder, as they are typed before one.
+
+    They are those of the user, but for what the folder's path says: its DATASET, its ABLATION and its SYSTEM.
+    """
+    dataset, variables = _settings()
+    place = _stage_folder(folder)
+    if place and place[1] != dataset and (ROOT / "scripts" / "datasets" / f"{place[1]}.sh").is_file():
+        variables = {"DATASET": place[1]}
+    if place and (place[2] or "") != variables.get("ABLATION", ""):
+        variables["ABLATION"] = place[2] or ""
+    if re.match(r"\d\d_", folder.parent.name) and not re.match(r"\d\d_", folder.name):
+        variables["SYSTEM"] = folder.name
+    return _assigned(variables)
+
+
+def users_variables(**others: str) -> str:
+    """The variables that the user set, with others in the place of theirs, as they are typed before a script."""
+    return _assigned(_settings()[1] | others)
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether a run folder belongs to a dataset of which nothing has been made beside it."""
+    place = _stage_folder(folder)
+    return place is not None and not (ROOT / place[0][: place.end(1)]).exists()
+
+
+def started_by() -> str:
+    """The script that started this one with others, with its options; empty where the user started it."""
+    return os.environ.get(STARTED_BY, "")
+
+
+def _stage_folder(folder: Path) -> re.Match[str] | None:
+    """The path of a run folder that a script writes, with its dataset and its ABLATION."""
+    path = folder.absolute()
+    return STAGE_FOLDER.fullmatch(path.relative_to(ROOT).as_posix()) if path.is_relative_to(ROOT) else None
+
+
+def _settings() -> tuple[str, dict[str, str]]:
+    """The dataset's name, and the variables that the user set; of a command without a script, nothing is known."""
+    name, _, assigned = os.environ.get(SETTINGS, "").partition(" ")
+    pairs = (word.partition("=") for word in shlex.split(assigned))
+    return name, {variable: value for variable, _, value in pairs}
+
+
+def _assigned(variables: dict[str, str]) -> str:
+    return "".join(f"{name}={shlex.quote(value) if value else ''} " for name, value in variables.items())
 
 
 def _typed() -> tuple[int, Path]:
