@@ -272,7 +272,7 @@ def test_a_change_that_cannot_be_made_changes_nothing(changing: Retriever, tmp_p
         with pytest.raises(BadInput, match=message):
             changing.add(places)
     for names, message in (
-        (["nothing.png"], "1 of 1 names are neither the id nor, as seen from .*, the file"),
+        (["nothing.png"], "1 of 1 name is neither the id nor, as seen from .*, the file"),
         ([picture.image for picture in changing.gallery.pictures()], "an index holds at least one"),
         ([], "no picture is named"),
     ):

@@ -210,3 +210,55 @@ def test_any_spelling_of_a_path_is_the_same_picture(
     joined = join([row._replace(split="train") for row in resolved])
     assert [text for row in joined for text in row.captions] == ["one", "two"]
     assert len(joined) == (2 if spelling == path else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("A.JPG", "picture missing, one has its name in other capitals (write it as the file is called): {} (a.jpg)"),
+        ("old/a.jpg", "picture missing there, another folder has its name (write its path below --images): {} (a.jpg)"),
+        ("C:\\\\me\\\\c.jpg",
+         "picture missing there, another folder has its name (write its path below --images): {} (sub/deep/c.jpg)"),
+        ("https://example.org/a.jpg",
+         "web address in place of a file's name (fetch the pictures first, for example with img2dataset): {}"),
+        ("none.jpg", "picture missing: {}"),
+        ("a\\u0000.jpg", "name with a NUL character, which no file can have: {}"),
+    ],
+)  # fmt: skip
+def test_a_name_that_no_file_has_is_no_guess(name: str, problem: str, images: Path) -> None:
+    source = images.parent / "t.jsonl"
+    source.write_text(f'{{"image": "{name}", "caption": "x"}}\n')
+    with pytest.raises(BadInput) as refused:
+        prepare(images, source, split_rule="test")
+    shown = name.replace("\\\\", "\\").replace("u0000", "x00")
+    assert "  " + problem.format(f"t.jsonl, line 1: {shown}") in str(refused.value).splitlines()
+
+
+def test_metadata_names_the_pictures_of_its_own_folder(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in Hugging Face's image folders; the split is its folder's, unless a column says another."""
+    for number, split in enumerate(("train", "validation/b", "plain")):
+        (images / split).mkdir(parents=True)
+        Image.new("RGB", (6, 4 + number), "red").save(images / split / "a.jpg")
+        (images / split / "metadata.csv").write_text(f"file_name,text\na.jpg,{split}\nsub/deep/c.jpg,{number}\n")
+    (images / "plain" / "metadata.csv").write_text("file_name,text,split\na.jpg,plain,test\n")
+    sources = [images / split / "metadata.csv" for split in ("train", "plain")]
+    assert [(record.image, record.split, record.captions) for record in prepare(images, *sources)] == [
+        ("train/a.jpg", "train", ("train",)), ("sub/deep/c.jpg", "train", ("0",)), ("plain/a.jpg", "test", ("plain",)),
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "train/metadata.csv: its names are those of pictures in train, and its split is train" in said
+    records = prepare(images, images / "validation" / "b" / "metadata.csv", overwrite=True)
+    assert [(record.file, record.split) for record in records] == [
+        ("validation/b/a.jpg", "val"), ("sub/deep/c.jpg", "val"),
+    ]  # fmt: skip
+    (images / "train" / "metadata.csv").write_text("file_name,text\n,x\n")
+    with pytest.raises(BadInput, match=r"row without a picture: train/metadata\.csv, line 2"):
+        prepare(images, sources[0], overwrite=True)
+
+
+def test_a_source_that_stands_twice_is_refused(images: Path) -> None:
+    source = table(images, "a.jpg,x,test")
+    (images.parent / "link.csv").symlink_to(source)
+    for again in (source, images / ".." / "t.csv", images.parent / "link.csv"):
+        with pytest.raises(BadInput, match=r"^--source names .*/t\.csv more than once: leave one out$"):
+            prepare(images, source, again)

@@ -13,10 +13,10 @@ from PIL import Image
 
 from tools.captions import Record, read_captions
 from tools.data.columns import Wanted, texts_in_cell
-from tools.data.found import Found
+from tools.data.found import Found, check_captions
 from tools.data.tables import read_table
 from tools.errors import BadInput
-from tools.prepare_captions import Config, check_captions, main
+from tools.prepare_captions import Config, main
 from tools.texts import clean
 
 case = pytest.param
@@ -89,7 +89,8 @@ BAD_ROWS = [
          {"b.jpg": ["x"]}, id="too few cells"),
     case("t.csv", "image,caption,split\na.jpg,x,\nb.jpg,x,test\n",
          "row without a split, where others have one: t.csv, line 2: a.jpg", {"b.jpg": ["x"]}, id="empty split"),
-    case("t.csv", "image,caption\na.jpg,x\0y\nb.jpg,x\n", "NUL character: t.csv, line 2", {"b.jpg": ["x"]}, id="NUL"),
+    case("t.csv", "image,caption\na.jpg,x\0y\nb.jpg,x\n",
+         "NUL character (save the file as UTF-8): t.csv, line 2", {"b.jpg": ["x"]}, id="NUL"),
     case("t.csv", b"image,caption\na.jpg,caf\xe9\nb.jpg,x\n",
          "line that is not UTF-8 (save the file as UTF-8): t.csv, line 2", {"b.jpg": ["x"]}, id="Latin-1"),
     case("t.csv", "image,caption\na.jpg,one\rtwo\nb.jpg,x\n",
@@ -97,6 +98,9 @@ BAD_ROWS = [
     case("t.csv", "image,captions\na.jpg,\"['one' 'two']\"\nb.jpg,x\n",
          "a list in a cell that is neither a JSON nor a Python list of texts: t.csv, line 2", {"b.jpg": ["x"]},
          id="numpy's array"),
+    case("t.csv", "image,captions\na.jpg,\"['one', 'tw\"\nb.jpg,x\n",
+         "a list in a cell that is neither a JSON nor a Python list of texts: t.csv, line 2", {"b.jpg": ["x"]},
+         id="list that is cut off"),
     case("t.csv", 'image,captions\na.jpg,"[1, 2]"\nb.jpg,x\n',
          "a list in a cell that is neither a JSON nor a Python list of texts: t.csv, line 2", {"b.jpg": ["x"]},
          id="list of numbers"),
@@ -150,6 +154,8 @@ GOOD_TABLES = [
     case("t.csv", "image,caption\r\na.jpg,caf\xe9\r\n".encode("utf-16"), {"a.jpg": ["café"]}, id="UTF-16"),
     case("t.csv", "image,caption\ra.jpg,x\rb.jpg,y\r", {"a.jpg": ["x"], "b.jpg": ["y"]}, id="carriage returns alone"),
     case("t.csv", "\n\nimage,caption\n\na.jpg,x\n\n", {"a.jpg": ["x"]}, id="blank lines"),
+    case("t.csv", 'image,caption,,\na.jpg,x,,\n,,,\n"",,,\n', {"a.jpg": ["x"]}, id="rows of nothing but commas"),
+    case("t.tsv", "image\tcaption\na.jpg\tx\n\t\n", {"a.jpg": ["x"]}, id="rows of nothing but tabs"),
     case("t.jsonl", '{"image": "a.jpg", "caption": "x", "captions": ["x", "y"]}\n', {"a.jpg": ["x", "y"]},
          id="caption that captions repeats"),
 ]  # fmt: skip
@@ -182,7 +188,8 @@ def test_columns_that_are_not_read_are_named_in_one_line(images: Path, capsys: p
             "no column names the pictures; the columns are id, words: name the columns with --image-column",
         ),
         ("image,words", {}, "no column holds captions; the columns are image, words: name the columns with"),
-        ("image,image,caption", {}, r"several columns could name the picture \(image, image\)"),
+        ("image,image,caption", {}, "the column image stands 2 times: rename the others"),
+        ("id,id,caption", {"image_column": "id"}, "the column id stands 2 times: rename the others"),
         ("image,filename,caption", {}, r"several columns could name the picture \(image, filename\)"),
         ("image,title,caption", {}, r"several columns could hold captions \(title, caption\): name them with"),
         ("image,caption,split,split", {}, "the column split stands 2 times"),

@@ -373,6 +373,8 @@ BAD: dict[str, tuple[list[Member], str]] = {
     "no picture": ([("evil.txt", b"a text")], "sample without a picture"),
     "damaged picture": ([("evil.png", picture("red")[:60])], "picture"),
     "no JSON": ([EVIL, ("evil.json", b"{")], ".json member is not JSON"),
+    "key twice": ([EVIL, ("evil.json", b'{"caption": "x", "caption": "y"}')],
+                  ".json member has a key that stands twice (caption)"),
     "no object": ([EVIL, ("evil.json", b"[1]")], ".json member is no JSON object"),
     "not UTF-8": ([EVIL, ("evil.txt", b"caf\xe9")], ".txt member is not UTF-8 text"),
     "empty": ([EVIL, ("evil.json", b'{"caption": ["", "red"]}')], "empty caption"),
@@ -403,7 +405,7 @@ def test_bad_members_are_named_and_left_out(kind: str, shards: Path, tmp_path: P
     write_shard(shards / "0002.tar", members)
     around = set(tmp_path.parent.iterdir()) | set(tmp_path.iterdir())
     lines = refusal(tmp_path / "out", shards).splitlines()
-    assert lines[0].startswith("1 problems in the data (")
+    assert lines[0].startswith("1 problem in the data (")
     assert said in lines[1]
     assert "0002.tar, member " in lines[2]
     assert lines[-1] == "Mend them, or go on without them with --skip-bad."

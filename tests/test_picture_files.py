@@ -280,7 +280,7 @@ def test_captions_of_all_members_are_read_and_a_null_one_is_a_problem(
     path = shard(tmp_path / "s.tar", {**pictures, **texts, **others})
     records = prepare(tmp_path / "out", source=(path,), split_rule="train")
     said = capsys.readouterr().out
-    assert [record.captions for record in records] == [*(tuple(letter) for letter in "abcde"), ("f", "g"), ("i",), ()]
+    assert [record.captions for record in records] == [*(tuple(letter) for letter in "abcde"), tuple("fgh"), ("i",), ()]
     assert "in the shards: 5 other files: 1 .cls, 1 " in said
     assert f"1 {UNREAD}, " in said
     assert "1 of 8 pictures have no caption in the shards" in said
@@ -306,12 +306,25 @@ def test_a_folder_of_shards_and_of_what_lies_beside_them(tmp_path: Path, capsys:
     assert list_shards(tmp_path / "s", follow_links=False).pictures == ["00000.tar", "00001.tar.gz", "sub/00000.tgz"]
 
 
+def test_text_files_beside_pictures_have_endings_of_any_letters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    for name in ("a.jpg", "b.JPG"):
+        drawn(folder / name)
+    for name in ("a.TXT", "a.caption", "b.txt", "b.TXT", "c.Txt"):
+        (folder / name).write_text(name)
+    records = prepare(tmp_path / "out", source=(folder,), images=folder, split_rule="train")
+    assert [record.captions for record in records] == [("a.TXT", "a.caption"), ("b.txt",)]
+    assert "text files that belong to no picture and are not read: 2 (b.TXT, c.Txt)" in capsys.readouterr().out
+
+
 def test_sources_without_shards_or_with_one_twice(tmp_path: Path) -> None:
     drawn(tmp_path / "pictures" / "a.jpg")
     with pytest.raises(BadInput, match="has no shard, no parquet file, and no picture with a text file beside it"):
         prepare(tmp_path / "out", source=(tmp_path / "pictures",), images=tmp_path / "pictures")
     path = shard(tmp_path / "s" / "a.tar", {"1.jpg": JPEG.getvalue()})
-    with pytest.raises(BadInput, match=r"--source names the shard .*/s/a\.tar more than once: leave one out"):
+    with pytest.raises(BadInput, match=r"--source names .*/s/a\.tar more than once: leave one out"):
         prepare(tmp_path / "out", source=(path.parent, path))
     shard(path, {"1.txt": b"a text", "1.tiff.gz": b"x"})
     with pytest.raises(BadInput, match=r"^there is no picture in the shards \(1 other file: 1 \.tiff\.gz\)"):

@@ -1,13 +1,16 @@
 """Every caption source becomes the one format, and bad data is named before anything is written."""
 
+import gzip
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from tools.captions import Record, read_captions
 from tools.data.splits import random_split
@@ -180,13 +183,21 @@ def test_duplicate_ids(images: Path) -> None:
             r"entry without 'sentences', which Karpathy's files have: x\.json, images\[0\]",
         ),
         ("x.json", "[1, 2]", "name its --format"),
+        ("x.json", "[]", r"^no usable picture: there are no rows in .*/x\.json$"),
+        ("x.json", '{"data": [{"image": "a.jpg"}]}', r'the objects below its key "data" are not read there: save'),
+        (
+            "x.json",
+            '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": "1", "caption": "x"}]}',
+            r'annotation of an image that is not among the images: x\.json, annotations\[0\]: image_id "1"',
+        ),
+        ("x.csv", "a.jpg;A dog\n", r"line 1: a\.jpg is a picture and no column's name: put a header above it, such as"),
         ("x.json", '{"a.jpg": {"split": "val"}}', 'entry without "caption": x.json, entry "a.jpg"'),
         (
             "x.csv",
             "id,words\na.jpg,x\n",
             "the columns are id, words: name the columns with --image-column and --caption",
         ),
-        ("x.csv", "image,caption\n", "no usable picture"),
+        ("x.csv", "image,caption\n", r"^no usable picture: there are no rows in .*/x\.csv$"),
         ("x.json", '{"images": [{"id": 1}], "annotations": [{}]}', "entry without id or file_name: x.json, images"),
     ],
 )
@@ -213,3 +224,59 @@ def test_a_file_name_that_is_not_utf8_is_named(
     config = Config(images=images, output=tmp_path / "out", skip_bad=True, workers=1)
     main(config)
     assert f"  file name not UTF-8: {images}: caf\\udce9.jpg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv.gz", gzip.compress(b"image,caption\na.jpg,x\n"), r"is compressed: unpack it with gunzip"),
+        ("x.csv", b"PK\x03\x04 and more", r"is a zip archive: unpack it and name what it holds"),
+        ("x.xlsx", b"PK\x03\x04 and more", r"is a workbook: save it as CSV"),
+        ("x.arrow", b"ARROW1\0\0 and more", r"is an \.arrow file: write a \.parquet file from it"),
+        ("x.csv", b"version https://git-lfs.github.com/spec/v1\n", r"is a pointer of Git LFS: .* git lfs pull"),
+        ("x.json", b"\n<!DOCTYPE html>\n<html>", r"is a web page: fetch the file itself"),
+        ("x.csv", "image,caption\na.jpg,x\n".encode("utf-16-le"), r"may be text in UTF-16: save it as UTF-8"),
+        ("x.npy", b"\x93NUMPY\x01\x00v\x00", r"is no text file, and of no kind that is read"),
+        ("images/a.jpg", b"", r"is a picture: name its folder with --images"),
+        ("saved/train/data-0.arrow", b"ARROW1", r'load_from_disk\(".*/saved/train"\)\.to_parquet\("train\.parquet"\)'),
+        ("saved/0.tfrecord", b"x", r"holds \.tfrecord files"),
+        ("images/train/metadata.csv", b"x", r": name the tables, --source \S*/images/train/metadata\.csv$"),
+    ],
+)
+def test_what_is_no_source_says_what_it_is(images: Path, name: str, content: bytes, message: str) -> None:
+    path = images.parent / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if content:
+        path.write_bytes(content)
+    source = images if "metadata" in name else images.parent / "saved" if "saved" in name else path
+    with pytest.raises(BadInput, match=f"^--source {source} .*{message}"):
+        prepare(images, source, split_rule="test")
+
+
+def test_an_empty_split_is_none_and_no_other_value_is(images: Path) -> None:
+    rows = [{"image": name, "caption": "x", "split": split} for name, split in (("a.jpg", "test"), ("b.jpg", 0))]
+    source = write(images.parent / "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadInput, match=r"split is not one of train, val, test: x\.jsonl, line 2: 0"):
+        prepare(images, source)
+    source.write_text(json.dumps({**rows[0], "split": " "}))
+    assert [record.split for record in prepare(images, source, split_rule="val", overwrite=True)] == ["val"]
+
+
+def test_a_parquet_file_that_has_paths_in_the_place_of_pictures(images: Path) -> None:
+    """As `datasets` writes it where the pictures' files are not embedded."""
+    source = images.parent / "x.parquet"
+    rows = {"image": [{"bytes": None, "path": "a.jpg"}, {"bytes": b"x", "path": "b.jpg"}], "caption": ["x", "y"]}
+    parquet.write_table(pyarrow.table(rows), source)
+    assert [record.file for record in prepare(images, source, split_rule="test", skip_bad=True)] == ["a.jpg"]
+    with pytest.raises(BadInput, match="1 × picture in the file itself, where others are not"):
+        prepare(images, source, split_rule="test", overwrite=True)
+    bare = Config(source=(source,), output=images.parent / "bare", workers=0)
+    with pytest.raises(BadInput, match=r"\(name the folder of the pictures with --images\): x\.parquet, row 1"):
+        main(bare)
+
+
+def test_a_column_that_stands_twice_in_a_parquet_file(images: Path) -> None:
+    columns = [pyarrow.array([value]) for value in ("a.jpg", "x", "y")]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["image", "caption", "caption"]), images / "x.parquet")
+    with pytest.raises(BadInput, match=r"x\.parquet: the column caption stands 2 times: rename the others"):
+        prepare(images, images / "x.parquet", split_rule="test")

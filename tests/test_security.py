@@ -244,7 +244,7 @@ def taken(pictures: Path, file: str, **options: Any) -> list[str]:
         ("up/../../../private.png", "file outside --images"),
         ("/etc/passwd", "file outside --images"),
         ("{private}", "file outside --images"),
-        ("a.png\0.jpg", "file outside --images"),
+        ("a.png\0.jpg", "name with a NUL character, which no file can have"),
         ("link.png", "link that leads out of --images (--follow-links lets it)"),
         ("up/private.png", "link that leads out of --images (--follow-links lets it)"),
     ],

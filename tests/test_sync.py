@@ -298,6 +298,12 @@ def test_what_cannot_be_used_is_named(life: Life, tmp_path: Path, capsys: pytest
     assert f"left out: {life.photos}/b.png: picture file is empty" in lines
     assert f"left out: {other}/a.png: its id would be that of {life.photos}/a.png: rename it" in lines
     assert any(line.startswith(f"left out: {other}/bad.png: ") for line in lines)
+    for number in range(20):
+        (other / f"bad{number}.png").write_bytes(b"no picture")
+    assert life.sync() == (0, 0, 0, 0, 4, 4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert len(lines) == 1 + 11  # that of the first folder, and ten and their number
+    assert lines[-1].startswith("left out: 22 in all, of which 10 are named: 21 × file is no picture; 1 × ")
 
 
 def test_an_index_of_an_earlier_version_is_followed(life: Life, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,3 +375,22 @@ def quickstart(folder: Path, pictures: str) -> "subprocess.CompletedProcess[str]
         ["bash", str(ROOT / "scripts" / "quickstart.sh")], cwd=folder, capture_output=True, text=True,
         env={**os.environ, "PATH": path, "DATASET": "mine.sh", "PICTURES": pictures},
     )  # fmt: skip
+
+
+def test_a_dry_run_says_what_would_be(life: Life, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(life.photos / "new.png", 14)
+    capsys.readouterr()
+    twice = (life.photos, life.photos)  # which is once
+    config = sync.Config(index=life.index_folder, folders=twice, dry_run=True, device="cpu", workers=0)
+    sync.main(config)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "1 would come, 0 change, 0 move, 0 go, 4 stay as they are; now 4 pictures can be found"
+    )
+
+
+def test_a_folder_that_has_an_index_in_it_names_it(life: Life) -> None:
+    exported = life.index_folder.parent / "exported"
+    exported.mkdir()
+    life.index_folder.rename(exported / "index")
+    with pytest.raises(BadInput, match=r"/exported is no index but has one, .*: name \S*/exported/index$"):
+        read_gallery(exported)

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from .logs import progress
 from .picture_formats import identify, unidentified
 from .picture_listing import Listing, list_pictures
-from .texts import is_unicode
+from .texts import is_unicode, plural
 
 __all__ = [
     "MOST_OBLONG",
@@ -144,7 +144,7 @@ def find_unreadable(files: Sequence[str], *, workers: int, folder: Path = Path()
             opened = pool.map(check, files, chunksize=32)
             checked = list(progress(opened, "checking", total=len(files), unit="picture"))
     for note, count in sorted(Counter(note for each in checked for note in each.notes).items()):
-        print(f"{count:,} picture{'s' if count > 1 else ''} {note}")
+        print(f"{plural(count, 'picture')} {note}")
     return {file: each.reason for file, each in zip(files, checked, strict=True)}
 
 

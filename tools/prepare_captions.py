@@ -12,6 +12,8 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -22,9 +24,11 @@ from .captions import FILE_NAME, SPLITS, Record, leaves_folder, portable, write_
 from .command_line.commands import run_command
 from .command_line.options import RunOptions
 from .data.columns import Wanted
-from .data.found import Found, Problem, note, some
+from .data.foreign import refuse_foreign
+from .data.found import Found, Problem, check_captions, note, report, some
 from .data.identity import file_key, join, resolve, tell_copies
 from .data.json_sources import Reader, read_coco, read_karpathy, read_published, read_value
+from .data.metadata import in_its_folder
 from .data.parquet import parquet_files, read_parquet
 from .data.sidecars import SIDECARS, count_sidecars, read_sidecars
 from .data.splits import rule_for, split_named
@@ -34,11 +38,10 @@ from .logs import table
 from .picture_listing import NOT_FOLLOWED, Listing, summary_of
 from .pictures import find_unreadable, list_pictures
 from .shards import Unpacking, list_shards, shards_of
-from .texts import BYTE_ORDER_MARK, clean, is_unicode, printable
+from .texts import BYTE_ORDER_MARK, is_unicode, plural, printable
 
 Format = Literal["karpathy", "published", "coco", "table", "parquet", "sidecar", "folder", "webdataset"]
 UNPACKED = "pictures"  # the folder, below the output, of what was in shards
-NAMED_PROBLEMS = 10
 FOLDERS = (None, "parquet", "sidecar", "webdataset")  # formats that may come as a folder
 SEVERAL = (None, "coco", "table", "parquet", "webdataset")  # formats that may come in several files
 
@@ -81,6 +84,8 @@ class Config(RunOptions):
         for path in self.source:
             if not shards and not path.is_file() and not path.is_dir():
                 raise BadInput(f"--source {path} does not exist")
+            if not shards and not parquet_files(path):
+                refuse_foreign(path, nothing_else=self.images is None)
         if self.images is None and not shards and not (self.source and all(map(parquet_files, self.source))):
             raise BadInput("name a folder of --images")
         if self.images is not None and not self.images.is_dir():
@@ -110,7 +115,7 @@ class Config(RunOptions):
         """The shards that the sources stand for.
 
         Raises:
-            BadInput: there are shards and something else.
+            BadInput: there are shards and something else, or a source stands twice.
         """
         read = self.format in (None, "webdataset")
         found = [shards_of(path, follow_links=self.follow_links) if read else [] for path in self.source]
@@ -118,8 +123,9 @@ class Config(RunOptions):
             other = next(path for path, shards in zip(self.source, found, strict=True) if not shards)
             raise BadInput(f"--source {other} has no webdataset shards, as the others have: name one kind of source")
         named = [shard for shards in found for shard in shards]
-        if twice := [shard for shard, count in Counter(_real(each) for each in named).items() if count > 1]:
-            raise BadInput(f"--source names the shard {twice[0]} more than once: leave one out")
+        files = named or [file for path in self.source for file in parquet_files(path) or [path]]
+        if twice := [file for file, count in Counter(_real(each) for each in files).items() if count > 1]:
+            raise BadInput(f"--source names {twice[0]} more than once: leave one out")
         return named
 
     @property
@@ -210,8 +216,11 @@ def recognise(path: Path, value: Any) -> Format:
     if isinstance(value, dict) and isinstance(value.get("images"), list):
         return "karpathy"
     if isinstance(value, dict):
+        lists = {key: rows for key, rows in value.items() if isinstance(rows, list)}
+        if named := [key for key, rows in lists.items() if any(isinstance(row, dict) for row in rows)]:
+            raise BadInput(f'{path}: the objects below its key "{named[0]}" are not read there: save their list alone')
         return "published"
-    if isinstance(value, list) and any(isinstance(row, dict) for row in value):
+    if isinstance(value, list) and (not value or any(isinstance(row, dict) for row in value)):
         return "table"
     raise BadInput(f"{path}: not one of {', '.join(get_args(Format))}: name its --format")
 
@@ -224,9 +233,12 @@ def read_sources(config: Config) -> list[Found]:
         return [row._replace(split=split_named(row.split)) for row in read_shards(shards, config)]
     found = []
     for path in config.source:
-        rows = [(file, row._replace(split=split_named(row.split))) for file, row in _read_source(path, config)]
-        files = [file for file, _ in rows]
-        resolved = resolve([row for _, row in rows], config.picture_folder, follow_links=config.follow_links)
+        files, rows = [], []
+        for file, read in groupby(_read_source(path, config), itemgetter(0)):
+            for row in in_its_folder(file, (row for _, row in read), config.picture_folder):
+                files.append(file)
+                rows.append(row._replace(split=split_named(row.split)))
+        resolved = resolve(rows, config.picture_folder, follow_links=config.follow_links)
         found += _with_splits(files, resolved, config.split_rule)
     return found
 
@@ -237,7 +249,7 @@ def check(found: list[Found], config: Config) -> tuple[list[Record], list[Proble
     good, without_caption = [], set()
     for row in found:
         if row.problem:
-            problems.append(Problem(row.problem, f"{row.where}: {row.file}" if row.file else row.where))
+            problems.append(Problem(row.problem, row.place))
             continue
         captions, wrong = check_captions(row)
         problems += wrong
@@ -262,27 +274,12 @@ def check(found: list[Found], config: Config) -> tuple[list[Record], list[Proble
         elif row.image in records:
             problems.append(Problem("duplicate id", f"{row.where}: {row.image}"))
         elif reason:
-            problems.append(Problem(reason, f"{row.where}: {row.file}"))
+            problems.append(Problem(reason, row.place))
         elif row.file in without_caption and not row.captions:
             problems.append(Problem("picture without a caption", f"{row.where}: {row.image}"))
         else:
             records[row.image] = Record(row.image, row.file, row.split, tuple(row.captions))
     return list(records.values()), problems
-
-
-def check_captions(row: Found) -> tuple[tuple[str, ...], list[Problem]]:
-    """The good captions of a picture, each on one line without control characters; what is wrong with the others."""
-    good, problems = [], []
-    for caption in row.captions:
-        if caption is not None and not isinstance(caption, str):
-            problems.append(Problem(f"caption is no text but {type(caption).__name__}", row.where))
-        elif not caption or not (text := clean(caption)):
-            problems.append(Problem("empty caption", row.where))
-        elif not is_unicode(caption):
-            problems.append(Problem("caption with half a character (a lone surrogate)", row.where))
-        else:
-            good.append(text)
-    return tuple(good), problems
 
 
 def files_outside(found: list[Found], config: Config) -> dict[str, str]:
@@ -295,15 +292,6 @@ def files_outside(found: list[Found], config: Config) -> dict[str, str]:
         elif not config.follow_links and is_unicode(file) and not _real(folder / file).is_relative_to(folder):
             outside[file] = "link that leads out of --images (--follow-links lets it)"
     return outside
-
-
-def report(problems: list[Problem], images: Path) -> str:
-    """Counts by kind and the first ten of them, with the way out."""
-    counts = Counter(problem.kind for problem in problems)
-    lines = [f"{sum(counts.values())} problems in the data ({images}):"]
-    lines += [f"  {count:,} × {kind}" for kind, count in counts.most_common()]
-    lines += [f"  {problem.kind}: {problem.where}" for problem in problems[:NAMED_PROBLEMS]]
-    return "\n".join(printable(line) for line in lines)
 
 
 def main(config: Config) -> None:
@@ -323,7 +311,7 @@ def main(config: Config) -> None:
     if problems:
         print(report(problems, config.picture_folder) + "\nLeft out (--skip-bad).")
     if not records:
-        raise BadInput(f"no usable picture: nothing in {config.picture_folder} matches the source")
+        raise BadInput(_why_none(problems, config))
     pictures = Counter(record.split for record in records)
     found = tuple(pictures[split] for split in SPLITS)
     if config.expect is not None and found != config.expect:
@@ -343,6 +331,13 @@ def main(config: Config) -> None:
     print(table(rows))
 
 
+def _why_none(problems: list[Problem], config: Config) -> str:
+    """The error of data of which nothing is left."""
+    if problems:
+        return "no usable picture: everything that was found has a problem"
+    return f"no usable picture: there are no rows in {', '.join(map(str, config.source))}"
+
+
 def _real(path: Path) -> Path:
     """Where links lead; links that go round in circles lead nowhere, and stay what they are."""
     return Path(os.path.realpath(path))
@@ -354,7 +349,7 @@ def _read_pictures(config: Config) -> list[Found]:
     beside = count_sidecars([row.file for row in found if not row.problem], config.picture_folder)
     if beside:
         advice = f"--source {config.picture_folder} reads them as captions"
-        note(f"{beside:,} pictures have a text file beside them, which is not read: {advice}")
+        note(f"{plural(beside, 'picture')} with a text file beside it, which is not read: {advice}")
     return found
 
 
@@ -398,11 +393,11 @@ def _read_json(path: Path, kind: Format | None, wanted: Wanted) -> Iterator[Foun
 
 def _with_splits(files: list[Path], rows: list[Found], rules: str) -> list[Found]:
     """Rows of one source with their splits; those of a source without splits have them by the rule of their file."""
-    has_splits = any(row.split for row in rows)
+    has_splits = any(row.split is not None for row in rows)
     first: dict[str, str] = {}  # file -> id that its split is drawn by
     decided = []
     for path, row in zip(files, rows, strict=True):
-        if row.problem or row.split:
+        if row.problem or row.split is not None:
             decided.append(row)
         elif has_splits:
             decided.append(row._replace(problem="row without a split, where others have one"))

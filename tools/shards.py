@@ -1,9 +1,9 @@
 """webdataset shards: tar files in which the members KEY.jpg, KEY.txt and KEY.json belong together.
 
 A sample's picture is its member with a picture's ending; its captions are the text of KEY.txt, KEY.text, KEY.caption or
-KEY.cap, and `captions`, `caption` or `text` of KEY.json, which may also have its `split`. Other members are counted.
-Pictures are unpacked into a folder, under their own names: nothing outside it, and nothing but plain files, is ever
-written. A picture whose name another shard has had gets its shard's name before its own.
+KEY.cap, and `captions` and `caption`, or else `text`, of KEY.json, which may also have its `split`. Other members are
+counted. Pictures are unpacked into a folder, under their own names: nothing outside it, and nothing but plain files, is
+ever written. A picture whose name another shard has had gets its shard's name before its own.
 """
 
 import errno
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .captions import leaves_folder
+from .data.json_sources import Doubled, once, stated_captions
 from .errors import BadInput
 from .files import replacing
 from .picture_formats import PICTURE_ENDINGS
@@ -32,7 +33,7 @@ from .texts import is_unicode
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TEXT_ENDINGS = (".txt", ".text", ".caption", ".cap")
-CAPTION_KEYS = ("captions", "caption", "text")  # of a JSON member, the first that it has
+CAPTION_KEYS = frozenset({"captions", "caption", "text"})  # of a JSON member; the last where it has no other
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)", re.DOTALL)  # KEY and .ending: the key ends at the first dot
 BRACES = re.compile(r"\{(\d+\.\.\d+|[^{},]*(?:,[^{},]*)+)\}")  # others stand for themselves
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -242,14 +243,15 @@ def _read_text(content: bytes, ending: str, sample: Sample) -> str:
     """Take captions and split from a text or JSON member; returns what is wrong with it."""
     try:
         text = content.decode("utf-8-sig")
-        value = json.loads(text) if ending == ".json" else {"caption": text}
+        value = json.loads(text, object_pairs_hook=once) if ending == ".json" else {"caption": text}
     except (UnicodeDecodeError, ValueError, RecursionError):
         return f"{ending} member is not {'JSON' if ending == '.json' else 'UTF-8 text'}"
     if not isinstance(value, dict):
         return f"{ending} member is no JSON object"
-    said = [value[key] for key in CAPTION_KEYS if key in value]
-    captions = next((each for each in said if each is not None and each != []), None)
-    sample.has_null = sample.has_null or (captions is None and bool(said))
-    sample.say(captions if isinstance(captions, list) else [] if captions is None else [captions])
+    if isinstance(value, Doubled):
+        return f"{ending} member has a key that stands twice ({value.key})"
+    captions = stated_captions(value) or stated_captions({"caption": value.get("text")})
+    sample.has_null = sample.has_null or (not captions and not CAPTION_KEYS.isdisjoint(value))
+    sample.say(captions or [])
     sample.split = sample.split or value.get("split") or None
     return ""

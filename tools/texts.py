@@ -47,6 +47,15 @@ def printable(text: str) -> str:
     return escaped.encode(errors="backslashreplace").decode()
 
 
+def plural(count: int, word: str) -> str:
+    """A number of things.
+
+    >>> plural(1, "picture"), plural(2000, "picture")
+    ('1 picture', '2,000 pictures')
+    """
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
 def shortened(text: str) -> str:
     """A printable text, cut for a line where it is long.
 

@@ -6,8 +6,10 @@ Command: python -m retriever.gallery.add --index DIR ~/new_photos
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,13 +30,14 @@ from tools.features import Floats, Rows
 from tools.logs import progress
 from tools.picture_listing import NOT_FOLLOWED
 from tools.pictures import Listing, find_unreadable, list_pictures
-from tools.texts import printable
+from tools.texts import plural, printable
 from tools.vokens import Codes
 
 from .contents import read_contents
 from .gallery import Folder, Gallery, Picture, changing, replace_pictures
 from .options import IndexOptions
 
+NAMED = 10  # files that are left out, in lines of their own
 AGAIN = "new pictures would get codes of another meaning: run scripts/14_build_index.sh --overwrite and add them again"
 
 
@@ -199,15 +202,25 @@ def readable(
     workers = config.workers if len(pictures) > config.batch_size else 0
     reasons = find_unreadable([picture.file for picture in pictures], workers=workers, folder=gallery.files_below)
     reasons |= problems or {}
-    bad = [printable(f"{file}: {reason}") for file, reason in reasons.items() if reason]
+    bad = {file: reason for file, reason in reasons.items() if reason}
     if bad and not config.skip_bad:
+        file, reason = next(iter(bad.items()))
         raise BadInput(
-            f"{bad[0]} ({len(bad)} of {len(reasons)} pictures cannot be used): mend it, or go on without it with "
-            "--skip-bad; nothing was added"
+            f"{printable(f'{file}: {reason}')} ({len(bad)} of {len(reasons)} pictures cannot be used): mend it, or go "
+            "on without it with --skip-bad; nothing was added"
         )
-    for line in bad:
-        print(f"left out: {line}")
+    tell_left_out(bad)
     return [picture for picture in pictures if not reasons[picture.file]]
+
+
+def tell_left_out(reasons: dict[str, str]) -> None:
+    """Name files that are left out, and why: the first of many."""
+    for file, reason in islice(reasons.items(), NAMED):
+        print(printable(f"left out: {file}: {reason}"))
+    if len(reasons) > NAMED:
+        counts = Counter(reason.partition(": ")[0] for reason in reasons.values())
+        kinds = "; ".join(f"{count:,} × {kind}" for kind, count in counts.most_common(NAMED))
+        print(printable(f"left out: {len(reasons):,} in all, of which {NAMED} are named: {kinds}"))
 
 
 def encode(gallery: Gallery, new: Sequence[Picture], config: ReadingOptions, device: torch.device) -> Floats:
@@ -273,7 +286,7 @@ def main(config: Config) -> None:
         return
     replaced = f" in the place of {added.replaced:,}" if added.replaced else ""
     seconds = time.monotonic() - began
-    print(f"{len(added.images):,} pictures added{replaced}, {added.total:,} can be found, {seconds:.1f} s")
+    print(f"{plural(len(added.images), 'picture')} added{replaced}, {added.total:,} can be found, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -200,6 +200,9 @@ def read_gallery(folder: Path) -> Gallery:
     Raises:
         BadInput: the folder is not finished, or its files are damaged.
     """
+    below = folder / "index"
+    if not (folder / runs.MANIFEST).exists() and (below / runs.MANIFEST).exists():
+        raise BadInput(f"{folder} is no index but has one, as an exported retriever does: name {below}")
     manifest = runs.read_manifest(folder, COMMAND)
     while True:
         try:

@@ -18,6 +18,7 @@ from tools.command_line.commands import run_command
 from tools.command_line.place import user_folder
 from tools.errors import BadInput
 from tools.features import Rows
+from tools.texts import plural
 
 from .gallery import Gallery, changing, replace_pictures
 from .options import IndexOptions
@@ -80,9 +81,10 @@ def find(gallery: Gallery, names: Sequence[str], *, seen_from: Path) -> Rows:
             with_file.setdefault(picture.file, []).append(row)
     unknown = [name for name in names if name not in with_id and recorded[name] not in with_file]
     if unknown:
+        count = f"{len(unknown)} of {plural(len(names), 'name')} {'is' if len(unknown) == 1 else 'are'}"
         raise BadInput(
-            f"{len(unknown)} of {len(names)} names are neither the id nor, as seen from {seen_from.resolve()}, the "
-            f"file of a picture in {gallery.folder}, the first: {unknown[0]!r}; nothing was removed"
+            f"{count} neither the id nor, as seen from {seen_from.resolve()}, the file of a picture in "
+            f"{gallery.folder}, the first: {unknown[0]!r}; nothing was removed"
         )
     for name, row in with_id.items():
         _refuse_two_meanings(gallery, name, row, with_file.get(recorded[name], []), seen_from)
@@ -130,7 +132,7 @@ def remove(index: Path, names: Sequence[str], *, seen_from: Path | None = None) 
 
 def main(config: Config) -> None:
     pictures, total = remove(config.index, config.names, seen_from=user_folder())
-    print(f"{pictures:,} pictures removed, {total:,} can be found")
+    print(f"{plural(pictures, 'picture')} removed, {total:,} can be found")
 
 
 if __name__ == "__main__":

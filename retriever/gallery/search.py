@@ -24,7 +24,7 @@ import tyro
 from tools.command_line.commands import run_command
 from tools.contact_sheet import SheetRow, draw_sheet
 from tools.errors import BadInput
-from tools.texts import clean, printable, shortened
+from tools.texts import clean, plural, printable, shortened
 
 from ..retrieve import SearchOptions
 from .answers import FOLD, Found
@@ -150,14 +150,6 @@ def line(one: Found) -> str:
     """Score, similarity where it is known, and file of a picture."""
     similarity = "" if one.similarity is None else f"  {one.similarity:6.3f}"
     return f"{one.score:8.3f}{similarity}  {printable(str(one.file))}{'  (file is gone)' if one.gone else ''}"
-
-
-def plural(count: int, word: str) -> str:
-    """
-    >>> plural(1, "picture"), plural(2, "picture")
-    ('1 picture', '2 pictures')
-    """
-    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def as_json(answer: Answer) -> str:

@@ -23,9 +23,9 @@ from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.features import Rows
 from tools.pictures import Listing, find_unreadable, list_pictures
-from tools.texts import printable
+from tools.texts import plural, printable
 
-from .add import ReadingOptions, code, encode
+from .add import ReadingOptions, code, encode, tell_left_out
 from .changes import Changes, Target, compare, folder_of, leave_out, of_pictures, rows_below
 from .gallery import (
     HISTORY,
@@ -77,7 +77,7 @@ def folders_of(gallery: Gallery, places: Sequence[Path]) -> list[Folder]:
         BadInput: no picture came from a folder; or none is named, and the gallery does not know where they came from.
     """
     if places:
-        return [folder_of(gallery, place) for place in places]
+        return list(dict.fromkeys(folder_of(gallery, place) for place in places))
     known = [each for each in gallery.folders if rows_below(gallery, each.path)]
     if not known:
         raise BadInput(f"{gallery.folder} does not say which folders its pictures came from: name the folder")
@@ -179,8 +179,7 @@ def sync(index: Path, places: Sequence[Path], config: Config) -> Synced:
                 changes = look(gallery, folder, config)
                 if changes.any():
                     total = apply(gallery, changes, config)
-        for path, why in changes.left_out.items():
-            print(printable(f"left out: {path}: {why}"))
+        tell_left_out(changes.left_out)
         told.update(changes.counts())
     return Synced(**told, total=total)
 
@@ -206,14 +205,19 @@ def show(gallery: Gallery, changes: Changes) -> None:
 
 def main(config: Config) -> None:
     done = sync(config.index, config.folders, config)
-    would = "would have " if config.dry_run else ""
+    found = f"{plural(done.total, 'picture')} can be found"
     if not any(done[:4]):
-        print(f"nothing has changed; {done.total:,} pictures can be found")
-        return
-    print(
-        f"{done.came:,} {would}came, {done.changed:,} changed, {done.moved:,} moved, {done.went:,} went, "
-        f"{done.same:,} are as before; {done.total:,} pictures can be found"
-    )
+        print(f"nothing has changed; {found}")
+    elif config.dry_run:
+        print(
+            f"{done.came:,} would come, {done.changed:,} change, {done.moved:,} move, {done.went:,} go, "
+            f"{done.same:,} stay as they are; now {found}"
+        )
+    else:
+        print(
+            f"{done.came:,} came, {done.changed:,} changed, {done.moved:,} moved, {done.went:,} went, "
+            f"{done.same:,} are as before; {found}"
+        )
 
 
 if __name__ == "__main__":

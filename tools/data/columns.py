@@ -99,7 +99,7 @@ def found_in_row(values: Sequence[Any], columns: Columns, where: str, *, cells: 
         found = found + [text for text in texts if text not in known]
     if not found:
         return bad(where, "row without a caption")
-    return Found(image, file or image, split or None, found, where, joins=True)
+    return Found(image, file or image, split, found, where, joins=True)
 
 
 def texts_in_cell(cell: str) -> list[str] | None:
@@ -112,6 +112,8 @@ def texts_in_cell(cell: str) -> list[str] | None:
     """
     text = cell.strip()
     if re.match(r"array\(\[", text):  # as numpy writes it
+        return None
+    if re.match(r"\[\s*[\"'][^\]]*$", text):  # whose end is cut off
         return None
     if not (text.startswith("[") and text.endswith("]")):
         return [cell]
@@ -154,6 +156,8 @@ def _image_columns(names: Sequence[str], wanted: Wanted, where: str) -> tuple[in
             return known["image"], known["file"]
     if not places:
         raise BadInput(f"{where}: no column names the pictures; the columns are {_shown(names)}: {OPTIONS}")
+    if len(places) > 1 and len({plain(names[place]) for place in places}) == 1:
+        raise BadInput(f"{where}: the column {names[places[0]].strip()} stands {len(places)} times: rename the others")
     if len(places) > 1:
         found = ", ".join(names[place].strip() for place in places)
         raise BadInput(f"{where}: several columns could name the picture ({found}): name one with --image-column")

@@ -5,9 +5,11 @@ are other names of the same picture.
 """
 
 import os
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from ..captions import Record
@@ -15,6 +17,9 @@ from ..files import hash_file
 from ..picture_listing import list_pictures
 from ..texts import is_unicode
 from .found import Found, bad, note, some
+
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+IS_ADDRESS = "web address in place of a file's name (fetch the pictures first, for example with img2dataset)"
 
 
 class Names:
@@ -40,6 +45,25 @@ class Names:
         """Files in any folder that have a name, with its ending or without."""
         return [] if "/" in name else self.by_name.get(_composed(name), [])
 
+    @cached_property
+    def by_letters(self) -> defaultdict[str, list[str]]:
+        """Files by their names without regard to capitals."""
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for files in self.by_path.values():
+            for file in files:
+                found[_composed(PurePosixPath(file).name).casefold()].append(file)
+        return found
+
+    def like(self, file: str) -> tuple[str, list[str]]:
+        """What is wrong with a name that no file has, and files that it may mean."""
+        name = _composed(file.replace("\\", "/").rpartition("/")[2].strip())
+        files = self.by_letters.get(name.casefold(), [])
+        if not files:
+            return "", []
+        if any(_composed(PurePosixPath(each).name) == name for each in files):
+            return "picture missing there, another folder has its name (write its path below --images)", files
+        return "picture missing, one has its name in other capitals (write it as the file is called)", files
+
 
 def resolve(found: Iterable[Found], folder: Path, *, follow_links: bool = False) -> list[Found]:
     """Give every picture's file the one path below the folder that it has.
@@ -54,16 +78,20 @@ def resolve(found: Iterable[Found], folder: Path, *, follow_links: bool = False)
         if row.problem:
             rows.append(row)
             continue
-        if row.file not in known:
+        if row.file not in known and "\0" in row.file:
+            known[row.file] = (row.file, "name with a NUL character, which no file can have")
+        elif row.file not in known and ADDRESS.match(row.file):
+            known[row.file] = (row.file, IS_ADDRESS)
+        elif row.file not in known:
             file = canonical(row.file, folder)
             known[row.file] = (file, "")
             if _usable(file) and not os.path.lexists(folder / file):
                 names = names or Names(list_pictures(folder, follow_links=follow_links).pictures)
                 known[row.file] = _looked_up(file, names)
         file, how = known[row.file]
-        if how.startswith("name"):
+        if how not in ("", "below"):
             kind, _, files = how.partition(": ")
-            rows.append(bad(f"{row.where}: {row.file} ({files})", kind))
+            rows.append(bad(f"{row.where}: {row.file}{files and f' ({files})'}", kind))
             continue
         image = file if row.image == row.file and how != "below" else row.image
         spelled = how != "below" and file != row.file
@@ -154,7 +182,10 @@ def _looked_up(file: str, names: Names) -> tuple[str, str]:
     files = names.of_name(file)
     if len(files) > 1:
         return file, f"name of pictures in several folders (write the path with its folder): {some(files)}"
-    return (files[0], "below") if files else (file, "")
+    if files:
+        return files[0], "below"
+    problem, files = names.like(file)
+    return file, f"{problem}: {some(files)}" if files else ""
 
 
 def _id_is_name(row: Found) -> bool:

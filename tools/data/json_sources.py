@@ -36,6 +36,20 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return doubled
 
 
+def stated_captions(row: dict[str, Any]) -> list[Any] | None:
+    """What `captions` of an object hold, and what `caption` adds to them; None where it has neither.
+
+    >>> stated_captions({"captions": ["one", "two"], "caption": "three"}), stated_captions({"caption": None})
+    (['one', 'two', 'three'], None)
+    """
+    stated = [row[key] for key in ("captions", "caption") if row.get(key) is not None]
+    found: list[Any] = []
+    for value in stated:
+        texts = value if isinstance(value, list) else [value]
+        found = found + [text for text in texts if text not in found] if found else list(texts)
+    return found if stated else None
+
+
 def read_value(path: Path) -> Any:
     """The value of a JSON file, with its doubled keys marked."""
     try:
@@ -78,11 +92,11 @@ def read_published(path: Path, value: Any) -> Iterator[Found]:
         elif isinstance(row, Doubled):
             yield bad(f"{where}: {row.key}", "key that stands twice")
         elif isinstance(row, dict):
-            captions = row.get("caption") if row.get("captions") is None else row["captions"]
+            captions = stated_captions(row)
             if captions is None:
                 yield bad(where, 'entry without "caption"')
             else:
-                yield picture_of(file, captions if isinstance(captions, list) else [captions], where, row.get("split"))
+                yield picture_of(file, captions, where, row.get("split"))
         else:
             yield picture_of(file, row if isinstance(row, list) else [row], where)
 
@@ -99,7 +113,10 @@ def read_coco(path: Path, value: Any) -> Iterator[Found]:
         elif isinstance(row, Doubled):
             yield bad(f"{where}: {row.key}", "key that stands twice")
         elif _hashable(row["image_id"]) not in counts:
-            yield bad(f"{where}: image_id {row['image_id']}", "annotation of an image that is not among the images")
+            yield bad(
+                f"{where}: image_id {json.dumps(row['image_id'])}",
+                "annotation of an image that is not among the images",
+            )
         else:
             captions.setdefault(_hashable(row["image_id"]), []).append(row["caption"])
     for number, row in enumerate(images):

@@ -23,6 +23,7 @@ from .splits import split_in_path
 ENDING = ".parquet"
 ROWS = 256  # read at once
 UNUSABLE_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+BYTES_ELSEWHERE = "picture whose bytes are not in the file (name the folder of the pictures with --images)"
 SUCCESS = "success"  # what img2dataset's column `status` says of a picture that it has fetched
 
 
@@ -69,7 +70,7 @@ def read_parquet(
     for path in files:
         try:
             with parquet.ParquetFile(path) as file:
-                layout = _layout(file.schema_arrow, wanted, path, images)
+                layout = _layout(file, wanted, path, images)
                 if layout.names != told:
                     tell_unread(layout.names, layout.columns, path.name, also=layout.status)
                     told = layout.names
@@ -80,14 +81,28 @@ def read_parquet(
             raise BadInput(f"{path} is damaged or no parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _layout(schema: Any, wanted: Wanted, path: Path, images: Path | None) -> Layout:
+def _layout(file: Any, wanted: Wanted, path: Path, images: Path | None) -> Layout:
+    schema = file.schema_arrow
     names = list(schema.names)
     columns, embedded = _columns(names, schema.types, wanted, path)
+    if embedded and images is not None and not _has_content(file, names[columns.image]):
+        embedded = False  # `datasets` may write their paths alone
     if embedded and images is not None:
         raise BadInput(f"--images {images}: the pictures are in {path.name}, leave it out")
     if not embedded and images is None:
         raise BadInput(f"{path} has the pictures' names alone: name their folder with --images")
-    return Layout(names, columns, embedded, names.index("status") if {"status", "key"} <= set(names) else None)
+    layout = Layout(names, columns, embedded, names.index("status") if {"status", "key"} <= set(names) else None)
+    if twice := [name for name in layout.read if names.count(name) > 1]:
+        raise BadInput(f"{path}: the column {twice[0]} stands {names.count(twice[0])} times: rename the others")
+    return layout
+
+
+def _has_content(file: Any, name: str) -> bool:
+    """Whether a column of pictures holds their bytes, and not their paths alone."""
+    batches = file.iter_batches(batch_size=ROWS, columns=[name])
+    values = (value for batch in batches for row in batch.to_pylist() if (value := row[name]) is not None)
+    first = next(values, None)
+    return first is not None and not (isinstance(first, dict) and first.get("bytes") is None and first.get("path"))
 
 
 def _columns(names: list[str], types: list[Any], wanted: Wanted, path: Path) -> tuple[Columns, bool]:
@@ -135,6 +150,10 @@ def _rows(file: Any, layout: Layout, path: Path, pictures: "Pictures") -> Iterat
 def _row(cells: list[Any], layout: Layout, path: Path, number: int, pictures: "Pictures") -> Found:
     where, columns = f"{path.name}, row {number}", layout.columns
     if not layout.embedded:
+        if isinstance(stated := cells[columns.image], dict):
+            if stated.get("bytes") is not None:
+                return bad(where, "picture in the file itself, where others are not")
+            cells[columns.image] = stated.get("path")
         return found_in_row(cells, columns, where, cells=False)
     name, problem = pictures.unpack(cells[columns.image], _text(cells, columns.file), path, number)
     if problem:
@@ -158,7 +177,7 @@ class Pictures:
         """Write a picture's bytes, unless they are there; returns its name and what is wrong with it."""
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes) or not content:
-            return "", "row without a picture" if value is None else "picture whose bytes are not in the file"
+            return "", "row without a picture" if value is None else BYTES_ELSEWHERE
         stated = name or (value.get("path") if isinstance(value, dict) else None)
         digest = hashlib.blake2b(content, digest_size=16).digest()
         names = _names(stated, content, path, row, digest.hex())

@@ -1,13 +1,16 @@
 """Sidecar files: a folder in which a.jpg has its captions in a.txt, a.caption or a.json beside it."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..texts import plural
+from .foreign import refuse_foreign, tables_in
 from .found import Found, bad, note, picture_of, some
-from .json_sources import Doubled, once
+from .json_sources import Doubled, once, stated_captions
 
 TEXT_ENDINGS = (".txt", ".caption")
 SIDECARS = (*TEXT_ENDINGS, ".json")
@@ -24,36 +27,43 @@ def read_sidecars(files: list[str], images: Path, source: Path) -> Iterator[Foun
         BadInput: `source` does not lie in `images`, or no picture has such a file.
     """
     if not source.resolve().is_relative_to(images.resolve()):
+        refuse_foreign(source, nothing_else=True)
         raise BadInput(f"--source {source} is a folder outside --images {images}: name a folder of pictures and texts")
     below = images / source.resolve().relative_to(images.resolve())
     found = [(file, _beside(images / file)) for file in files if (images / file).is_relative_to(below)]
     if not any(texts for _, texts in found):
-        tables = [path.name for path in sorted(source.glob("*")) if path.stem in ("metadata", "captions", "results")]
-        advice = f"name the file, --source {source / tables[0]}" if tables else "see docs/layouts.md"
+        refuse_foreign(source, nothing_else=True)
+        tables = " ".join(shlex.quote(str(path)) for path in tables_in(source))
+        advice = (
+            f"name the tables, --source {tables}" if tables else "for pictures without captions, leave --source out"
+        )
         raise BadInput(
             f"--source {source} has no shard, no parquet file, and no picture with a text file beside it: {advice}"
         )
     long = []
     for file, texts in found:
         row = _read(file, texts)
-        long += [texts[0].name] if texts and len(row.captions) > 1 and texts[0].suffix in TEXT_ENDINGS else []
+        long += [texts[0].name] if texts and len(row.captions) > 1 and texts[0].suffix.lower() in TEXT_ENDINGS else []
         yield row
     if long:
-        note(f"{source}: {len(long):,} text files of several lines, each line is a caption: {some(long)}")
+        note(f"{source}: {plural(len(long), 'text file')} of several lines, each line is a caption: {some(long)}")
     used = {path for _, texts in found for path in texts}
-    names = sorted(str(path.relative_to(source)) for ending in SIDECARS for path in source.rglob(f"*{ending}"))
+    names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.suffix.lower() in SIDECARS)
     other = [name for name in names if below / name not in used]
     if other:
-        note(f"{source}: {len(other):,} text files that are not read, no picture has their name: {some(other)}")
+        note(f"{source}: text files that belong to no picture and are not read: {len(other):,} ({some(other)})")
 
 
 def count_sidecars(files: list[str], images: Path) -> int:
     """Number of pictures that have a text file beside them."""
-    return sum(any((images / file).with_suffix(ending).is_file() for ending in TEXT_ENDINGS) for file in files)
+    return sum(any(path.suffix.lower() in TEXT_ENDINGS for path in _beside(images / file)) for file in files)
 
 
 def _beside(picture: Path) -> list[Path]:
-    return [path for ending in SIDECARS if (path := picture.with_suffix(ending)).is_file()]
+    """The text files of a picture, their endings in small letters or else in capitals."""
+    spellings = ((picture.with_suffix(ending), picture.with_suffix(ending.upper())) for ending in SIDECARS)
+    found = (next((path for path in each if path.is_file()), None) for each in spellings)
+    return [path for path in found if path is not None]
 
 
 def _read(file: str, texts: list[Path]) -> Found:
@@ -67,7 +77,7 @@ def _read(file: str, texts: list[Path]) -> Found:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             return bad(where, "file that is not UTF-8 (save it as UTF-8)")
-        if path.suffix in TEXT_ENDINGS:
+        if path.suffix.lower() in TEXT_ENDINGS:
             captions += [line for line in text.splitlines() if line.strip()]
             continue
         try:
@@ -77,9 +87,7 @@ def _read(file: str, texts: list[Path]) -> Found:
         if not isinstance(value, dict) or isinstance(value, Doubled):
             return bad(where, "file without one JSON object, or with a key that stands twice")
         split = value.get("split") or None
-        stated = value.get("caption") if value.get("captions") is None else value["captions"]
-        stated = stated if isinstance(stated, list) else [] if stated is None else [stated]
-        captions += [caption for caption in stated if caption not in captions]
+        captions += [caption for caption in stated_captions(value) or [] if caption not in captions]
     if not captions:
         return bad(str(Path(file).with_name(texts[0].name)), "picture whose text file is empty")
     return picture_of(file, captions, file, split)

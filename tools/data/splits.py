@@ -21,14 +21,16 @@ NAMES = {
 
 
 def split_named(value: Any) -> Any:
-    """The split that a name means; a name that is unknown stays as it is.
+    """The split that a name means, None for an empty one; a name that is unknown stays as it is.
 
-    >>> [split_named(name) for name in ("Train", "validation", " dev ", "restval", "holdout")]
-    ['train', 'val', 'val', 'train', 'holdout']
+    >>> [split_named(name) for name in ("Train", "validation", " dev ", "restval", "holdout", " ")]
+    ['train', 'val', 'val', 'train', 'holdout', None]
     """
     if not isinstance(value, str):
         return value
     name = value.strip().casefold()
+    if not name:
+        return None
     return name if name in SPLITS else NAMES.get(name, value)
 
 

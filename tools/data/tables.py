@@ -25,6 +25,7 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what files of UTF-16 begin with
 TOKEN = re.compile(r"([^\t]+)#\d+\t([^\t]*)")  # a.jpg#0<TAB>caption
 KAGGLE = ["imagename", "commentnumber", "comment"]
 LATE_NUMBER = re.compile(r"\s*\d+\s+(\S.*)", re.DOTALL)  # of a line in Kaggle's results.csv that lacks its second |
+NUL = "NUL character (save the file as UTF-8)"
 OWN_SEPARATOR = re.compile(r'"?sep=(.)"?\s*')  # Excel's first line
 
 
@@ -138,6 +139,9 @@ def _layout(path: Path, header: str, own: str, wanted: Wanted) -> Layout:
         quotes = not kaggle and (separator != "\t" or path.suffix.lower() == ".csv")
         blanks = f"{separator} " in header and separator != "\t"
         names = _header_cells(header, path, separator, quotes=quotes, blanks=blanks)
+        if pictures := [name for name in names if Path(name.strip()).suffix.lower() in PICTURE_ENDINGS]:
+            first = f"{path}, line 1: {pictures[0].strip()} is a picture and no column's name"
+            raise BadInput(f"{first}: put a header above it, such as image{separator}caption")
         try:
             columns = choose(names, wanted, f"{path}, line 1")
         except BadInput as error:
@@ -184,7 +188,7 @@ def _read_quoted(lines: list[str], first: int, layout: Layout) -> Iterator[Found
             )
         elif first <= doubtful and any('"' in cell and _as_quoted(cell) not in "".join(row) for cell in cells):
             yield bad(where, "quotation mark that may close one of a row before")
-        elif cells:
+        elif any(cells):  # what spreadsheets write of rows with nothing in any cell is a blank line
             yield _found(cells, layout, where)
 
 
@@ -207,7 +211,7 @@ def _swallowed_rows(row: list[str], layout: Layout) -> str:
 def _explained(error: csv.Error, read: int) -> str:
     """A csv.Error in words; `read` lines had been read when it came."""
     if "NUL" in str(error):
-        return "NUL character"
+        return NUL
     if read > 1 or "unexpected end" in str(error):
         return "quotation mark that is opened and not closed"
     if "field limit" in str(error):
@@ -218,7 +222,7 @@ def _explained(error: csv.Error, read: int) -> str:
 def _wrong_text(text: str) -> str:
     if not is_unicode(text):
         return "line that is not UTF-8 (save the file as UTF-8)"
-    return "NUL character" if "\0" in text else ""
+    return NUL if "\0" in text else ""
 
 
 def _wrong_blank(row: list[str], layout: Layout, cells: list[str]) -> str:
@@ -237,7 +241,7 @@ def _read_unquoted(lines: list[str], first: int, layout: Layout) -> Iterator[Fou
     for number, line in enumerate(_whole_lines(lines[first:]), first):
         text = line.rstrip("\r\n")
         cells = text.split(layout.separator)
-        if not text:
+        if not any(cells):
             continue
         if problem := _wrong_text(text):
             yield bad(layout.where(number), problem)
