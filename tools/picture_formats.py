@@ -4,6 +4,8 @@ HEIC and JPEG XL are read where `pillow-heif` and `pillow-jxl-plugin` are instal
 """
 
 import importlib
+import shlex
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
@@ -36,7 +38,7 @@ def _register() -> dict[str, str]:
     missing = {}
     for name, module in (("HEIF", "pillow_heif"), ("JXL", "pillow_jxl")):
         if find_spec(module) is None:
-            missing[name] = f"pip install {PACKAGES[name]}"
+            missing[name] = _install(PACKAGES[name])
             continue
         try:
             plugin = importlib.import_module(module)  # pillow_jxl registers itself
@@ -45,6 +47,12 @@ def _register() -> dict[str, str]:
         except (ImportError, OSError) as error:  # for example a library that the system lacks
             missing[name] = f"{PACKAGES[name]} does not load: {error}"
     return missing
+
+
+def _install(package: str) -> str:
+    """The command that installs a package into the Python that runs."""
+    python = shlex.quote(sys.executable)
+    return f"{python} -m pip install {package}" if find_spec("pip") else f"uv pip install --python {python} {package}"
 
 
 MISSING = _register()
