@@ -152,7 +152,7 @@ def an_index_and_its_folders(user: User) -> None:
     draw_picture(user.folder / name, "red", "line", 1)
     draw_picture(user.folder / "other" / "new.png", "red", "line", 1)
     message = user.refused("sync_pictures", "other")
-    assert "1 pictures added" in user.follow(taken("add those that are there with (.*), or search", message))
+    assert "1 picture added" in user.follow(taken("add those that are there with (.*), or search", message))
     shutil.rmtree(user.folder / "other")
     message = user.refused("sync_pictures", "other")
     flag = taken("is its disk mounted\\? (--[a-z-]+) lets", message)

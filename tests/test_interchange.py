@@ -177,7 +177,7 @@ def test_trec_refuses_what_it_cannot_read(chain: Chain, predictions: Path, tmp_p
         trec.Config(predictions=predictions, lists=predictions, output=tmp_path)
     with pytest.raises(BadInput, match=r"made by retriever\.retrieve, not by retriever\.rank_splits or reranker\.test"):
         trec.main(trec.Config(lists=predictions, output=tmp_path / "x"))
-    with pytest.raises(BadInput, match=r"run scripts/12_retrieve\.sh"):
+    with pytest.raises(BadInput, match=r"name a folder that scripts/12_retrieve\.sh made"):
         trec.main(trec.Config(predictions=chain.dataset, output=tmp_path / "x"))
 
 

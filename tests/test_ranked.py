@@ -119,7 +119,9 @@ def test_a_missing_key_is_named_with_its_line(key: str, tmp_path: Path) -> None:
     path.write_text("\n\n".join(json.dumps(line) for line in lines))
     with pytest.raises(BadInput) as raised:
         read_lists(path)
-    assert str(raised.value) == f"{path}, line 3: no {key!r} in it: run scripts/16_prepare_reranker_dataset.sh again"
+    assert (
+        str(raised.value) == f"{path}, line 3: no {key!r} in it: run scripts/16_prepare_reranker_dataset.sh --overwrite"
+    )
 
 
 def test_lists_that_are_none_are_one_clear_line(tmp_path: Path) -> None:

@@ -824,7 +824,9 @@ def test_what_cannot_be_fitted_or_ranked_is_one_clear_line(
     monkeypatch.setenv(runs.VERIFY_VARIABLE, "off")  # an earlier version wrote such files, and their hashes
     (old / "val.jsonl").write_text(lines.replace('"caption": ', '"row": '))
     chain = stages.chain._replace(dataset=old)
-    with pytest.raises(BadInput, match=r"is of an earlier version: run scripts/07_prepare_retriever_dataset\.sh again"):
+    with pytest.raises(
+        BadInput, match=r"is of an earlier version: run scripts/07_prepare_retriever_dataset\.sh --overwrite"
+    ):
         rank_splits.main(lists_config(chain, stages.retriever, tmp_path / "lists", train_per_picture=0))
     (old / "val.jsonl").write_text("")
     with pytest.raises(BadInput, match="has no val captions: a reranker needs all three splits"):

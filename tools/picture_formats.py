@@ -6,6 +6,7 @@ HEIC and JPEG XL are read where `pillow-heif` and `pillow-jxl-plugin` are instal
 import importlib
 import shlex
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
@@ -52,7 +53,11 @@ def _register() -> dict[str, str]:
 def _install(package: str) -> str:
     """The command that installs a package into the Python that runs."""
     python = shlex.quote(sys.executable)
-    return f"{python} -m pip install {package}" if find_spec("pip") else f"uv pip install --python {python} {package}"
+    try:
+        metadata.distribution("pip")  # find_spec("pip") would make setuptools leave distutils to the standard library
+    except metadata.PackageNotFoundError:
+        return f"uv pip install --python {python} {package}"
+    return f"{python} -m pip install {package}"
 
 
 MISSING = _register()

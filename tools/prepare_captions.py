@@ -84,9 +84,9 @@ class Config(RunOptions):
         for path in self.source:
             if not shards and not path.is_file() and not path.is_dir():
                 raise BadInput(f"--source {path} does not exist")
-            if not shards and not parquet_files(path):
-                refuse_foreign(path, nothing_else=self.images is None)
         if self.images is None and not shards and not (self.source and all(map(parquet_files, self.source))):
+            for path in self.source:
+                refuse_foreign(path, nothing_else=True)
             raise BadInput("name a folder of --images")
         if self.images is not None and not self.images.is_dir():
             raise BadInput(f"--images {self.images} is not a folder")
@@ -356,6 +356,8 @@ def _read_pictures(config: Config) -> list[Found]:
 def _read_source(path: Path, config: Config) -> Iterator[tuple[Path, Found]]:
     """What one source names, each with the file whose split rule counts."""
     wanted = Wanted(config.image_column, config.caption_column)
+    if not parquet_files(path):
+        refuse_foreign(path, nothing_else=False)
     if config.format in (None, "parquet") and (files := parquet_files(path)):
         yield from read_parquet(files, wanted, config.images, config.picture_folder)
     elif path.is_dir():
