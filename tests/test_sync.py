@@ -357,7 +357,7 @@ def test_quickstart_follows_its_folder(life: Life, chain: Chain, tmp_path: Path)
     (life.photos / "a.png").unlink()
     done = quickstart(tmp_path, "photos")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("1 came, 0 changed, 0 moved, 1 went, 3 are as before; 4 pictures")
+    assert done.stdout.splitlines()[-1].startswith("1 came, 0 changed, 0 moved, 1 went, 3 as before; 4 pictures")
     assert life.ids() == ["b.png", "c/d.png", "c/é ü.png", "new.png"]
     draw(tmp_path / "other" / "x.png", 21)
     done = quickstart(tmp_path, "other")

@@ -216,7 +216,7 @@ def main(config: Config) -> None:
     else:
         print(
             f"{done.came:,} came, {done.changed:,} changed, {done.moved:,} moved, {done.went:,} went, "
-            f"{done.same:,} are as before; {found}"
+            f"{done.same:,} as before; {found}"
         )
 
 
