@@ -13,7 +13,15 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.command_line.place import VARIABLE, NameOrPath, seen_from, typed_elsewhere, typed_here, with_commands
+from tools.command_line.place import (
+    VARIABLE,
+    NameOrPath,
+    for_user,
+    seen_from,
+    typed_elsewhere,
+    typed_here,
+    with_commands,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -198,3 +206,10 @@ def test_quickstart_refuses_what_it_does_not_hand_on() -> None:
     done = script("quickstart", "--lr", "0.1", cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --lr is not an option of quickstart.sh, which takes --over")
+
+
+def test_files_are_shown_as_the_user_can_use_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert for_user(Path("a/b.jpg")) == Path("a/b.jpg")
+    monkeypatch.setenv(VARIABLE, f"0 {tmp_path}")
+    assert for_user(Path("a/b.jpg")) == Path.cwd() / "a/b.jpg"

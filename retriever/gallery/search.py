@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TextIO
 import tyro
 
 from tools.command_line.commands import run_command
+from tools.command_line.place import for_user
 from tools.contact_sheet import SheetRow, draw_sheet
 from tools.errors import BadInput
 from tools.texts import clean, plural, printable, shortened
@@ -149,7 +150,7 @@ def lines(answer: Answer, how: str, config: Config) -> Iterator[str]:
 def line(one: Found) -> str:
     """Score, similarity where it is known, and file of a picture."""
     similarity = "" if one.similarity is None else f"  {one.similarity:6.3f}"
-    return f"{one.score:8.3f}{similarity}  {printable(str(one.file))}{'  (file is gone)' if one.gone else ''}"
+    return f"{one.score:8.3f}{similarity}  {printable(str(for_user(one.file)))}{'  (file is gone)' if one.gone else ''}"
 
 
 def as_json(answer: Answer) -> str:
@@ -166,7 +167,7 @@ def fields(one: Found) -> dict[str, Any]:
     """A picture as JSON has it."""
     return {
         "image": one.image,
-        "file": str(one.file),
+        "file": str(for_user(one.file)),
         "score": round(one.score, 4),
         "similarity": None if one.similarity is None else round(one.similarity, 4),
         "vokens": list(one.codes),

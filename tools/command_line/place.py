@@ -43,6 +43,11 @@ def typed_elsewhere() -> bool:
     return count > 0 and not _is_here(folder)
 
 
+def for_user(path: Path) -> Path:
+    """A path as the user can use it: absolute where the user stands in another folder than the command."""
+    return path if _is_here(user_folder()) else Path(os.path.abspath(path))  # noqa: PTH100, links stay
+
+
 def typed_here(config_type: type[Any], arguments: Sequence[str]) -> list[str]:
     """A command's words with the paths that the user typed as they are seen from the current folder.
 
