@@ -40,6 +40,7 @@ def test_the_files_are_those_of_the_tree_built_in_memory(
     if data.draw(st.booleans()):  # pictures that share codes
         codes = codes[rng.integers(len(codes), size=len(codes))]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large_index, "PREFIX_BITS", data.draw(st.sampled_from((1, 8, 16))))
         patch.setattr(large_index, "READ", data.draw(st.sampled_from((1, 64, 10_000))))
         memory, disk = both(tmp_path_factory.mktemp("trees"), codes, data.draw(st.sampled_from((1, 100, 10_000))))
     assert memory == disk

@@ -109,7 +109,8 @@ def divide(codes: Codes, bits: int, folder: Path, partition: int) -> list[Partit
         counts += np.bincount(keys_of(block, bits) >> shift, minlength=len(counts))
     before = np.cumsum(counts) - counts
     wanted = max(partition, -(-len(codes) // MOST_PARTITIONS))
-    owner = np.unique(before // wanted, return_inverse=True)[1].astype(np.uint16)  # of each prefix: its partition
+    runs = before // wanted
+    owner = np.cumsum(np.diff(runs, prepend=runs[:1]) > 0, dtype=np.uint16)  # of each prefix: its partition
     parts = [Partition(folder / f"{number}.keys", folder / f"{number}.rows") for number in range(int(owner.max()) + 1)]
     files = [(part.keys.open("wb"), part.rows.open("wb")) for part in parts]
     try:

@@ -78,7 +78,7 @@ def lay_over(index: VokenIndex, *, gone: tuple[Codes, Numbers], come: tuple[Code
 
 def counterparts(index: VokenIndex, changed: VokenIndex) -> list[Numbers]:
     """For each depth, the root's first, the tree's node of the same prefix as each changed node, or NONE."""
-    found = [np.zeros(1, dtype=np.int64)]
+    found: list[Numbers] = [np.zeros(1, dtype=np.int64)]
     for level, own in zip(index.levels, changed.levels, strict=True):
         _, parents = spread(own.offsets.at(np.arange(len(found[-1]))), own.offsets.at(np.arange(len(found[-1])) + 1))
         found.append(find_children(level, found[-1][parents], own.codes.astype(np.int64)))
