@@ -516,3 +516,43 @@ def test_what_is_damaged_says_so(tmp_path: Path) -> None:
         .summary()
         .endswith("1 .l, 2 of 2 further kinds")
     )
+
+
+def noise(name: str) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((40, 30), 60).convert("RGB").save(file, name)
+    return file.getvalue()
+
+
+WHOLE = {name: noise(name) for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")}
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(sorted(WHOLE)), data=st.data())
+def test_a_damaged_picture_has_one_reason_wherever_it_comes_from(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    """Cut anywhere, or with other bytes anywhere: a folder, an upload and decoding itself say the same of it."""
+    whole = WHOLE[name]
+    place = data.draw(st.integers(0, len(whole) - 1))
+    others = data.draw(st.binary(max_size=8))
+    content = whole[:place] + others + (whole[place + len(others) :] if data.draw(st.booleans()) else b"")
+    path = tmp_path_factory.mktemp("damaged") / f"a{FORMATS[name][0]}"
+    path.write_bytes(content)
+    reason = find_unreadable([path.name], workers=0, folder=path.parent)[path.name]
+    assert "Error" not in reason  # a kind of error is no reason
+    refusal = why_refused(Upload(path.name, content))
+    if "are allowed" in refusal:  # fewer pixels than in a folder
+        return
+    assert reason in refusal
+    assert bool(reason) == bool(refusal)
+    if not reason:
+        open_picture(path)
+
+
+def why_refused(upload: Upload) -> str:
+    try:
+        check(upload)
+    except BadInput as error:
+        return str(error)
+    return ""

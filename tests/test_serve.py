@@ -404,14 +404,14 @@ def test_ids_with_markup_slashes_and_dots(client: TestClient, folder: Path, chai
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", r"is not a picture that can be read \(file is no picture\)"),
+        (b"", "picture file is empty: send the whole file"),
         (b"<html>not a picture</html>", r"is not a picture that can be read \(file is no picture\)"),
         (drawn()[:-30], r"is not a picture that can be read \(picture unreadable \(image file is truncated\)\)"),
         (b"%PDF-1.4", "send a whole JPEG, PNG, WebP, GIF, BMP, DIB, TIFF, JPEG 2000, AVIF"),
         (drawn(kind="ICO"), "is not a picture that can be read"),
         (drawn() + b" " * 3000, "3,[0-9]{3} bytes, 3,000 are allowed: make it smaller"),
         (blank(80, 50), "80 × 50 pixels, 2,000 in all are allowed"),
-        (blank(402, 2), "is more than 200 times as long as wide"),
+        (blank(402, 2), "picture more than 200 times as long as wide"),
     ],
 )
 def test_what_is_no_picture_is_refused(

@@ -60,6 +60,7 @@ def open_picture(path: Path) -> Image.Image:
 
 def as_seen(picture: Image.Image) -> Image.Image:
     """What `open_picture` makes of an open picture."""
+    picture.load()  # before its EXIF: of a PNG that decodes it too, and after an error Pillow gives black pixels
     turn = TURNS.get(_orientation(picture))
     if picture.mode.startswith(("I", "F")):  # more than 8 bits, of which Pillow would make white
         picture = _grey_in_8_bits(picture)

@@ -37,6 +37,8 @@ def check(upload: Upload) -> str:
         BadInput: it is too large, or no picture of a known format, or damaged.
     """
     name, content = upload
+    if not content:
+        raise BadInput(f"{name}: picture file is empty: send the whole file")
     if len(content) > MOST_BYTES:
         raise BadInput(f"{name}: {len(content):,} bytes, {MOST_BYTES:,} are allowed: make it smaller")
     try:
@@ -51,7 +53,7 @@ def check(upload: Upload) -> str:
             "make it smaller"
         )
     if max(picture.size) > MOST_OBLONG * min(picture.size):
-        raise BadInput(f"{name} is more than {MOST_OBLONG} times as long as wide")
+        raise BadInput(f"{name}: picture more than {MOST_OBLONG} times as long as wide: send another one")
     try:
         picture.load()
     except Exception as error:  # as above
