@@ -524,6 +524,17 @@ def noise(name: str) -> bytes:
     return file.getvalue()
 
 
+def test_a_text_beside_captions_in_a_shard_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name, content in (("0.png", noise("PNG")), ("0.json", b'{"caption": "a", "text": "b"}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    [record] = prepare(tmp_path / "out", source=(tmp_path / "s.tar",), split_rule="train")
+    assert record.captions == ("a",)
+    assert "JSON with a text beside its captions, which is not read: 1" in capsys.readouterr().out
+
+
 WHOLE = {name: noise(name) for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")}
 
 

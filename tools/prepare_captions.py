@@ -171,9 +171,10 @@ def read_shards(shards: list[Path], config: Config) -> Iterator[Found]:
         yield from _not_found(folder, list_shards(folder, follow_links=config.follow_links))
     config.picture_folder.mkdir(exist_ok=True)
     unpacking = Unpacking(shards, config.picture_folder)
-    pictures = bare = 0
+    pictures = bare = texts = 0
     for shard, sample in unpacking.samples():
         pictures, bare = pictures + sample.has_picture, bare + (sample.has_picture and not sample.captions)
+        texts += sample.has_unread_text
         split = sample.split or rule_for(shard, config.split_rule)(sample.name)
         problem = sample.problem or ("" if sample.has_picture else "sample without a picture")
         yield Found(sample.name, sample.name, split, sample.captions, sample.where, problem)
@@ -182,6 +183,8 @@ def read_shards(shards: list[Path], config: Config) -> Iterator[Found]:
         raise BadInput(f"there is no picture in the shards ({members or 'they are empty'})")
     if members:
         print(f"in the shards: {members}")
+    if texts:
+        note(f"in the shards: JSON with a text beside its captions, which is not read: {texts:,}")
     if bare:
         print(f"{bare:,} of {pictures:,} pictures have no caption in the shards: they can be found, and train nothing")
 

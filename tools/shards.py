@@ -56,6 +56,8 @@ class Sample:
     has_picture: bool = False
     has_null: bool = False
     """Whether a caption is null, as where there was none to fetch."""
+    has_unread_text: bool = False
+    """Whether its JSON has a `text` beside captions, which is not read."""
     problem: str = ""
     """What is wrong with it."""
 
@@ -250,7 +252,9 @@ def _read_text(content: bytes, ending: str, sample: Sample) -> str:
         return f"{ending} member is no JSON object"
     if isinstance(value, Doubled):
         return f"{ending} member has a key that stands twice ({value.key})"
-    captions = stated_captions(value) or stated_captions({"caption": value.get("text")})
+    captions = stated_captions(value)
+    sample.has_unread_text = bool(captions and value.get("text") and value["text"] not in captions)
+    captions = captions or stated_captions({"caption": value.get("text")})
     sample.has_null = sample.has_null or (not captions and not CAPTION_KEYS.isdisjoint(value))
     sample.say(captions or [])
     sample.split = sample.split or value.get("split") or None
