@@ -6,7 +6,7 @@ published addition of AVG (SIGIR 2025).
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -226,7 +226,11 @@ class Tokens(NamedTuple):
 
 
 def tokenize(
-    model: RqVae, features: Floats, *, groups: Sequence[Rows] | None, taken: NDArray[np.integer] | None = None
+    model: RqVae,
+    features: Floats,
+    *,
+    groups: Sequence[Rows] | None,
+    taken: Callable[[Codes], NDArray[np.integer]] | None = None,
 ) -> Tokens:
     """Codes and latents of pictures, by a model in eval mode.
 
@@ -247,7 +251,7 @@ def resolve_collisions(
     model: RqVae,
     groups: Sequence[Rows],
     *,
-    taken: NDArray[np.integer] | None = None,
+    taken: Callable[[Codes], NDArray[np.integer]] | None = None,
 ) -> Codes:
     """Codes (pictures, levels) in which colliding pictures differ at the last level, where free codes allow.
 
@@ -257,7 +261,8 @@ def resolve_collisions(
     Args:
         groups: rows, in the order in which they choose; the codes of a group do not depend on the groups after it.
             Train pictures come first: what is trained on must not depend on the pictures of val and test.
-        taken: (others, levels) codes that pictures besides these have already; they are not free.
+        taken: gives the codes (others, levels) that pictures besides these have already, behind prefixes (any number,
+            levels - 1); they are not free.
     """
     codes = codes.copy()
     last = model.quantizer.codebook(codes.shape[1] - 1).detach().cpu().numpy()
@@ -265,7 +270,8 @@ def resolve_collisions(
     behind = model.quantizer.decode(placed).detach().cpu().numpy() - last[codes[:, -1]]
     residuals = latents - behind
     own = ((residuals - last[codes[:, -1]]) ** 2).sum(axis=1)
-    used_behind = _last_codes(codes[:0] if taken is None else taken, prefixes=codes[:, :-1])
+    prefixes = codes[:, :-1]
+    used_behind = _last_codes(codes[:0] if taken is None else taken(prefixes), prefixes=prefixes)
     for rows in groups:
         movers = []
         for row in rows[np.argsort(own[rows], kind="stable")]:
@@ -284,8 +290,6 @@ def resolve_collisions(
 def _last_codes(taken: NDArray[np.integer], *, prefixes: Codes) -> dict[bytes, set[int]]:
     """The last codes of `taken` (others, levels) behind each of the prefixes (pictures, levels - 1)."""
     behind: dict[bytes, set[int]] = {prefix.tobytes(): set() for prefix in prefixes}
-    for level in range(prefixes.shape[1]):  # of a large collection, few are left
-        taken = taken[np.isin(taken[:, level], prefixes[:, level])]
     for row in taken.astype(np.int64):
         if (used := behind.get(row[:-1].tobytes())) is not None:
             used.add(int(row[-1]))

@@ -65,6 +65,14 @@ def smallest_type(most: int) -> "np.dtype[np.integer]":
     return np.dtype(np.uint8 if most < 2**8 else np.int16 if most < 2**15 else np.int32)
 
 
+def spread(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All numbers from each start to before its end, and which start (its position) each belongs to."""
+    counts = ends - starts
+    which = np.repeat(np.arange(len(starts)), counts)
+    within = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return starts[which] + within, which
+
+
 class Level(NamedTuple):
     """The edges from one level of nodes to the next."""
 
@@ -114,14 +122,11 @@ class VokenIndex(NamedTuple):
             rows: (pictures,) rows of the pool.
             owners: (pictures,) position in `leaves` that each comes from.
         """
-        positions = np.arange(len(leaves))
         if self.leaf_offsets is None:
-            return self.pictures[leaves].astype(np.int64), positions
+            return self.pictures[leaves].astype(np.int64), np.arange(len(leaves))
         first = self.leaf_offsets.at(leaves)
-        counts = self.leaf_offsets.at(leaves + 1) - first
-        owners = np.repeat(positions, counts)
-        within = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self.pictures[first[owners] + within].astype(np.int64), owners
+        places, owners = spread(first, self.leaf_offsets.at(leaves + 1))
+        return self.pictures[places].astype(np.int64), owners
 
 
 def build_index(codes: Codes) -> VokenIndex:

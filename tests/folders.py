@@ -1,5 +1,6 @@
 """Run folders made by hand: what the stages leave, with random content, in milliseconds."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,10 @@ import numpy as np
 from PIL import Image
 
 from models.rqvae import RqVae, RqVaeConfig
+from retriever.gallery.gallery import COMMAND, FOLDERS, KEEPS_FEATURES, SEGMENTS, read_gallery
+from retriever.gallery.pictures import LineStore
+from retriever.gallery.publish import version_facts
+from retriever.gallery.segments import SEGMENT, Block, shape_of_all, write_segment
 from tools import runs
 from tools.captions import FILE_NAME, SPLITS, Record, read_captions, write_captions
 from tools.features import encoder_of
@@ -138,3 +143,36 @@ def tokens(folder: Path, of: Path) -> Path:
     fingerprint = runs.read_manifest(of, "tools.prepare_captions").fingerprint
     facts = {"captions": str(of), "captions_fingerprint": fingerprint, "length": 4, "codebook_size": 8}
     return finished(folder, "reranker.convert", write, facts={**facts, "tokenizer": "patches"})
+
+
+def as_earlier(folder: Path, *, contents: bool = True) -> Path:
+    """Make an index that was just built what an earlier program would have left."""
+    opened = read_gallery(folder)
+    lines = [json.dumps(picture._asdict(), ensure_ascii=False).encode() + b"\n" for picture in opened.pictures()]
+    version = (folder / "segment-000000").rename(folder / "version-000000")
+    (version / "pictures.sqlite").unlink()
+    (version / LineStore.TEXT).write_bytes(b"".join(lines))
+    write_array(version / LineStore.LINES, np.cumsum([0, *map(len, lines)]))
+    if contents:
+        write_array(version / LineStore.CONTENTS, opened.contents(opened.rows))
+    facts = {key: value for key, value in opened.facts.items() if key != SEGMENTS}
+    runs.replace_outputs(opened.manifest, sorted(version.iterdir()), facts)
+    return folder
+
+
+def small_index(folder: Path, block: Block) -> Path:
+    """An index of some pictures, which no model made."""
+    facts = {
+        **version_facts(0, len(block.codes), [SEGMENT.format(0)]),
+        "levels": block.codes.shape[1],
+        "codebooks": "none",
+        KEEPS_FEATURES: block.features is not None,
+        FOLDERS: [],
+        "history": [],
+    }
+    return finished(
+        folder,
+        COMMAND,
+        lambda here: write_segment(here, 0, shape_of_all(block), iter([block]), tree=True),
+        facts=facts,
+    )

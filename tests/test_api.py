@@ -86,8 +86,7 @@ def cosines(retriever: Retriever, chain: Chain, queries: list[str]) -> NDArray[n
     clip = load_clip(str(chain.features / "clip"))
     with torch.inference_mode():
         texts = encode_tokens(clip, clip.tokenizer(queries)).numpy().astype(np.float64)
-    assert retriever.gallery.features is not None
-    return (texts / np.linalg.norm(texts, axis=1, keepdims=True)) @ retriever.gallery.features.astype(np.float64).T
+    return (texts / np.linalg.norm(texts, axis=1, keepdims=True)) @ retriever.gallery.features().astype(np.float64).T
 
 
 def images(found: list[Found]) -> list[str]:
@@ -103,7 +102,7 @@ def test_what_is_found_is_what_scoring_every_picture_finds(
     """Beams as wide as the index, against a forward pass a picture; by vokens alone, and with features."""
     lm = VokenLM.from_pretrained(retriever / "model")
     pictures = list(read_gallery(index).pictures())
-    codes = np.asarray(found_by.gallery.codes).astype(np.int64)
+    codes = np.asarray(found_by.gallery.codes()).astype(np.int64)
     own = exhaustive(lm, codes, lm.tokenize(QUERIES), scoring="full", score_end=False).double().numpy()
     for share in (0.0, 0.4):
         total = (1 - share) * own + share * 100 * cosines(found_by, chain, QUERIES)
@@ -161,7 +160,7 @@ def test_similar_pictures_are_those_of_near_features(found_by: Retriever, chain:
 
 
 def test_without_features_similar_pictures_share_vokens(featureless: Retriever) -> None:
-    codes = np.asarray(featureless.gallery.codes).tolist()
+    codes = np.asarray(featureless.gallery.codes()).tolist()
     for row in (0, 17, 47):
         found = featureless.similar(featureless.gallery.picture(row).image, k=10)
         shared = [next((place for place in range(3) if own[place] != codes[row][place]), 3) for own in codes]
@@ -180,7 +179,7 @@ def test_without_features_there_is_no_search_by_them(featureless: Retriever) -> 
 
 
 def test_vokens_sum_to_the_score_and_alternatives_exist(found_by: Retriever) -> None:
-    codes = np.asarray(found_by.gallery.codes)
+    codes = np.asarray(found_by.gallery.codes())
     for one in found_by.search(QUERIES[:1], k=48, rerank=False)[0][::9]:
         steps = found_by.vokens(QUERIES[0], one.codes, top=8)
         assert sum(step.log_probability for step in steps) == pytest.approx(one.score, abs=1e-4)
@@ -288,9 +287,7 @@ def test_a_change_that_cannot_be_made_changes_nothing(changing: Retriever, tmp_p
 
 def test_an_index_of_other_vokens_is_not_taken(changing: Retriever) -> None:
     manifest = read_json(changing.gallery.folder / runs.MANIFEST)
-    manifest["facts"] |= {"codebooks": "others", "version": "version-000009"}
-    version = changing.gallery.folder / changing.gallery.facts["version"]
-    shutil.copytree(version, version.with_name("version-000009"))
+    manifest["facts"] |= {"codebooks": "others"}
     runs.write_manifest(changing.gallery.folder, manifest)
     with pytest.raises(BadInput, match="has vokens of another tokenizer now: load the retriever again"):
         changing.refresh()
@@ -343,10 +340,10 @@ def test_threads_share_one_object_while_pictures_change(changing: Retriever, tmp
 PARTS = [
     "README.md", "clip/open_clip_config.json", "clip/open_clip_model.safetensors", "config.json",
     "index/manifest.json",
-    *(f"index/version-000000/{name}" for name in (
+    *(f"index/segment-000000/{name}" for name in (
         "codes.npy", "features.npy",
         *(f"level{level}_{part}.npy" for level in range(3) for part in ("bases", "codes", "deltas")),
-        "lines.npy", "pictures.jsonl", "pictures.npy",
+        "pictures.npy", "pictures.sqlite",
     )),
     *(f"language_model/{name}" for name in (
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -522,7 +519,7 @@ def test_folders_that_cannot_be_loaded(folder: Path, retriever: Path, tmp_path: 
         with pytest.raises(BadInput, match=message):
             Retriever.load(copy)
     copy = Path(shutil.copytree(folder, tmp_path / "incomplete"))
-    (copy / "index" / "version-000000" / "codes.npy").write_bytes(b"x")
+    (copy / "index" / "segment-000000" / "codes.npy").write_bytes(b"x")
     with pytest.raises(BadInput, match=r"codes\.npy is damaged"):
         Retriever.load(copy)
     shutil.copytree(folder / "index", copy / "index", dirs_exist_ok=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -15,16 +14,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from models.clip import Pictures, encode_images, load_clip
 from models.rqvae import RqVae, tokenize
 from retriever import index, prepare
+from retriever.data import read_data
 from retriever.gallery import add as add_pictures
 from retriever.gallery import build as build_index
-from retriever.gallery import gallery, search
+from retriever.gallery import gallery, search, segments
 from retriever.gallery import remove as remove_pictures
-from retriever.gallery.gallery import Gallery, Picture, changing, read_gallery, replace_pictures
+from retriever.gallery.contents import unknown
+from retriever.gallery.gallery import Gallery, read_gallery
+from retriever.gallery.merge import merge_all
+from retriever.gallery.overlay import overlay_to_device
+from retriever.gallery.pictures import Picture
+from retriever.gallery.publish import changing, replace_pictures
+from retriever.gallery.segments import Block, half_normalized
 from tests.chain import Chain, files_of
+from tests.folders import as_earlier
 from tests.tiny import draw_picture, generate_codes
 from tools import finished, runs
 from tools.captions import SPLITS
@@ -33,10 +41,11 @@ from tools.features import Floats, read_features
 from tools.files import read_array, read_json, write_array
 
 NEW = (("red", "square"), ("orange", "ring"), ("grey", "cross"))
-VERSION_FILES = [
-    "codes.npy", "contents.npy", "features.npy",
+CHANGE = ["codes.npy", "features.npy", "pictures.sqlite"]  # files of a segment that lies over another
+WHOLE = [
+    "codes.npy", "features.npy",
     *(f"level{level}_{part}.npy" for level in range(3) for part in ("bases", "codes", "deltas")),
-    "lines.npy", "pictures.jsonl", "pictures.npy",
+    "pictures.npy", "pictures.sqlite",
 ]  # fmt: skip
 
 
@@ -91,14 +100,36 @@ def found_files(folder: Path, retriever: Path, sheet: Path, capsys: pytest.Captu
 
 
 def assert_same_tree(folder: Path, codes: Sequence[Sequence[int]], scratch: Path) -> None:
-    """The index is, file by file, the one that is built from nothing over codes (pictures, levels)."""
+    """A search walks the index that is built from nothing over codes (pictures, levels); merged, it is that file by
+    file."""
     scratch.mkdir()
     index.save_index(scratch, index.build_index(np.array(codes)))
+    assert read_gallery(folder).codes().tolist() == np.array(codes).tolist()
+    assert_whole_tree(read_gallery(folder))
+    merge_all(folder)
     opened = read_gallery(folder)
-    version = folder / opened.facts["version"]
-    assert opened.codes.tolist() == np.array(codes).tolist()
+    assert opened.codes().tolist() == np.array(codes).tolist()
+    [segment] = opened.segments
     for path in scratch.iterdir():
-        assert path.read_bytes() == (version / path.name).read_bytes(), path.name
+        assert path.read_bytes() == (folder / segment.name / path.name).read_bytes(), path.name
+
+
+def assert_whole_tree(opened: Gallery) -> None:
+    """The tree with its changes has the leaves of one built anew, in their order, with the same pictures behind."""
+    fresh = index.build_index(np.asarray(opened.codes()))
+    expected, owners = fresh.expand(np.arange(fresh.leaves))
+    found, ours = opened.overlay.expand(all_leaves(opened))
+    assert found.tolist() == opened.rows[expected].tolist()
+    assert ours.tolist() == owners.tolist()
+
+
+def all_leaves(opened: Gallery) -> NDArray[np.int64]:
+    """Leaves that a search can come to, in the order of their codes."""
+    nodes = torch.zeros(1, dtype=torch.long)
+    for level in overlay_to_device(opened.overlay, index.to_device(opened.overlay.tree, torch.device("cpu"))):
+        children = level.children(nodes)
+        nodes = children.nodes[children.exist]
+    return nodes.numpy()
 
 
 def told_apart(codes: Sequence[Sequence[int]]) -> Floats:
@@ -108,13 +139,9 @@ def told_apart(codes: Sequence[Sequence[int]]) -> Floats:
 
 def assert_whole(opened: Gallery) -> None:
     """All parts are of one version: the pictures of `numbered` are called by their codes, and so are their features."""
-    assert [picture.image for picture in opened.pictures()] == [str(row) for row in opened.codes.tolist()]
-    assert opened.features is not None
-    assert opened.features.tolist() == gallery.half_normalized(told_apart(opened.codes.tolist())).tolist()
-    fresh = index.build_index(np.asarray(opened.codes))
-    leaves = np.arange(fresh.leaves)
-    for ours, expected in zip(opened.index.expand(leaves), fresh.expand(leaves), strict=True):
-        assert ours.tolist() == expected.tolist()
+    assert [picture.image for picture in opened.pictures()] == [str(row) for row in opened.codes().tolist()]
+    assert opened.features().tolist() == half_normalized(told_apart(opened.codes().tolist())).tolist()
+    assert_whole_tree(opened)
 
 
 def test_added_pictures_are_found_and_removed_ones_are_not(
@@ -161,7 +188,7 @@ def test_adding_gives_the_index_that_is_built_from_nothing(
     chain: Chain, folder: Path, new: Path, tmp_path: Path
 ) -> None:
     """Codes, tree and collisions, with copies that collide; the pictures that were there keep their codes."""
-    before = read_gallery(folder).codes.tolist()
+    before = read_gallery(folder).codes().tolist()
     add(folder, new)
     features = read_features(chain.features)
     clip = load_clip(str(chain.features / "clip"))
@@ -180,12 +207,12 @@ def test_adding_gives_the_index_that_is_built_from_nothing(
 
 def test_removing_gives_the_index_of_those_that_stay(folder: Path, tmp_path: Path) -> None:
     old = read_gallery(folder)
-    names, codes = [picture.image for picture in old.pictures()], old.codes.tolist()
+    names, codes = [picture.image for picture in old.pictures()], old.codes().tolist()
     remove(folder, names[3], old.picture(20).file, os.path.relpath(old.picture(7).file))
     stay = [row for row in range(48) if row not in (3, 7, 20)]
     assert images(folder) == [names[row] for row in stay]
     assert_same_tree(folder, [codes[row] for row in stay], tmp_path / "scratch")
-    assert old.codes.tolist() == codes  # an open gallery stays what it was
+    assert old.codes().tolist() == codes  # an open gallery stays what it was
     assert [picture.image for picture in old.pictures()] == names
 
 
@@ -203,12 +230,13 @@ def test_unresolved_collisions_stay_and_list_the_older_picture_first(chain: Chai
     names = images(folder)
     for name in ("red-circle.png", "blue-ring.png", "grey-line.png"):
         old, copy = names.index(name), names.index(f"copy of {name}")
-        assert opened.codes[old].tolist() == opened.codes[copy].tolist()
-        rows, owners = opened.index.expand(np.arange(opened.index.leaves))
+        assert opened.codes()[old].tolist() == opened.codes()[copy].tolist()
+        rows, owners = opened.overlay.expand(all_leaves(opened))
         together = rows[owners == owners[rows.tolist().index(copy)]].tolist()
         assert together == sorted(together)
         assert {old, copy} <= set(together)
-    assert "leaf_bases.npy" in {path.name for path in (folder / "version-000001").iterdir()}
+    merge_all(folder)
+    assert "leaf_bases.npy" in {path.name for path in (folder / "segment-000002").iterdir()}
 
 
 def test_known_pictures_are_refused_replaced_or_left_out(
@@ -247,9 +275,8 @@ def directions(vectors: Floats) -> Floats:
 def features_by_image(folder: Path) -> dict[str, list[float]]:
     """What the index keeps of each picture."""
     opened = read_gallery(folder)
-    assert opened.features is not None
-    assert opened.features.dtype == np.float16
-    return dict(zip((picture.image for picture in opened.pictures()), opened.features.tolist(), strict=True))
+    assert opened.features().dtype == np.float16
+    return dict(zip((picture.image for picture in opened.pictures()), opened.features().tolist(), strict=True))
 
 
 def test_features_stay_with_their_pictures(chain: Chain, folder: Path, new: Path) -> None:
@@ -287,7 +314,7 @@ def test_features_stay_with_their_pictures(chain: Chain, folder: Path, new: Path
 
 def forget_features(folder: Path) -> Path:
     """Make an index what an earlier version of this repository would have left."""
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(as_earlier(folder) / "manifest.json")
     del manifest["facts"][gallery.KEEPS_FEATURES]
     del manifest["config"]["keep_features"]
     version = folder / manifest["facts"]["version"]
@@ -311,17 +338,19 @@ def test_an_index_without_features_takes_and_loses_pictures(
     add(folder, new)
     remove(folder, "red-ring.png")
     opened = read_gallery(folder)
-    assert opened.features is None
+    assert not opened.keeps_features
     assert len(opened) == 53
-    bare = [name for name in VERSION_FILES if name != "features.npy"]
-    assert sorted(path.name for path in (folder / "version-000002").iterdir()) == bare
+    assert sorted(path.name for path in (folder / "segment-000002").iterdir()) == ["codes.npy", "pictures.sqlite"]
+    merge_all(folder)
+    bare = [name for name in WHOLE if name != "features.npy"]
+    assert sorted(path.name for path in (folder / "segment-000003").iterdir()) == bare
 
 
 def test_features_of_other_pictures_are_refused(
     chain: Chain, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(runs.VERIFY_VARIABLE, "off")  # else the hash would tell
-    path = folder / "version-000000" / "features.npy"
+    path = folder / "segment-000000" / "features.npy"
     write_array(path, np.asarray(read_array(path))[:-1])
     with pytest.raises(BadInput, match=r"features\.npy has 47 rows for 48 pictures: build the index again$"):
         read_gallery(folder)
@@ -338,29 +367,37 @@ def test_features_of_other_pictures_are_refused(
 def test_replacing_a_picture_frees_its_codes(folder: Path, new: Path) -> None:
     """A picture that takes its own place gets the codes that it had."""
     add(folder, new)
-    before = read_gallery(folder).codes.tolist()
+    before = read_gallery(folder).codes().tolist()
     add(folder, new, replace=True)
-    assert read_gallery(folder).codes.tolist() == before
+    assert read_gallery(folder).codes().tolist() == before
 
 
-def test_run_folder_holds_exactly_two_versions(folder: Path, new: Path, tmp_path: Path) -> None:
-    assert files_of(folder) == ["manifest.json", *(f"version-000000/{name}" for name in VERSION_FILES)]
+def test_run_folder_holds_what_the_last_two_versions_name(folder: Path, new: Path, tmp_path: Path) -> None:
+    whole = [f"segment-000000/{name}" for name in WHOLE]
+    assert files_of(folder) == ["manifest.json", *whole]
     empty = runs.fingerprint(folder)
     add(folder, new)
     filled = runs.fingerprint(folder)
-    remove(folder, "red-circle.png", "red-ring.png", *below(new))
+    remove(folder, "red-circle.png", "red-ring.png", *below(new)[:2])
     manifest = runs.read_manifest(folder, gallery.COMMAND)
-    assert files_of(folder) == [
-        "manifest.json", *(f"version-00000{number}/{name}" for number in (1, 2) for name in VERSION_FILES)
-    ]  # fmt: skip
-    assert sorted(manifest.outputs) == [f"version-000002/{name}" for name in VERSION_FILES]
+    changes = [f"segment-00000{number}/{name}" for number in (1, 2) for name in CHANGE]
+    assert files_of(folder) == ["manifest.json", *whole, *changes]
+    assert sorted(manifest.outputs) == [*whole, *changes]
     assert len({empty, filled, manifest.fingerprint}) == 3
-    assert manifest.facts["pictures"] == 46
+    assert manifest.facts["pictures"] == 50
     history = [(row["added"], row["removed"], row["source"]) for row in manifest.facts["history"]]
     assert history[1:] == [
-        (6, 0, str(new)), (0, 8, f"red-circle.png, red-ring.png, {below(new)[0]} ..."),
+        (6, 0, str(new)), (0, 4, f"red-circle.png, red-ring.png, {below(new)[0]} ..."),
     ]  # fmt: skip
     assert history[0][:2] == (48, 0)
+    remove(folder, "red-line.png", *below(new)[2:4])  # a quarter has changed now, so everything is merged
+    merged = [f"segment-000004/{name}" for name in WHOLE]
+    assert sorted(runs.read_manifest(folder, gallery.COMMAND).outputs) == merged
+    changes += [f"segment-000003/{name}" for name in CHANGE]
+    assert files_of(folder) == ["manifest.json", *whole, *changes, *merged]
+    remove(folder, below(new)[4])
+    changes = [f"segment-000005/{name}" for name in CHANGE]
+    assert files_of(folder) == ["manifest.json", *merged, *changes]
 
 
 def test_a_changed_index_is_still_finished(
@@ -392,8 +429,8 @@ def rename_all(folder: Path, count: int, seed: int) -> None:
         named = opened.picture(0).image.startswith("[")
         removed = np.arange(len(opened))[:: 2 if named else 1]
         added = [Picture(str(row), f"{row}.png") for row in codes.tolist()]
-        features = told_apart(codes.tolist())
-        replace_pictures(opened, removed=removed, added=added, codes=codes, features=features, source="test")
+        block = Block(codes, added, half_normalized(told_apart(codes.tolist())), unknown(count))
+        replace_pictures(opened, removed=opened.rows[removed], added=block, source="test")
 
 
 def run_until(step: int, action: Callable[[], None]) -> int:
@@ -405,7 +442,9 @@ def run_until(step: int, action: Callable[[], None]) -> int:
 
     def kill(event: str, arguments: tuple[Any, ...]) -> None:
         writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (writing or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")) and next(writes) == step:
+        if (writing or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect")) and next(
+            writes
+        ) == step:
             os._exit(9)
 
     try:
@@ -429,17 +468,16 @@ def test_a_writer_killed_at_any_step_leaves_a_whole_version(folder: Path, tmp_pa
         assert images(copy) == (new if outcomes[-1] else old)
         rename_all(copy, 4, seed=3)
         assert_whole(read_gallery(copy))
-        number = 4 if outcomes[-1] else 3
-        assert sorted(path.name for path in copy.iterdir()) == [
-            ".lock", "manifest.json", f"version-00000{number - 1}", f"version-00000{number}",
-        ]  # fmt: skip
+        facts = read_gallery(copy).facts
+        kept = {*facts[gallery.SEGMENTS], *facts[gallery.EARLIER]}
+        assert {path.name for path in copy.iterdir()} == {".lock", "manifest.json", *kept}
         shutil.rmtree(copy)
         if status != 9:
             break
     assert status == 0
     assert step > 40
     assert outcomes == sorted(outcomes)
-    assert outcomes.count(False) > 30
+    assert outcomes.count(False) > 10
     assert outcomes.count(True) > 10  # killed while it removed the version before the last
 
 
@@ -450,7 +488,7 @@ def test_a_killed_build_is_repeated(chain: Chain, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=r"run scripts/14_build_index\.sh first"):
             read_gallery(config.output)
     build_index.main(config)
-    assert files_of(config.output) == ["manifest.json", *(f"version-000000/{name}" for name in VERSION_FILES)]
+    assert files_of(config.output) == ["manifest.json", *(f"segment-000000/{name}" for name in WHOLE)]
 
 
 def read_again_and_again(folder: Path, stop: Any, results: Any) -> None:
@@ -486,21 +524,23 @@ def test_a_reader_never_sees_a_torn_version(folder: Path) -> None:
 
 def test_a_reader_whose_version_went_reads_the_newest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbered(folder)
-    load, calls = index.load_index, []
+    read, calls = segments.read_segment, []
 
-    def overtaken(version: Path, levels: int) -> index.VokenIndex:
-        calls.append(version.name)
+    def overtaken(place: Path, name: str, **options: Any) -> segments.Segment:
+        calls.append(name)
         if len(calls) == 1:
             with monkeypatch.context() as patch:
-                patch.setattr(gallery, "load_index", load)
+                patch.setattr(gallery, "read_segment", read)
                 for seed in (1, 2):
                     rename_all(folder, 3, seed)
-        return load(version, levels)
+        return read(place, name, **options)
 
-    monkeypatch.setattr(gallery, "load_index", overtaken)
+    before = read_gallery(folder).facts[gallery.SEGMENTS]
+    monkeypatch.setattr(gallery, "read_segment", overtaken)
     opened = read_gallery(folder)
     assert_whole(opened)
-    assert calls == ["version-000001", "version-000003"]
+    assert calls == [before[0], *opened.facts[gallery.SEGMENTS]]
+    assert not set(before) & set(opened.facts[gallery.SEGMENTS])
 
 
 def test_only_one_writes_at_a_time(folder: Path, new: Path) -> None:
@@ -688,9 +728,13 @@ def test_stale_inputs_are_refused(chain: Chain, tmp_path: Path) -> None:
         build_index.main(build_index.Config(dataset=dataset, rqvae=chain.rqvae, output=tmp_path / "index"))
 
 
-@pytest.mark.parametrize("name", ["pictures.jsonl", "lines.npy", "codes.npy", "level1_codes.npy", "features.npy"])
+@pytest.mark.parametrize(
+    "name", ["pictures.sqlite", "codes.npy", "level1_codes.npy", "features.npy", "pictures.jsonl", "lines.npy"]
+)
 def test_damaged_files_are_named(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = folder / "version-000000"
+    version = folder / "segment-000000"
+    if not (version / name).exists():
+        version = as_earlier(folder) / "version-000000"
     (version / name).write_bytes((version / name).read_bytes()[:-2] if name.endswith("jsonl") else b"")
     with pytest.raises(BadInput, match=rf"/{name} is damaged.*: run scripts/14_build_index\.sh --overwrite"):
         read_gallery(folder)
@@ -703,8 +747,11 @@ def test_damaged_files_are_named(name: str, folder: Path, monkeypatch: pytest.Mo
         read_gallery(folder)
 
 
-def test_pictures_are_read_by_row(folder: Path) -> None:
-    opened = read_gallery(folder)
-    lines = (folder / "version-000000" / "pictures.jsonl").read_text().splitlines()
-    assert [opened.picture(row)._asdict() for row in range(48)] == [json.loads(line) for line in lines]
+def test_pictures_are_read_by_row(folder: Path, chain: Chain) -> None:
+    opened, data = read_gallery(folder), read_data(chain.dataset)
+    pictures = [
+        Picture(image, str(data.image_folder / file)) for image, file in zip(data.images, data.files, strict=True)
+    ]
+    assert [opened.picture(row) for row in range(48)] == pictures
+    assert list(opened.pictures()) == pictures
     assert all(Path(picture.file).is_file() for picture in opened.pictures())

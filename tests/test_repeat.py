@@ -29,7 +29,10 @@ from tools.errors import BadInput
 from tools.files import hash_file, read_json, write_json
 from tools.logs import table
 
-TIMED = {"table.txt", "version-000000/contents.npy"}  # outputs that hold times: of the work, and of the picture files
+TIMED = {
+    "table.txt",
+    "segment-000000/pictures.sqlite",
+}  # outputs that hold times: of the work, and of the picture files
 
 
 def run_rest(chain: Chain, retriever: Path, index: Path) -> list[Path]:

@@ -147,7 +147,9 @@ def test_codes_that_others_have_are_taken() -> None:
     codes = model.quantizer.encode(torch.from_numpy(latents)).numpy()
     first, then = np.arange(50), np.arange(50, 80)
     both = resolve_collisions(codes, latents, model, [first, then])
-    beside = resolve_collisions(codes[50:], latents[50:], model, [np.arange(30)], taken=both[:50].astype(np.int16))
+    beside = resolve_collisions(
+        codes[50:], latents[50:], model, [np.arange(30)], taken=lambda prefixes: both[:50].astype(np.int16)
+    )
     assert beside.tolist() == both[50:].tolist()
     assert beside.tolist() != resolve_collisions(codes[50:], latents[50:], model, [np.arange(30)]).tolist()
 

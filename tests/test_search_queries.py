@@ -21,6 +21,7 @@ from retriever import Retriever
 from retriever.gallery import build as build_index
 from retriever.gallery import search
 from retriever.gallery.answers import Ranked, Selection
+from retriever.gallery.gallery import KEEPS_FEATURES
 from retriever.serve.web import make_app
 from tests.chain import Chain
 from tests.pages import make_service
@@ -79,10 +80,9 @@ def command(retriever: Retriever, folder: Path, **options: Any) -> None:
 
 def test_a_picture_finds_the_nearest_features(found_by: Retriever, chain: Chain, photo: Path) -> None:
     gallery = found_by.gallery
-    assert gallery.features is not None
-    expected = gallery.features.astype(np.float64) @ unit(encoded(chain, photo))
+    expected = gallery.features().astype(np.float64) @ unit(encoded(chain, photo))
     answer = found_by.search_image(photo, k=ALL)
-    order = [gallery.rows[one.image] for one in answer]
+    order = [row for one in answer if (row := gallery.row(one.image)) is not None]
     assert sorted(order) == list(range(48))
     assert [one.score for one in answer] == pytest.approx(expected[order].tolist(), abs=1e-3)
     assert [one.score for one in answer] == sorted((one.score for one in answer), reverse=True)
@@ -205,7 +205,13 @@ def test_what_is_shown_is_what_a_loop_over_the_ranking_shows(
     centres = unit(generator.normal(size=(4, 6)))
     features = unit(centres[generator.integers(0, 4, 48)] + 0.2 * generator.normal(size=(48, 6))).astype(np.float16)
     gallery = found_by.gallery
-    changed = dataclasses.replace(gallery, features=features if kept else None)
+    facts = {**gallery.facts, KEEPS_FEATURES: kept}
+    [segment] = gallery.segments
+    changed = dataclasses.replace(
+        gallery,
+        manifest=dataclasses.replace(gallery.manifest, facts=facts),
+        segments=[dataclasses.replace(segment, features=features if kept else None)],
+    )
     cosines = generator.uniform(-1, 1, len(rows)).astype(np.float32)
     if not kept:
         least = None
@@ -220,11 +226,11 @@ def test_what_is_shown_is_what_a_loop_over_the_ranking_shows(
         def near(other: int, row: int = row) -> bool:
             if kept:
                 return bool(unit(features[row].astype(np.float64)) @ unit(features[other].astype(np.float64)) >= at)
-            return gallery.codes[row][:-1].tolist() == gallery.codes[other][:-1].tolist()
+            return gallery.code(row)[:-1] == gallery.code(other)[:-1]
 
         home = next((group for group in groups if near(group[0])), None)
         groups.append([row]) if home is None else home.append(row)
-    assert [[gallery.rows[one.image] for one in (best, *best.folded)] for best in shown] == groups[:k]
+    assert [[gallery.row(one.image) for one in (best, *best.folded)] for best in shown] == groups[:k]
 
 
 def test_copies_become_one_result_and_as_many_are_shown(changing: Retriever, chain: Chain, tmp_path: Path) -> None:

@@ -131,10 +131,9 @@ def test_vokens_and_alike_pictures(client: TestClient, service: Service) -> None
 def test_pictures_whose_codes_begin_alike(client: TestClient, service: Service) -> None:
     """In the order of the vokens they share, then of their features, counted by hand."""
     gallery = service.retriever.gallery
-    own = gallery.rows["red-circle.png"]
-    assert gallery.features is not None
-    cosines = gallery.features.astype(np.float32) @ gallery.features[own].astype(np.float32)
-    codes = gallery.codes.tolist()
+    own = gallery.row("red-circle.png")
+    cosines = gallery.features().astype(np.float32) @ gallery.features()[own].astype(np.float32)
+    codes = gallery.codes().tolist()
 
     def leading(row: int) -> int:
         return next((level for level in range(3) if codes[row][level] != codes[own][level]), 3)

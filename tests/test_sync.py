@@ -17,8 +17,9 @@ from retriever.gallery import add as add_pictures
 from retriever.gallery import build as build_index
 from retriever.gallery import contents, sync
 from retriever.gallery import remove as remove_pictures
-from retriever.gallery.gallery import CONTENTS, FOLDERS, read_gallery
+from retriever.gallery.gallery import FOLDERS, read_gallery
 from tests.chain import Chain, encode_config
+from tests.folders import as_earlier
 from tests.tiny import draw_picture, generate_codes, prepare_emb
 from tools import prepare_captions, runs
 from tools.errors import BadInput
@@ -84,15 +85,15 @@ def nothing_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_equal(ours: Life, fresh: Life, *, codes: bool) -> None:
-    """Ids, files, their order and features; codes whole, or up to the last level, at which collisions are resolved."""
+    """Ids, files and features; codes whole, or up to the last level, at which collisions are resolved."""
     mine, other = read_gallery(ours.index_folder), read_gallery(fresh.index_folder)
-    assert list(mine.pictures()) == list(other.pictures())
-    assert mine.features is not None
-    assert other.features is not None
-    np.testing.assert_allclose(mine.features.astype(np.float32), other.features.astype(np.float32), atol=2e-3)
+    rows = {picture: row for row, picture in zip(mine.rows.tolist(), mine.pictures(), strict=True)}
+    order = np.array([rows.pop(picture) for picture in other.pictures()])
+    assert not rows
+    np.testing.assert_allclose(mine.features(order).astype(np.float32), other.features().astype(np.float32), atol=2e-3)
     levels = slice(None) if codes else slice(-1)
-    assert mine.codes[:, levels].tolist() == other.codes[:, levels].tolist()
-    assert len(np.unique(mine.codes, axis=0)) == len(np.unique(other.codes, axis=0))
+    assert mine.codes(order)[:, levels].tolist() == other.codes()[:, levels].tolist()
+    assert len(np.unique(mine.codes(), axis=0)) == len(np.unique(other.codes(), axis=0))
 
 
 def apply(photos: Path, kind: str, source: str, target: str, number: int) -> None:
@@ -175,7 +176,7 @@ def test_what_moved_keeps_its_code_and_is_not_encoded(
     life: Life, nothing_is_encoded: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = read_gallery(life.index_folder)
-    codes = dict(zip(life.ids(), before.codes.tolist(), strict=True))
+    codes = dict(zip(life.ids(), before.codes().tolist(), strict=True))
     (life.photos / "a.png").rename(life.photos / "c" / "moved.png")
     os.utime(life.photos / "b.png", (1, 1))
     assert life.sync(dry_run=True) == (0, 0, 1, 0, 3, 4)
@@ -184,7 +185,7 @@ def test_what_moved_keeps_its_code_and_is_not_encoded(
     assert life.ids() == ["a.png", "b.png", "c/d.png", "c/é ü.png"]
     assert life.sync() == (0, 0, 1, 0, 3, 4)
     assert life.ids() == ["b.png", "c/d.png", "c/moved.png", "c/é ü.png"]
-    after = dict(zip(life.ids(), read_gallery(life.index_folder).codes.tolist(), strict=True))
+    after = dict(zip(life.ids(), read_gallery(life.index_folder).codes().tolist(), strict=True))
     assert after == {{"a.png": "c/moved.png"}.get(image, image): code for image, code in codes.items()}
 
 
@@ -308,12 +309,10 @@ def test_what_cannot_be_used_is_named(life: Life, tmp_path: Path, capsys: pytest
 
 def test_an_index_of_an_earlier_version_is_followed(life: Life, capsys: pytest.CaptureFixture[str]) -> None:
     """It notes nothing of files: those that have not changed since it was made are trusted, and hashed once."""
-    manifest = read_json(life.index_folder / runs.MANIFEST)
-    version = life.index_folder / manifest["facts"]["version"]
-    del manifest["facts"][FOLDERS], manifest["outputs"][f"{version.name}/{CONTENTS}"]
+    manifest = read_json(as_earlier(life.index_folder, contents=False) / runs.MANIFEST)
+    del manifest["facts"][FOLDERS]
     manifest["facts"]["history"][0]["time"] = "2099-01-01T00:00:00+00:00"
     runs.write_manifest(life.index_folder, manifest)
-    (version / CONTENTS).unlink()
     with pytest.raises(BadInput, match="does not say which folders its pictures came from: name the folder"):
         life.sync()
     draw(life.photos / "new.png", 20)

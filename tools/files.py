@@ -24,8 +24,11 @@ _hashes: dict[Path, tuple[tuple[int, ...], str]] = {}
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it takes the place of `path` in one step, on failure it goes.
+
+    Args:
+        durable: when this returns, the new file outlives a power cut; before, the old one does.
 
     Raises:
         BadInput: the disk is full, read-only, or otherwise refuses the file.
@@ -33,7 +36,11 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
+        if durable:
+            force_to_disk(temporary)
         temporary.replace(path)
+        if durable:
+            force_to_disk(path.parent)
     except Exception as error:
         if reason := why_not_written(error):
             raise BadInput(f"{path} cannot be written: {reason}") from error
@@ -43,15 +50,24 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def force_to_disk(path: Path) -> None:
+    """Return when a file, or a folder's list of files, would outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def remove_torn(folder: Path) -> None:
     """Remove, below a folder that nobody writes to, the temporary files that a killed `replacing` left."""
     for part in folder.rglob(".*.part"):
         part.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    with replacing(path) as temporary:
+def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
+    """Write `value` as indented JSON, atomically; `durable` as in `replacing`."""
+    with replacing(path, durable=durable) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

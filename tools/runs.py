@@ -40,7 +40,7 @@ LOCK = ".lock"
 RESUME = "resume"  # a folder for what only a resumed run needs; removed when the run finishes
 KINDS = {"command": str} | dict.fromkeys(("config", "inputs", "outputs", "facts", "metrics"), dict)
 CHECKSUM = "checksum"  # of the manifest's other values
-VERIFY_VARIABLE = "VERIFY"  # "off": files are not compared with their manifest's hashes
+VERIFY_VARIABLE = "VERIFY"  # "off": files are not compared with their manifest's hashes; "all": even large ones are
 RUNTIME_FIELDS = frozenset(  # these do not change what is computed: a run may go on with others
     {"output", "overwrite", "workers", "device"}
     | {"api_key_variable", "requests_per_minute", "parallel", "retries", "skip_refused"}
@@ -220,8 +220,11 @@ def _begin(command: str, config: StageConfig, inputs: dict[str, Path], listings:
     return Run(folder=folder, started=started, began=time.monotonic(), lock=lock)
 
 
-def read_manifest(folder: Path, *commands: str) -> Manifest:
+def read_manifest(folder: Path, *commands: str, hashed: int | None = None) -> Manifest:
     """Read a finished run folder that one of `commands` made.
+
+    Args:
+        hashed: bytes of a file up to which it is compared with its hash, unless `VERIFY=all`; by default all are.
 
     Raises:
         BadInput: there is no manifest, another command made the folder, or a file in it is damaged; the message names
@@ -239,7 +242,7 @@ def read_manifest(folder: Path, *commands: str) -> Manifest:
             f"{folder} was made by {values['command']}, not by {' or '.join(commands)}: name a folder that "
             f"{scripts} made"
         )
-    while damage := _damage(folder, values["outputs"]):
+    while damage := _damage(folder, values["outputs"], hashed=hashed):
         newer = _manifest_values(folder, *commands)
         if newer == values:
             raise BadInput(f"{damage}: run {scripts_for(folder, values['command'])} --overwrite")
@@ -278,17 +281,28 @@ def unchanged_input(manifest: Manifest, name: str) -> Path:
     return path
 
 
-def replace_outputs(manifest: Manifest, outputs: Iterable[Path], facts: dict[str, Any]) -> None:
-    """Let the manifest of a finished run speak of other files of its folder, in one step; the run stays the same."""
+def replace_outputs(
+    manifest: Manifest, outputs: Iterable[Path], facts: dict[str, Any], *, unread: Iterable[str] = ()
+) -> None:
+    """Let the manifest of a finished run speak of other files of its folder, in one step that outlives a power cut.
+
+    Args:
+        unread: those of its files, seen from the folder, that it speaks of besides, and which have not changed.
+    """
     values = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
     folder = values.pop("folder")
-    write_manifest(folder, {**values, "outputs": _hashes(folder, outputs), "facts": facts})
+    hashes = {**{name: manifest.outputs[name] for name in unread}, **_hashes(folder, outputs)}
+    write_manifest(folder, {**values, "outputs": hashes, "facts": facts}, durable=True)
 
 
-def write_manifest(folder: Path, values: dict[str, Any]) -> None:
-    """Write a manifest with a checksum of its own, atomically."""
+def write_manifest(folder: Path, values: dict[str, Any], *, durable: bool = False) -> None:
+    """Write a manifest with a checksum of its own, atomically.
+
+    Args:
+        durable: as in `replacing`.
+    """
     plain = json.loads(json.dumps({key: value for key, value in values.items() if key != CHECKSUM}))
-    write_json(folder / MANIFEST, {**plain, CHECKSUM: _hash_value(plain)})
+    write_json(folder / MANIFEST, {**plain, CHECKSUM: _hash_value(plain)}, durable=durable)
 
 
 def hold(folder: Path) -> TextIO:
@@ -440,16 +454,22 @@ def _scripts(path: Path, commands: Iterable[str]) -> str:
     return scripts_for(path.parent, *(list(commands) or by_name)) or f"the command that made {path.parent}"
 
 
-def _damage(folder: Path, outputs: dict[str, str]) -> str:
-    """What is wrong with the first file that is not as a manifest has it, or nothing. The main process alone looks."""
+def _damage(folder: Path, outputs: dict[str, str], *, hashed: int | None = None) -> str:
+    """What is wrong with the first file that is not as a manifest has it, or nothing. The main process alone looks.
+
+    Args:
+        hashed: as in `read_manifest`.
+    """
     if not processes.is_main():  # it ends the others when it is refused
         return ""
+    verify = os.environ.get(VERIFY_VARIABLE)
     for name, content in outputs.items():
         path = folder / name
         try:
-            if os.environ.get(VERIFY_VARIABLE) == "off":
-                path.stat()
-            elif verified_hash(path) != content:
+            size = path.stat().st_size
+            if verify == "off" or (hashed is not None and size > hashed and verify != "all"):
+                continue
+            if verified_hash(path) != content:
                 return f"{path} is damaged, it has changed since it was made"
         except FileNotFoundError:
             return f"{path} is missing"

@@ -1,7 +1,7 @@
 """Add a folder of pictures to the index, without training: the next search finds them.
 
 In:  a `retriever.gallery.build` folder, and any folder; every picture below it is added.
-Out: the index's next version (retriever/gallery/gallery.py). An added picture's id is its path below the folder.
+Out: the index's next version (retriever/gallery/publish.py). An added picture's id is its path below the folder.
 Command: python -m retriever.gallery.add --index DIR ~/new_photos
 """
 
@@ -34,8 +34,11 @@ from tools.texts import plural, printable
 from tools.vokens import Codes
 
 from .contents import read_contents
-from .gallery import Folder, Gallery, Picture, changing, replace_pictures
+from .gallery import Folder, Gallery
 from .options import IndexOptions
+from .pictures import Picture
+from .publish import changing, replace_pictures
+from .segments import Block, half_normalized
 
 NAMED = 10  # files that are left out, in lines of their own
 AGAIN = "new pictures would get codes of another meaning: run scripts/14_build_index.sh --overwrite and add them again"
@@ -188,8 +191,9 @@ def known_rows(gallery: Gallery, new: Sequence[Picture]) -> dict[Picture, list[i
     """Those of the new pictures whose id or file is in the gallery, with the rows that have it."""
     images, files = ({getattr(picture, name): picture for picture in new} for name in Picture._fields)
     known: dict[Picture, list[int]] = {}
-    for row, old in enumerate(gallery.pictures()):
-        for picture in (images.get(old.image), files.get(old.file)):
+    old = gallery.with_images(list(images)) | gallery.with_files(list(files))
+    for row, there in sorted(old.items()):
+        for picture in dict.fromkeys((images.get(there.image), files.get(there.file))):
             if picture is not None:
                 known.setdefault(picture, []).append(row)
     return known
@@ -236,12 +240,16 @@ def encode(gallery: Gallery, new: Sequence[Picture], config: ReadingOptions, dev
     return torch.cat(blocks).numpy()
 
 
-def code(gallery: Gallery, features: Floats, taken: NDArray[np.integer], device: torch.device) -> Codes:
+def code(gallery: Gallery, features: Floats, device: torch.device, *, without: Rows) -> Codes:
     """Codes (pictures, levels) of features (pictures, width), collisions resolved where the gallery's were.
 
     Args:
-        taken: (others, levels) codes of the pictures that stay.
+        without: rows whose codes are free, as their pictures go.
     """
+
+    def taken(prefixes: Codes) -> NDArray[np.integer]:
+        return gallery.codes_behind(prefixes, without=without)
+
     folder = gallery.check_rqvae(AGAIN)
     groups = [np.arange(len(features))] if gallery.facts["resolve_collisions"] else None
     return tokenize(RqVae.from_pretrained(folder).to(device), features, groups=groups, taken=taken).codes
@@ -264,15 +272,13 @@ def add(index: Path, places: Sequence[Path], config: Options, *, source: str) ->
             return Added([], 0, len(gallery))
         contents = read_contents(gallery.files_below / picture.file for picture in choice.added)
         features = encode(gallery, choice.added, config, device)
-        codes = code(gallery, features, np.delete(gallery.codes, choice.replaced, axis=0), device)
+        codes = code(gallery, features, device, without=choice.replaced)
+        kept = half_normalized(features) if gallery.keeps_features else None
         total = replace_pictures(
             gallery,
             removed=choice.replaced,
-            added=choice.added,
-            codes=codes,
-            features=features,
+            added=Block(codes, choice.added, kept, contents),
             source=source,
-            contents=contents,
             folders=[Folder(gallery.recorded(place), config.prefix) for place in places if place.is_dir()],
         )
     return Added([picture.image for picture in choice.added], len(choice.replaced), total)

@@ -141,16 +141,16 @@ def folded(gallery: Gallery, rows: Rows, at: float, *, most: int) -> list[list[i
     Near-duplicates are those whose features have a cosine of at least `at` with the best one's. Where no features are
     kept, they have its codes: all of them, or all but the last where that was chosen anew to tell equal codes apart.
     """
-    if gallery.features is not None:
-        features = normalized(gallery.features[rows].astype(np.float32))  # again, as halves they were rounded
+    if gallery.keeps_features:
+        features = normalized(gallery.features(rows).astype(np.float32))  # again, as halves they were rounded
     else:
-        compared = gallery.codes.shape[1] - bool(gallery.facts["resolve_collisions"])
-        codes = gallery.codes[rows][:, : max(1, compared)]
+        codes = gallery.codes(rows)
+        codes = codes[:, : max(1, codes.shape[1] - bool(gallery.facts["resolve_collisions"]))]
     left = np.arange(len(rows))
     groups: list[list[int]] = []
     while len(left) and len(groups) < most:
         best = left[0]
-        if gallery.features is not None:
+        if gallery.keeps_features:
             near = features[left] @ features[best] >= at - ROUNDING
         else:
             near = (codes[left] == codes[best]).all(axis=1)
@@ -164,13 +164,13 @@ def found(gallery: Gallery, ranked: Ranked, place: int) -> Found:
     """One picture of a ranking."""
     row = int(ranked.rows[place])
     similarity = None if ranked.similarities is None else float(ranked.similarities[place])
-    picture, codes = gallery.picture(row), tuple(gallery.codes[row].tolist())
-    return Found(picture.image, gallery.files_below / picture.file, float(ranked.scores[place]), codes, similarity)
+    image, file = gallery.picture(row)
+    return Found(image, gallery.files_below / file, float(ranked.scores[place]), gallery.code(row), similarity)
 
 
 def need_features(gallery: Gallery) -> None:
     """Refuse an index that keeps no features where they are asked for."""
-    if gallery.features is None:
+    if not gallery.keeps_features:
         raise BadInput(
             f"{gallery.folder} keeps no features to search by: run scripts/14_build_index.sh --overwrite and add "
             "again what was added"
@@ -180,9 +180,9 @@ def need_features(gallery: Gallery) -> None:
 def compared(gallery: Gallery, pictures: RankedPictures, text: Floats | None) -> Ranked:
     """What the beams found, in their order, with its cosines with a query's feature (width,), where they are known."""
     rows, scores = np.array(pictures.rows, dtype=np.int64), np.array(pictures.scores, dtype=np.float64)
-    if text is None or gallery.features is None:
+    if text is None or not gallery.keeps_features:
         return Ranked(rows, scores, None)
-    return Ranked(rows, scores, cosines(text, gallery, pictures.rows))
+    return Ranked(rows, scores, cosines(text, gallery, rows))
 
 
 def reordered(ranked: Ranked, share: float) -> Ranked:

@@ -34,7 +34,7 @@ from tools.features import Floats
 
 from ..beam import RankedPictures, beam_search, expand
 from ..data import read_retriever
-from ..index import to_device
+from ..index import DeviceLevel, to_device
 from ..retrieve import needs_features, with_features
 from . import remove
 from .answers import WIDEST, Found, Ranked, Selection, Step, compared, need_features, reordered
@@ -50,6 +50,7 @@ from .exported import (
     write_exported,
 )
 from .gallery import Gallery, read_gallery, refreshed
+from .overlay import overlay_to_device
 from .query_encoder import load_encoder, query_features
 from .query_texts import check_queries, tell_unread
 from .written import written_vokens
@@ -124,6 +125,7 @@ class Retriever:
         self._turn, self._change = threading.RLock(), threading.Lock()
         self._encoder: tuple[dict[str, Any], TextEncoder] | None = None  # with what it was loaded for
         self._picture_encoder: PictureEncoder | None = None
+        self._tree: tuple[str, list[DeviceLevel]] | None = None  # with its hash
         self._take(gallery)
         with quiet_loading():
             lm = VokenLM.from_pretrained(source.model).to(self.device)
@@ -278,7 +280,7 @@ class Retriever:
             raise BadInput(f"the features' share must be 0 to 1, it is {share}")
         if not rerank or share == 0:
             return 0.0
-        if self.gallery.features is None:
+        if not self.gallery.keeps_features:
             if share:
                 raise BadInput(
                     f"{self.gallery.folder} keeps no features to re-rank by: leave their share out, or run "
@@ -334,9 +336,9 @@ class Retriever:
         with self._turn:
             selection = Selection.of(self.gallery, k=k, min_similarity=min_similarity, fold=fold)
             row = self._row(image)
-            features = self.gallery.features
-            feature = None if features is None else features[row].astype(np.float32)
-            ranked = self._like(feature, lambda: self.gallery.codes[row], by)
+            own = np.array([row])
+            feature = self.gallery.features(own)[0].astype(np.float32) if self.gallery.keeps_features else None
+            ranked = self._like(feature, lambda: self.gallery.codes(own)[0], by)
             return selection.apply_to_all(self.gallery, ranked.some(np.flatnonzero(ranked.rows != row)))
 
     def search_image(
@@ -366,7 +368,7 @@ class Retriever:
                 with quiet_loading():
                     self._picture_encoder = PictureEncoder(self.gallery, self.precision, self.device)
             feature = self._picture_encoder.feature(seen)
-            kept = feature if self.gallery.features is not None else None
+            kept = feature if self.gallery.keeps_features else None
             ranked = self._like(kept, lambda: codes_of(self.gallery, feature, self.device), by)
             return selection.apply_to_all(self.gallery, ranked)
 
@@ -510,7 +512,9 @@ class Retriever:
             self._encoder = None
         if self._picture_encoder is not None and self._picture_encoder.made_for != gallery.facts["clip"]:
             self._picture_encoder = None
-        self.gallery, self._levels = gallery, to_device(gallery.index, self.device)
+        if self._tree is None or self._tree[0] != gallery.tree_hash:
+            self._tree = gallery.tree_hash, to_device(gallery.overlay.tree, self.device)
+        self.gallery, self._levels = gallery, overlay_to_device(gallery.overlay, self._tree[1])
 
     @contextmanager
     def _changing(self) -> Iterator[Path]:
@@ -559,14 +563,14 @@ class Retriever:
             with timed(seconds, "beams"):
                 options: dict[str, Any] = {"beams": beams, "scoring": self.scoring, "steering": steering}
                 leaves = beam_search(self.writer, memory, self._levels, **options)
-                return expand(leaves, self.gallery.index, keep=keep)
+                return expand(leaves, self.gallery.overlay, keep=keep)
         except FloatingPointError as error:
             raise BadInput(str(error)) from None
 
     def _row(self, image: str) -> int:
-        if image not in self.gallery.rows:
+        if (row := self.gallery.row(image)) is None:
             raise BadInput(f"{image!r} is not the id of a picture in {self.gallery.folder}")
-        return self.gallery.rows[image]
+        return row
 
 
 @contextmanager

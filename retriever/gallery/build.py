@@ -1,11 +1,12 @@
 """Build the index that search reads, from the dataset's pictures (retriever/gallery/gallery.py).
 
 In:  a `retriever.prepare` folder, and the `RQ-VAE.train` folder that coded its pictures.
-Out: `<output>/version-000000/`; later versions come from retriever.gallery.add and retriever.gallery.remove.
+Out: `<output>/segment-000000/`; retriever.gallery.add, retriever.gallery.remove and retriever.gallery.sync add others.
 Command: python -m retriever.gallery.build --dataset DIR --rqvae DIR --output DIR
 """
 
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,10 @@ from tools.features import Floats, read_features
 
 from ..data import RetrieverData, read_data
 from .contents import Contents, read_contents
-from .gallery import (
-    FOLDERS,
-    KEEPS_FEATURES,
-    Folder,
-    Picture,
-    entry,
-    half_normalized,
-    keep_versions,
-    model_content,
-    version_facts,
-    write_version,
-)
+from .gallery import FOLDERS, KEEPS_FEATURES, Folder, model_content
+from .pictures import Picture
+from .publish import clear, entry, version_facts
+from .segments import Block, half_normalized, shape_of_all, write_segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +109,15 @@ def main(config: Config) -> None:
     run = runs.begin("retriever.gallery.build", config, inputs={"dataset": config.dataset, "rqvae": config.rqvae})
     if run is None:
         return
-    keep_versions(run.folder, latest=-1)  # what a killed run left
+    clear(run.folder)  # of what a killed run left
     files = (str(data.image_folder / file) for file in data.files)
-    lines = (Picture(image, file).line() for image, file in zip(data.images, files, strict=True))
+    pictures = list(starmap(Picture, zip(data.images, files, strict=True)))
     kept = None if features is None else half_normalized(features)
-    contents = dataset_contents(data)
-    write_version(run.folder, data.codes, lines, features=kept, contents=contents, number=0)
+    block = Block(data.codes, pictures, kept, dataset_contents(data))
+    written = write_segment(run.folder, 0, shape_of_all(block), iter([block]), tree=True)
     run.finish(
         facts={
-            **version_facts(0, len(data.images)),
+            **version_facts(0, len(data.images), [written[0].parent.name]),
             **data.space._asdict(),
             "codebooks": data.codebooks_hash,
             **encoder,

@@ -15,8 +15,9 @@ from tools.pictures import MOST_OBLONG, as_seen, find_unreadable, open_picture
 from tools.texts import printable
 
 from .answers import Ranked, need_features
-from .gallery import FEATURE_BLOCK, Gallery
+from .gallery import Gallery
 from .query_encoder import cosines
+from .segments import FEATURE_BLOCK
 
 Likeness = Literal["features", "vokens"]
 ADVICE = "search with words, or run scripts/14_build_index.sh --overwrite and add again what was added"
@@ -97,23 +98,23 @@ def by_feature(gallery: Gallery, feature: Floats) -> Ranked:
     """All pictures by the cosine of their features with one (width,); equal ones by their row."""
     nearness = all_cosines(gallery, normalized(feature[None])[0])
     order = np.argsort(-nearness, kind="stable")
-    return Ranked(order, nearness[order], nearness[order])
+    return Ranked(gallery.rows[order], nearness[order], nearness[order])
 
 
 def by_codes(gallery: Gallery, codes: NDArray[np.integer], feature: Floats | None) -> Ranked:
     """All pictures by the number of leading vokens that they share with codes (levels,), equal ones by the cosine with
     a feature (width,), where there is one."""
-    scores = np.cumprod(gallery.codes == codes, axis=1).sum(axis=1)
+    scores = np.cumprod(gallery.codes() == codes, axis=1).sum(axis=1)
     nearness = None if feature is None else all_cosines(gallery, normalized(feature[None])[0])
     order = np.lexsort((np.zeros(len(scores)) if nearness is None else -nearness, -scores))
-    return Ranked(order, scores[order].astype(np.float32), None if nearness is None else nearness[order])
+    return Ranked(gallery.rows[order], scores[order].astype(np.float32), None if nearness is None else nearness[order])
 
 
 def all_cosines(gallery: Gallery, feature: Floats) -> Floats:
-    """Cosines (pictures,) of all pictures' features with a normalised one (width,)."""
+    """Cosines (pictures,) of all pictures' features, in the order of rows, with a normalised one (width,)."""
     need_features(gallery)
     scores = np.empty(len(gallery), dtype=np.float32)
     for start in range(0, len(scores), FEATURE_BLOCK):
         block = slice(start, start + FEATURE_BLOCK)
-        scores[block] = cosines(feature, gallery, block)
+        scores[block] = cosines(feature, gallery, gallery.rows[block])
     return scores

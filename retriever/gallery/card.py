@@ -154,7 +154,7 @@ def render(card: dict[str, Any], gallery: Gallery, *, name: str, with_pictures: 
 
 
 def _about_order(card: dict[str, Any], gallery: Gallery) -> Iterator[str]:
-    if gallery.features is not None:
+    if gallery.keeps_features:
         yield (
             "The pictures found are put in order by the retriever's score and the cosine of their features with the "
             f"text's, which has a share of {card['share']:.2f}."

@@ -6,17 +6,20 @@ or that of a picture which is no longer where it was. All other files are encode
 
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tools.command_line.place import users_variables
 from tools.errors import BadInput
 from tools.pictures import Listing
 
 from .contents import TIMES, Contents, known, read_contents, times_of, unknown
-from .gallery import Folder, Gallery, Picture, contents_of
+from .gallery import Folder, Gallery, beginning
+from .pictures import Picture
 
 UNREADABLE_FOLDER = ("no permission to read the folder", "folder cannot be read")
 
@@ -67,12 +70,10 @@ class Changes:
 
 def rows_below(gallery: Gallery, folder: str) -> dict[str, int]:
     """Row of each picture whose file lies below a folder, by its path below it."""
-    place = Path(folder)
-    start = "" if place == Path() else f"{place}/".replace("//", "/")
+    start = len(beginning(folder))
     found: dict[str, int] = {}
-    for row, picture in enumerate(gallery.pictures()):
-        if picture.file.startswith(start) and (start or not Path(picture.file).is_absolute()):
-            found.setdefault(picture.file[len(start) :], row)
+    for row, picture in gallery.below(folder).items():
+        found.setdefault(picture.file[start:], row)
     return found
 
 
@@ -90,12 +91,12 @@ def folder_of(gallery: Gallery, place: Path) -> Folder:
         if Path(path).is_relative_to(known_folder.path):
             below = Path(path).relative_to(known_folder.path)
             return Folder(path, f"{known_folder.prefix}{below}/")
-    rows = rows_below(gallery, path)
-    ids = {below: gallery.picture(row).image for below, row in rows.items()}
+    start = len(beginning(path))
+    ids = {picture.file[start:]: picture.image for picture in gallery.below(path).values()}
     prefixes = {image.removesuffix(below) for below, image in ids.items() if image.endswith(below)}
     if len(prefixes) == 1 and all(image.endswith(below) for below, image in ids.items()):
         return Folder(path, prefixes.pop())
-    if rows:
+    if ids:
         added = ", ".join(each.path for each in gallery.folders) or "folders below it"
         raise BadInput(f"the pictures below {place} came from {added}: sync each of these; nothing was changed")
     if not place.is_dir():
@@ -121,28 +122,28 @@ def compare(gallery: Gallery, folder: Folder, listing: Listing, *, before: int) 
         before: nanoseconds since 1970, for pictures of which nothing is noted: files that have not changed since then
             are what the gallery has.
     """
-    root, old = gallery.files_below / folder.path, rows_below(gallery, folder.path)
+    root, start, pictures = gallery.files_below / folder.path, len(beginning(folder.path)), gallery.below(folder.path)
+    old = {picture.file[start:]: row for row, picture in reversed(pictures.items())}
+    noted = dict(zip(pictures, gallery.contents(np.array(list(pictures), dtype=np.int64)), strict=True))
     listed = set(listing.pictures)
     closed = {path for path in old.keys() - listed if _is_closed(path, listing)}
     kept = closed | {path for path in old.keys() - listed if (root / path).is_file()}
     paths = sorted(listed | kept, key=lambda path: path.split("/"))
-    contents, unchanged = _contents_now(gallery, root, paths, old, before, closed=closed)
-    free = _free_contents(gallery, old, unchanged)
+    contents, unchanged = _contents_now(root, paths, old, noted, before, closed=closed)
+    free = _free_contents(old, noted, unchanged)
     targets, left_out = [], {path: why for path, why in listing.problems.items() if path not in kept}
-    others = _ids_elsewhere(gallery, old.values())
     for place, path in enumerate(paths):
         own = old.get(path)
         row = own if path in unchanged else _take(free, contents[place]["hash"]) if known(contents[place]) else None
-        image = folder.prefix + path if own is None else gallery.picture(own).image
+        image = folder.prefix + path if own is None else pictures[own].image
         targets.append(Target(Picture(image, str(Path(folder.path) / path)), row, own))
     used = {each.row for each in targets} | {each.own for each in targets}
-    gone = [gallery.picture(row) for row in old.values() if row not in used]
-    noted = contents_of(gallery)
+    gone = [pictures[row] for row in old.values() if row not in used]
     touched = any(
         each.row is not None and noted[each.row] != record for each, record in zip(targets, contents, strict=True)
     )
     changes = Changes(folder, targets, gone, contents, left_out, touched)
-    return _without(changes, _same_ids(changes, others))
+    return _without(changes, _same_ids(gallery, changes, pictures))
 
 
 def leave_out(changes: Changes, reasons: dict[str, str]) -> Changes:
@@ -165,14 +166,14 @@ def _without(changes: Changes, reasons: dict[str, str]) -> Changes:
 
 
 def _contents_now(
-    gallery: Gallery, root: Path, paths: Sequence[str], old: dict[str, int], before: int, *, closed: set[str]
+    root: Path, paths: Sequence[str], old: dict[str, int], noted: dict[int, Any], before: int, *, closed: set[str]
 ) -> tuple[Contents, set[str]]:
     """What files hold now, and those which hold what the gallery has of them. Only others than these are hashed.
 
     Args:
+        noted: what they held when they were encoded, by row.
         closed: paths in folders that cannot be read, which are taken for unchanged.
     """
-    noted = contents_of(gallery)
     same: dict[str, Contents] = {}
     to_hash = []
     for path in paths:
@@ -205,9 +206,8 @@ def _is_closed(path: str, listing: Listing) -> bool:
     return any(place == "." or path.startswith(f"{place}/") for place in closed)
 
 
-def _free_contents(gallery: Gallery, old: dict[str, int], unchanged: set[str]) -> dict[bytes, list[int]]:
+def _free_contents(old: dict[str, int], noted: dict[int, Any], unchanged: set[str]) -> dict[bytes, list[int]]:
     """Rows below the folder whose content is no longer in their file, by its hash; the first is taken last."""
-    noted = contents_of(gallery)
     free: dict[bytes, list[int]] = defaultdict(list)
     for path in sorted(old, key=lambda path: path.split("/"), reverse=True):
         if path not in unchanged and known(noted[old[path]]):
@@ -220,17 +220,18 @@ def _take(free: dict[bytes, list[int]], content: bytes) -> int | None:
     return rows.pop() if rows else None
 
 
-def _ids_elsewhere(gallery: Gallery, below: Iterable[int]) -> dict[str, str]:
-    """Id -> file of the pictures that do not lie below the folder."""
-    own = set(below)
-    return {each.image: each.file for row, each in enumerate(gallery.pictures()) if row not in own}
+def _same_ids(gallery: Gallery, changes: Changes, below: dict[int, Picture]) -> dict[str, str]:
+    """New files whose id another picture has -> why they are left out.
 
-
-def _same_ids(changes: Changes, others: dict[str, str]) -> dict[str, str]:
-    """New files whose id another picture has -> why they are left out."""
-    taken = others | {each.picture.image: each.picture.file for each in changes.targets if each.own is not None}
-    found: dict[str, str] = {}
-    for each in changes.targets:
-        if each.own is None and each.picture.image in taken:
-            found[each.picture.file] = f"its id would be that of {taken[each.picture.image]}: rename it"
-    return found
+    Args:
+        below: the folder's pictures as the gallery has them, by row.
+    """
+    new = [each.picture for each in changes.targets if each.own is None]
+    others = gallery.with_images([picture.image for picture in new])
+    taken = {picture.image: picture.file for row, picture in others.items() if row not in below}
+    taken |= {each.picture.image: each.picture.file for each in changes.targets if each.own is not None}
+    return {
+        picture.file: f"its id would be that of {taken[picture.image]}: rename it"
+        for picture in new
+        if picture.image in taken
+    }

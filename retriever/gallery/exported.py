@@ -15,6 +15,8 @@ import dataclasses
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,18 +30,11 @@ from tools.errors import BadInput
 from tools.files import hash_file, read_json, replacing, write_json
 
 from . import card
-from .gallery import (
-    EXPORTED,
-    EXPORTED_PICTURES,
-    FOLDERS,
-    Gallery,
-    Picture,
-    entry,
-    model_content,
-    read_gallery,
-    version_facts,
-    write_version,
-)
+from .contents import unknown
+from .gallery import EARLIER, EXPORTED, EXPORTED_PICTURES, FOLDERS, Gallery, model_content, read_gallery
+from .pictures import Picture
+from .publish import entry, shape_of, version_facts
+from .segments import FEATURE_BLOCK, Block, write_segment
 
 CONFIG, README = "config.json", "README.md"
 FORMAT, VERSION = "avg-retriever", 1
@@ -210,19 +205,28 @@ def write_index(folder: Path, gallery: Gallery, *, include_pictures: bool) -> No
     if include_pictures:
         for picture in gallery.pictures():
             copy_picture(gallery.files_below / picture.file, folder.parent / EXPORTED_PICTURES / relative(picture).file)
-    lines = (relative(picture).line() for picture in gallery.pictures())
-    write_version(folder, gallery.codes, lines, features=gallery.features, number=0)
+    written = write_segment(folder, 0, shape_of(gallery, len(gallery)), all_blocks(gallery, relative), tree=True)
     place = portable(below)
     facts = {
         **card.without_places(gallery.facts),
-        **version_facts(0, len(gallery)),
+        **version_facts(0, len(gallery), [written[0].parent.name]),
         "clip": {"model": CLIP, "pretrained": None, "content": model_content(str(folder.parent / CLIP))},
         "rqvae": {"path": RQVAE, "content": runs.fingerprint(folder.parent / RQVAE)},
         "history": [entry(added=len(gallery), removed=0, source="retriever.gallery.export")],
         FOLDERS: [],
+        EARLIER: [],
         EXPORTED: {"pictures": place if below.is_dir() and not Path(place).is_absolute() else None},
     }
     write_manifest(folder, gallery.manifest, facts)
+
+
+def all_blocks(gallery: Gallery, renamed: Callable[[Picture], Picture]) -> Iterator[Block]:
+    """All pictures under other names, without what their files held."""
+    pictures = map(renamed, gallery.pictures())
+    for start in range(0, len(gallery), FEATURE_BLOCK):
+        rows = gallery.rows[start : start + FEATURE_BLOCK]
+        features = gallery.features(rows) if gallery.keeps_features else None
+        yield Block(gallery.codes(rows), list(islice(pictures, len(rows))), features, unknown(len(rows)))
 
 
 def common_folder(gallery: Gallery) -> Path:

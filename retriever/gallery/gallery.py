@@ -1,28 +1,19 @@
 """The gallery: the pictures that search finds. They come and go without any training.
 
-It is a run folder of `retriever.gallery.build` whose manifest points at one complete version of the content:
+It is a run folder of `retriever.gallery.build` whose manifest lists immutable segments (retriever/gallery/segments.py).
+The first segment has a tree over its codes. The others are changes: each holds pictures that came, and names rows of
+earlier segments that went. A reader lays them over the tree (retriever/gallery/overlay.py). So a change writes what
+changed and nothing else, and a search finds what it would find in one merged index.
 
-version-000007/     the arrays of the tree (retriever/index.py)
-    codes.npy       (pictures, levels), in the order of rows
-    pictures.jsonl  {"image": id, "file": path} a line per row; the path as seen from the repository's root
-    lines.npy       (pictures + 1,) int64 bytes, where each line begins
-    features.npy    (pictures, width) float16, the pictures' normalised features, where they are kept
-    contents.npy    (pictures,) what their files held when they were encoded (retriever/gallery/contents.py); versions
-                    of earlier programs have none
+retriever/gallery/publish.py has how a change becomes the current version. Readers need no lock: what a manifest named a
+moment ago is still there, and a reader that was overtaken twice starts again.
 
-A change writes a new version under a temporary name, renames it, and replaces the manifest in one step; then all but
-the new version and the one before it go. So readers need no lock: what a manifest named a moment ago is still there,
-and one that was overtaken twice starts again. Writers hold the folder's lock, and remove what a killed one left.
+Rows are counted through all segments, removed pictures included, and change with every merge.
 """
 
-import json
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,39 +22,22 @@ from numpy.typing import NDArray
 
 from tools import runs
 from tools.errors import BadInput
-from tools.features import Floats, Rows, normalized
-from tools.files import read_array, remove_torn, replacing, write_array
+from tools.features import Rows
 
-from ..index import VokenIndex, load_index
+from ..index import Codes, spread
 from .contents import Contents, unknown
-from .large_index import write_index
+from .overlay import NONE, Overlay, find_children, lay_over
+from .pictures import Picture
+from .segments import CODES, HalfFloats, Segment, read_segment
 
 COMMAND = "retriever.gallery.build"
 ROOT = Path(__file__).resolve().parents[2]
-CODES, PICTURES, LINES, FEATURES = "codes.npy", "pictures.jsonl", "lines.npy", "features.npy"
-CONTENTS = "contents.npy"
 FOLDERS = "folders"  # the manifest's fact: the folders that pictures were taken from; see `Folder`
 KEEPS_FEATURES = "keeps_features"  # the manifest's fact; indexes of earlier versions have neither it nor features
-FEATURE_BLOCK = 65_536  # rows that are normalised at a time
 EXPORTED = "exported"  # the manifest's fact of an index inside an exported folder (retriever/gallery/exported.py)
 EXPORTED_PICTURES = "pictures"  # the folder beside such an index where its pictures lie
-VERSION = "version-{:06d}"
-HISTORY = 100  # changes that the manifest remembers
-
-HalfFloats = NDArray[np.float16]
-
-
-class Picture(NamedTuple):
-    """One picture that can be found."""
-
-    image: str
-    """Its id."""
-    file: str
-    """Its path, as seen from the gallery's `files_below`: the repository's root."""
-
-    def line(self) -> bytes:
-        """As it stands in pictures.jsonl."""
-        return json.dumps(self._asdict(), ensure_ascii=False).encode() + b"\n"
+SEGMENTS, EARLIER = "segments", "earlier_segments"  # facts: names of those that are read, and were before the change
+HASHED = 1 << 24  # bytes of a file up to which it is compared with its hash whenever it is opened
 
 
 class Folder(NamedTuple):
@@ -80,20 +54,18 @@ class Gallery:
     """One version of the pictures, memory-mapped: it stays what it is when the folder's content changes."""
 
     manifest: runs.Manifest
-    index: VokenIndex
-    codes: NDArray[np.integer]
-    """(pictures, levels)"""
-    text: NDArray[np.uint8]
-    """(bytes,) of pictures.jsonl"""
-    lines: NDArray[np.int64]
-    """(pictures + 1,)"""
-    features: HalfFloats | None
-    """(pictures, width), normalised, of the model that `facts["clip"]` names; None where they are not kept"""
-    contents: Contents | None = None
-    """(pictures,); None in a version of an earlier program"""
+    segments: list[Segment]
+    gone: Rows
+    """Rows that were removed, ascending."""
 
     def __len__(self) -> int:
-        return len(self.codes)
+        """Pictures that can be found."""
+        return self.rows_in_all - len(self.gone)
+
+    @property
+    def rows_in_all(self) -> int:
+        """Rows, those of removed pictures included."""
+        return self.segments[-1].first + len(self.segments[-1])
 
     @property
     def folder(self) -> Path:
@@ -172,30 +144,173 @@ class Gallery:
         """Where its pictures came from; empty in galleries of an earlier program."""
         return [Folder(**each) for each in self.facts.get(FOLDERS, [])]
 
-    @cached_property
-    def rows(self) -> dict[str, int]:
-        """Row of each picture's id; made on first use, from all lines."""
-        return {picture.image: row for row, picture in enumerate(self.pictures())}
-
     def recorded(self, path: Path) -> str:
         """A path as its pictures have it: relative to `files_below` when it lies there."""
         absolute, below = path.resolve(), self.files_below.resolve()
         return str(absolute.relative_to(below)) if absolute.is_relative_to(below) else str(absolute)
 
-    def line(self, row: int) -> bytes:
-        return self.text[self.lines[row] : self.lines[row + 1]].tobytes()
+    @property
+    def keeps_features(self) -> bool:
+        """Whether the pictures' features lie in the gallery: of the model that `facts["clip"]` names."""
+        return bool(self.facts.get(KEEPS_FEATURES))
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Rows of all pictures that can be found, ascending."""
+        return np.delete(np.arange(self.rows_in_all), self.gone)
+
+    def stays(self, rows: Rows) -> NDArray[np.bool_]:
+        """Whether each row's picture can be found."""
+        if not len(self.gone):
+            return np.ones(len(rows), dtype=bool)
+        return self.gone[np.searchsorted(self.gone, rows).clip(max=len(self.gone) - 1)] != rows
+
+    def codes(self, rows: Rows | None = None) -> Codes:
+        """(rows, levels); by default of all pictures that can be found"""
+        return self._gathered(rows, lambda segment: segment.codes)
+
+    def code(self, row: int) -> tuple[int, ...]:
+        """(levels,) of one picture"""
+        return tuple(self.codes(np.array([row]))[0].tolist())
+
+    def features(self, rows: Rows | None = None) -> HalfFloats:
+        """(rows, width), normalised, of a gallery that keeps features; by default of all pictures that can be found"""
+        return self._gathered(rows, _features_of)
+
+    def contents(self, rows: Rows) -> Contents:
+        """What the files of rows held, unknown where an earlier program did not note it."""
+        if not len(rows):
+            return unknown(0)
+        parts = list(self.by_segment(rows))
+        return _in_order(rows, [places for *_, places in parts], [part.store.contents(own) for part, own, _ in parts])
 
     def picture(self, row: int) -> Picture:
-        """The picture of a row, found by its place in the file."""
-        return Picture(**json.loads(self.line(row)))
+        """The picture of a row."""
+        [(segment, own, _)] = self.by_segment(np.array([row]))
+        return segment.store.picture(int(own[0]))
 
     def pictures(self) -> Iterator[Picture]:
-        """All pictures, in the order of rows."""
-        return (self.picture(row) for row in range(len(self)))
+        """All pictures that can be found, in the order of rows."""
+        for segment in self.segments:
+            stay = self.stays(segment.first + np.arange(len(segment)))
+            yield from (picture for picture, stays in zip(segment.store.pictures(), stay, strict=True) if stays)
+
+    def row(self, image: str) -> int | None:
+        """Row of the picture that has an id; None where no picture has."""
+        return next(iter(self.with_images([image])), None)
+
+    def with_images(self, images: Sequence[str]) -> dict[int, Picture]:
+        """Pictures that have one of some ids, by row."""
+        return self._found(lambda segment: segment.store.with_images(images))
+
+    def with_files(self, files: Sequence[str]) -> dict[int, Picture]:
+        """Pictures that have one of some files, by row."""
+        return self._found(lambda segment: segment.store.with_files(files))
+
+    def below(self, folder: str) -> dict[int, Picture]:
+        """Pictures whose file lies below a folder, as `recorded` gives it, by row."""
+        return self._found(lambda segment: segment.store.below(beginning(folder)))
+
+    @cached_property
+    def overlay(self) -> Overlay:
+        """What a search walks: the first segment's tree and what has changed since."""
+        index = self.segments[0].index
+        assert index is not None, "the first segment has a tree"
+        gone = self.gone[: np.searchsorted(self.gone, len(self.segments[0]))]
+        rows = np.arange(len(self.segments[0]), self.rows_in_all)
+        come = rows[self.stays(rows)]
+        return lay_over(index, gone=(self.codes(gone), gone), come=(self.codes(come), come))
+
+    @property
+    def tree_hash(self) -> str:
+        """Of the codes of the tree: equal hashes, equal trees."""
+        return self.manifest.outputs[f"{self.segments[0].name}/{CODES}"]
+
+    def codes_behind(self, prefixes: Codes, *, without: Rows) -> Codes:
+        """Codes (others, levels) of the pictures whose codes but the last are among prefixes (any number, levels - 1).
+
+        Args:
+            without: rows that are passed over.
+        """
+        some = np.unique(prefixes, axis=0) if prefixes.shape[1] else prefixes[:1]
+        rows = np.concatenate([_rows_behind(segment, some) for segment in self.segments])
+        return self.codes(rows[self.stays(rows) & ~np.isin(rows, without)])
+
+    def _found(self, ask: Callable[[Segment], list[tuple[int, Picture]]]) -> dict[int, Picture]:
+        found = {segment.first + row: picture for segment in self.segments for row, picture in ask(segment)}
+        rows = np.array(sorted(found), dtype=np.int64)
+        return {row: found[row] for row in rows[self.stays(rows)].tolist()}
+
+    def by_segment(self, rows: Rows) -> Iterator[tuple[Segment, Rows, Rows]]:
+        """Segments that have some of the rows; these rows within each, and their places among all."""
+        owners = np.searchsorted([segment.first for segment in self.segments], rows, side="right") - 1
+        for number in np.unique(owners).tolist():
+            places = np.flatnonzero(owners == number)
+            yield self.segments[number], rows[places] - self.segments[number].first, places
+
+    def _gathered(self, rows: Rows | None, part: Callable[[Segment], NDArray[Any]]) -> NDArray[Any]:
+        rows = self.rows if rows is None else rows
+        if not len(rows):
+            return part(self.segments[0])[:0]
+        parts = list(self.by_segment(rows))
+        return _in_order(rows, [places for *_, places in parts], [_some(part(each), own) for each, own, _ in parts])
+
+
+def beginning(folder: str) -> str:
+    """What the paths of the files below a folder begin with; nothing where that is the current folder.
+
+    >>> beginning("photos"), beginning("/"), beginning(".")
+    ('photos/', '/', '')
+    """
+    place = Path(folder)
+    return "" if place == Path() else f"{place}/".replace("//", "/")
+
+
+def _features_of(segment: Segment) -> HalfFloats:
+    assert segment.features is not None, "only features that are kept can be read"
+    return segment.features
+
+
+def _some(array: NDArray[Any], rows: Rows) -> NDArray[Any]:
+    """Rows of an array; those that follow one another are not copied."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first == len(rows) - 1 and (np.diff(rows) == 1).all():
+        return array[first : last + 1]
+    return array[rows]
+
+
+def _in_order(rows: Rows, places: list[Rows], found: list[NDArray[Any]]) -> NDArray[Any]:
+    """What was found at places among the rows, put together."""
+    if len(found) == 1:
+        return found[0]
+    whole = np.empty((len(rows), *found[0].shape[1:]), dtype=found[0].dtype)
+    for place, part in zip(places, found, strict=True):
+        whole[place] = part
+    return whole
+
+
+def _rows_behind(segment: Segment, prefixes: Codes) -> Rows:
+    """Rows of the gallery whose pictures in this segment have one of the prefixes (any number, levels - 1)."""
+    if segment.index is not None:
+        nodes = np.zeros(len(prefixes), dtype=np.int64)
+        for level, column in zip(segment.index.levels[:-1], prefixes.T, strict=True):
+            nodes = find_children(level, nodes, column.astype(np.int64))
+        offsets = segment.index.levels[-1].offsets
+        known = nodes[nodes != NONE]
+        leaves, _ = spread(offsets.at(known), offsets.at(known + 1))
+        return segment.index.expand(leaves)[0]
+    rows = np.arange(len(segment))
+    for number, column in enumerate(prefixes.T):
+        rows = rows[np.isin(segment.codes[rows, number], column)]
+    wanted = {prefix.tobytes() for prefix in prefixes.astype(np.int64)}
+    own = segment.codes[rows, :-1].astype(np.int64)
+    return segment.first + rows[np.array([code.tobytes() in wanted for code in own], dtype=bool)]
 
 
 def read_gallery(folder: Path) -> Gallery:
     """Open the current version: milliseconds at any size, and safe while another process changes the pictures.
+
+    Small files are compared with their hashes, large ones by their sizes alone; `VERIFY=all` compares all of them.
 
     Raises:
         BadInput: the folder is not finished, or its files are damaged.
@@ -203,12 +318,12 @@ def read_gallery(folder: Path) -> Gallery:
     below = folder / "index"
     if not (folder / runs.MANIFEST).exists() and (below / runs.MANIFEST).exists():
         raise BadInput(f"{folder} is no index but has one, as an exported retriever does: name {below}")
-    manifest = runs.read_manifest(folder, COMMAND)
+    manifest = read_index_manifest(folder)
     while True:
         try:
             return _open(manifest)
         except BadInput:
-            newer = runs.read_manifest(folder, COMMAND)
+            newer = read_index_manifest(folder)
             if newer == manifest:
                 raise
             manifest = newer
@@ -216,164 +331,13 @@ def read_gallery(folder: Path) -> Gallery:
 
 def refreshed(gallery: Gallery) -> Gallery:
     """The gallery itself while its pictures are the current ones, else the version that is."""
-    current = runs.read_manifest(gallery.folder, COMMAND).facts["version"] == gallery.facts["version"]
-    return gallery if current else read_gallery(gallery.folder)
+    return gallery if read_index_manifest(gallery.folder) == gallery.manifest else read_gallery(gallery.folder)
 
 
-@contextmanager
-def changing(folder: Path) -> Iterator[Gallery]:
-    """Hold the folder for a change, and remove what a killed change left.
-
-    Raises:
-        BadInput: the folder is not finished, or another process changes it.
-    """
-    runs.read_manifest(folder, COMMAND)
-    with runs.hold(folder):
-        gallery = read_gallery(folder)
-        keep_versions(folder, latest=_number(gallery.manifest))
-        remove_torn(folder)
-        yield gallery
-
-
-class Content(NamedTuple):
-    """All pictures of a version, in the order of rows."""
-
-    codes: NDArray[np.integer]
-    """(pictures, levels)"""
-    lines: Iterable[bytes]
-    features: HalfFloats | None
-    """(pictures, width), of `half_normalized`; None where none are kept"""
-    contents: Contents | None
-    """(pictures,)"""
-
-
-def replace_pictures(
-    gallery: Gallery,
-    *,
-    removed: Rows,
-    added: Sequence[Picture],
-    codes: NDArray[np.integer],
-    features: Floats | None,
-    source: str,
-    contents: Contents | None = None,
-    folders: Sequence[Folder] = (),
-) -> int:
-    """Publish a version without the rows `removed` and with pictures behind the rows that stay, whose codes stay.
-
-    Args:
-        gallery: what `changing` gave.
-        codes: (added, levels)
-        features: (added, width), as the image tower gives them; None where nothing is added or none are kept.
-        source: where the change comes from, for the manifest's history.
-        contents: (added,) of the files; None where they are not known.
-        folders: that the pictures were taken from.
-
-    Returns:
-        The number of pictures in the new version.
-    """
-    stay = np.delete(np.arange(len(gallery)), removed)
-    lines = chain((gallery.line(row) for row in stay.tolist()), (picture.line() for picture in added))
-    kept = None
-    if gallery.features is not None:
-        kept = gallery.features[stay]
-        if features is not None:
-            kept = np.concatenate([kept, half_normalized(features)])
-    noted = np.concatenate([contents_of(gallery)[stay], unknown(len(added)) if contents is None else contents])
-    content = Content(np.concatenate([gallery.codes[stay], codes]), lines, kept, noted)
-    change = entry(added=len(added), removed=len(removed), source=source)
-    return publish(gallery, content, change, folders=folders)
-
-
-def contents_of(gallery: Gallery) -> Contents:
-    """What the files held, unknown where an earlier program did not note it."""
-    return unknown(len(gallery)) if gallery.contents is None else gallery.contents
-
-
-def publish(gallery: Gallery, content: Content, change: dict[str, Any], *, folders: Sequence[Folder] = ()) -> int:
-    """Write a version and let the manifest speak of it. Returns the number of its pictures.
-
-    Args:
-        gallery: what `changing` gave.
-        change: an `entry` of the history.
-        folders: that pictures were taken from, besides those that are known.
-    """
-    folder, number = gallery.folder, _number(gallery.manifest) + 1
-    files = write_version(
-        folder, content.codes, content.lines, features=content.features, contents=content.contents, number=number
-    )
-    places = list(dict.fromkeys([*gallery.folders, *folders]))
-    facts = {
-        **gallery.facts,
-        **version_facts(number, len(content.codes)),
-        FOLDERS: [each._asdict() for each in places],
-        "history": [*gallery.facts["history"], change][-HISTORY:],
-    }
-    runs.replace_outputs(gallery.manifest, files, facts)
-    keep_versions(folder, latest=number)
-    return len(content.codes)
-
-
-def version_facts(number: int, pictures: int) -> dict[str, Any]:
-    """What the manifest says of its current version."""
-    return {"version": VERSION.format(number), "pictures": pictures}
-
-
-def entry(*, added: int, removed: int, source: str) -> dict[str, Any]:
-    """One change, as the manifest's history has it."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"time": now, "added": added, "removed": removed, "source": source}
-
-
-def half_normalized(features: Floats) -> HalfFloats:
-    """Features (pictures, width) as the gallery keeps them: divided by their L2 norm, in half precision."""
-    kept = np.empty(features.shape, dtype=np.float16)
-    for start in range(0, len(features), FEATURE_BLOCK):
-        kept[start : start + FEATURE_BLOCK] = normalized(features[start : start + FEATURE_BLOCK])
-    return kept
-
-
-def write_version(
-    folder: Path,
-    codes: NDArray[np.integer],
-    lines: Iterable[bytes],
-    *,
-    features: HalfFloats | None,
-    contents: Contents | None = None,
-    number: int,
-) -> list[Path]:
-    """Write one version, complete or not at all, which no manifest names yet. Returns its files.
-
-    Args:
-        codes: (pictures, levels) of at least one picture.
-        lines: the pictures' lines (`Picture.line`), in the order of codes.
-        features: (pictures, width) of `half_normalized`, in the order of codes; None to keep none.
-        contents: (pictures,) of their files; None where they are not known.
-    """
-    assert features is None or len(features) == len(codes), f"{len(features)} features of {len(codes)} pictures"
-    version = folder / VERSION.format(number)
-    temporary = version.with_name(f".{version.name}")
-    temporary.mkdir()
-    write_index(temporary, codes)
-    write_array(temporary / CODES, codes.astype(load_index(temporary, codes.shape[1]).levels[0].codes.dtype))
-    ends = [0]
-    with replacing(temporary / PICTURES) as path, path.open("wb") as file:
-        for line in lines:
-            ends.append(ends[-1] + file.write(line))
-    write_array(temporary / LINES, np.array(ends, dtype=np.int64))
-    if features is not None:
-        write_array(temporary / FEATURES, features)
-    if contents is not None:
-        write_array(temporary / CONTENTS, contents)
-    temporary.rename(version)
-    return sorted(version.iterdir())
-
-
-def keep_versions(folder: Path, *, latest: int) -> None:
-    """Remove all versions, finished or not, but the latest and the one before it."""
-    kept = {VERSION.format(number) for number in (latest - 1, latest)}
-    for path in [*folder.glob("version-*"), *folder.glob(".version-*")]:
-        if path.name not in kept:
-            shutil.rmtree(path)
+def segment_names(facts: dict[str, Any]) -> list[str]:
+    """Names of the segments that a manifest's facts list; a version of an earlier program is one itself."""
+    found: list[str] = facts.get(SEGMENTS, [facts["version"]])
+    return found
 
 
 def model_content(*places: str | None) -> list[str]:
@@ -381,28 +345,22 @@ def model_content(*places: str | None) -> list[str]:
     return [runs.fingerprint(Path(place)) for place in places if place and Path(place).exists()]
 
 
-def _number(manifest: runs.Manifest) -> int:
-    return int(manifest.facts["version"].rpartition("-")[2])
+def read_index_manifest(folder: Path) -> runs.Manifest:
+    return runs.read_manifest(folder, COMMAND, hashed=HASHED)
 
 
 def _open(manifest: runs.Manifest) -> Gallery:
-    folder = manifest.folder / manifest.facts["version"]
-    index = load_index(folder, manifest.facts["levels"])
-    codes, lines = read_array(folder / CODES), read_array(folder / LINES)
-    features = read_array(folder / FEATURES) if manifest.facts.get(KEEPS_FEATURES) else None
-    contents = read_array(folder / CONTENTS) if (folder / CONTENTS).is_file() else None
-    try:
-        text = np.memmap(folder / PICTURES, dtype=np.uint8, mode="r")
-    except (FileNotFoundError, ValueError):
-        raise BadInput(f"{folder / PICTURES} is missing or empty: build the index again") from None
-    if not len(codes) == len(lines) - 1 == len(index.pictures) or lines[-1] != len(text):
-        raise BadInput(f"{folder}: {CODES}, {LINES} and {PICTURES} do not fit together: build the index again")
-    if features is not None and len(features) != len(codes):
-        raise BadInput(
-            f"{folder}: {FEATURES} has {len(features)} rows for {len(codes)} pictures: build the index again"
-        )
-    if contents is not None and len(contents) != len(codes):
-        raise BadInput(
-            f"{folder}: {CONTENTS} has {len(contents)} rows for {len(codes)} pictures: build the index again"
-        )
-    return Gallery(manifest, index, codes, text, lines, features, contents)
+    segments: list[Segment] = []
+    first, facts = 0, manifest.facts
+    for name in segment_names(facts):
+        options = {"levels": facts["levels"], "keeps_features": bool(facts.get(KEEPS_FEATURES))}
+        segments.append(read_segment(manifest.folder, name, first=first, **options))
+        first += len(segments[-1])
+    firsts = {segment.number: segment.first for segment in segments}
+    gone = [
+        firsts[each.segment] + each.rows
+        for segment in segments
+        for each in segment.store.gone()
+        if each.segment in firsts  # of another, they went when it was merged
+    ]
+    return Gallery(manifest, segments, np.unique(np.concatenate([np.empty(0, dtype=np.int64), *gone])))

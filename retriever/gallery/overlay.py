@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..index import Children, Codes, DeviceLevel, Level, VokenIndex, build_index
+from ..index import Children, Codes, DeviceLevel, Level, VokenIndex, build_index, spread
 
 Numbers = NDArray[np.int64]
 NONE = -1  # in the place of a node that the tree does not have
@@ -137,14 +137,6 @@ def children_anew(
     keys, nodes = keys[order], nodes[order]
     counts = np.bincount(keys // width, minlength=count)
     return Edges(np.append(0, np.cumsum(counts)), keys % width, nodes, len(level.offsets.deltas) - 1), counts > 0
-
-
-def spread(starts: Numbers, ends: Numbers) -> tuple[Numbers, Numbers]:
-    """All numbers from each start to before its end, and which start (its position) each belongs to."""
-    counts = ends - starts
-    which = np.repeat(np.arange(len(starts)), counts)
-    within = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return starts[which] + within, which
 
 
 class OverlaidLevel(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from models.arithmetic import Arithmetic
 from models.compute import pick_dtype
 from tools.errors import BadInput
-from tools.features import Floats, normalized
+from tools.features import Floats, Rows, normalized
 
 from .gallery import Gallery
 
@@ -41,8 +41,7 @@ def query_features(encoder: "TextEncoder", queries: Sequence[str]) -> Floats:
     return normalized(encoder.encode_batch(encoder.tokens(queries)).cpu().numpy())
 
 
-def cosines(text: Floats, gallery: Gallery, rows: Sequence[int] | slice) -> Floats:
+def cosines(text: Floats, gallery: Gallery, rows: Rows) -> Floats:
     """Cosines (rows,) between a query's feature (width,) and pictures of a gallery that keeps features."""
-    assert gallery.features is not None, "only features that are kept can be compared"
-    result: Floats = gallery.features[rows].astype(np.float32) @ text
+    result: Floats = gallery.features(rows).astype(np.float32) @ text
     return result

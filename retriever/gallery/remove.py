@@ -1,7 +1,7 @@
 """Remove pictures from the index; their files stay where they are.
 
 In:  a `retriever.gallery.build` folder, and names of pictures in it: ids, or files.
-Out: the index's next version (retriever/gallery/gallery.py).
+Out: the index's next version (retriever/gallery/publish.py).
 Command: python -m retriever.gallery.remove --index DIR NAME [NAME ...]
 """
 
@@ -20,8 +20,9 @@ from tools.errors import BadInput
 from tools.features import Rows
 from tools.texts import plural
 
-from .gallery import Gallery, changing, replace_pictures
+from .gallery import Gallery
 from .options import IndexOptions
+from .publish import changing, replace_pictures
 
 NAMED = 3  # names that the manifest's history keeps of a change
 
@@ -72,13 +73,10 @@ def find(gallery: Gallery, names: Sequence[str], *, seen_from: Path) -> Rows:
     """
     recorded = {name: as_recorded(gallery, name, seen_from) for name in names}
     images, files = {name for name in names if not is_path(name)}, set(recorded.values())
-    with_id: dict[str, int] = {}
+    with_id = {picture.image: row for row, picture in gallery.with_images(sorted(images)).items()}
     with_file: dict[str, list[int]] = {}
-    for row, picture in enumerate(gallery.pictures()):
-        if picture.image in images:
-            with_id[picture.image] = row
-        if picture.file in files:
-            with_file.setdefault(picture.file, []).append(row)
+    for row, picture in gallery.with_files(sorted(files)).items():
+        with_file.setdefault(picture.file, []).append(row)
     unknown = [name for name in names if name not in with_id and recorded[name] not in with_file]
     if unknown:
         count = f"{len(unknown)} of {plural(len(names), 'name')} {'is' if len(unknown) == 1 else 'are'}"
@@ -125,8 +123,7 @@ def remove(index: Path, names: Sequence[str], *, seen_from: Path | None = None) 
         rows = find(gallery, names, seen_from=seen_from or Path.cwd())
         if len(rows) == len(gallery):
             raise BadInput(f"these are all pictures of {index}: an index holds at least one; nothing was removed")
-        none = gallery.codes[:0]
-        total = replace_pictures(gallery, removed=rows, added=[], codes=none, features=None, source=shortened(names))
+        total = replace_pictures(gallery, removed=rows, added=None, source=shortened(names))
     return Removed(len(rows), total)
 
 

@@ -1,7 +1,7 @@
 """Bring the index in line with a folder whose pictures came, changed, moved, were renamed or went.
 
 In:  a `retriever.gallery.build` folder, and folders whose pictures are in it; by default all that they came from.
-Out: the index's next version (retriever/gallery/gallery.py). Only pictures whose content is new are encoded; a picture
+Out: the index's next version (retriever/gallery/publish.py). Only pictures whose content is new are encoded; a picture
      that was moved or renamed keeps its code and gets the id of its new path. Pictures of other folders stay.
 Command: python -m retriever.gallery.sync --index DIR [FOLDER ...]
 """
@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,19 +26,11 @@ from tools.texts import plural, printable
 
 from .add import ReadingOptions, code, encode, tell_left_out
 from .changes import Changes, Target, compare, folder_of, leave_out, of_pictures, rows_below
-from .gallery import (
-    HISTORY,
-    Content,
-    Folder,
-    Gallery,
-    changing,
-    contents_of,
-    entry,
-    half_normalized,
-    publish,
-    read_gallery,
-)
+from .contents import Contents
+from .gallery import Folder, Gallery, read_gallery
 from .options import IndexOptions
+from .publish import HISTORY, changing, replace_pictures
+from .segments import Block, half_normalized
 
 AGAIN = "start again with scripts/quickstart.sh --overwrite"
 
@@ -128,35 +119,51 @@ def _made_at(gallery: Gallery) -> int:
 
 def apply(gallery: Gallery, changes: Changes, config: Config) -> int:
     """Publish the version after the changes. Returns the number of its pictures."""
-    below = set(rows_below(gallery, changes.folder.path).values())
-    stay = np.delete(np.arange(len(gallery)), sorted(below))
-    before, behind = np.split(stay, np.searchsorted(stay, [min(below, default=len(gallery))]))
-    kept = np.array([each.row for each in changes.targets if each.row is not None], dtype=np.int64)
-    others = np.concatenate([stay, kept])
-    new = [each.picture for each in changes.targets if each.row is None]
-    codes, features = gallery.codes, gallery.features
-    if new:
+    below = np.array(list(gallery.below(changes.folder.path)), dtype=np.int64)
+    noted = dict(zip(below.tolist(), gallery.contents(below), strict=True))
+    places, stay = [], set()
+    for place, (each, record) in enumerate(zip(changes.targets, changes.contents, strict=True)):
+        if each.row is not None and each.row == each.own and noted[each.row] == record:
+            stay.add(each.row)
+        else:
+            places.append(place)
+    removed = np.array([row for row in below.tolist() if row not in stay], dtype=np.int64)
+    added = written(gallery, [changes.targets[place] for place in places], changes.contents[places], removed, config)
+    folder = Path(changes.folder.path)
+    is_new = not any(folder.is_relative_to(each.path) for each in gallery.folders)
+    return replace_pictures(
+        gallery,
+        removed=removed,
+        added=added if places else None,
+        source=f"sync of {folder}",
+        folders=[changes.folder] if is_new else [],
+    )
+
+
+def written(gallery: Gallery, targets: Sequence[Target], contents: Contents, removed: Rows, config: Config) -> Block:
+    """Pictures that have come, changed or moved: with the codes and features of the rows that hold their content, or
+    encoded where no row does.
+
+    Args:
+        removed: rows that go; the codes of those that no target takes are free.
+    """
+    held = np.array([-1 if each.row is None else each.row for each in targets], dtype=np.int64)
+    moved, new = np.flatnonzero(held >= 0), np.flatnonzero(held < 0)
+    known = gallery.codes(held[moved])
+    codes = np.empty((len(targets), known.shape[1]), dtype=known.dtype)
+    codes[moved] = known
+    features = None
+    if gallery.keeps_features:
+        known_features = gallery.features(held[moved])
+        features = np.empty((len(targets), known_features.shape[1]), dtype=known_features.dtype)
+        features[moved] = known_features
+    if len(new):
         device = pick_device(config.device)
-        encoded = encode(gallery, new, config, device)
-        codes = np.concatenate([codes, code(gallery, encoded, gallery.codes[others], device).astype(codes.dtype)])
+        encoded = encode(gallery, [targets[place].picture for place in new.tolist()], config, device)
+        codes[new] = code(gallery, encoded, device, without=np.setdiff1d(removed, held))
         if features is not None:
-            features = np.concatenate([features, half_normalized(encoded)])
-    rows = np.concatenate([before, _rows_of(changes.targets, first_new=len(gallery)), behind])
-    noted = contents_of(gallery)
-    contents = np.concatenate([noted[before], changes.contents, noted[behind]])
-    inserted = (each.picture.line() for each in changes.targets)
-    lines = chain(map(gallery.line, before.tolist()), inserted, map(gallery.line, behind.tolist()))
-    content = Content(codes[rows], lines, None if features is None else features[rows], contents)
-    place = Path(changes.folder.path)
-    change = entry(added=len(new), removed=len(gallery) - len(others), source=f"sync of {place}")
-    is_new = not any(place.is_relative_to(each.path) for each in gallery.folders)
-    return publish(gallery, content, change, folders=[changes.folder] if is_new else [])
-
-
-def _rows_of(targets: Sequence[Target], *, first_new: int) -> Rows:
-    """Where each target's code is: in its row, or behind all rows, in the order in which they are encoded."""
-    numbers = iter(range(first_new, first_new + len(targets)))
-    return np.array([next(numbers) if each.row is None else each.row for each in targets], dtype=np.int64)
+            features[new] = half_normalized(encoded)
+    return Block(codes, [each.picture for each in targets], features, contents)
 
 
 def sync(index: Path, places: Sequence[Path], config: Config) -> Synced:

@@ -8,12 +8,12 @@ from models.decoding import Scoring, Writer
 from models.voken_lm import Memory
 from tools.errors import BadInput
 
-from ..index import DeviceLevel
+from ..index import SearchLevel
 from .answers import Step, Voken
 
 
 def written_vokens(
-    writer: Writer, memory: Memory, levels: Sequence[DeviceLevel], codes: Sequence[int], *, top: int, scoring: Scoring
+    writer: Writer, memory: Memory, levels: Sequence[SearchLevel], codes: Sequence[int], *, top: int, scoring: Scoring
 ) -> Iterator[Step]:
     """The vokens of a picture level by level: one beam that goes where it is told.
 
@@ -30,8 +30,8 @@ def written_vokens(
     session = writer.begin(memory)
     states, node = session.open(), torch.zeros(1, dtype=torch.long, device=lm.device)
     for number, (level, code) in enumerate(zip(levels, codes, strict=True)):
-        first, last = int(level.first_child(node)), int(level.first_child(node + 1))
-        allowed = level.codes[first:last].long()
+        children = level.children(node)
+        allowed = children.codes[children.exist]
         place = (allowed == code).nonzero().flatten()
         if not len(place):
             raise BadInput(f"no picture of the index has the codes {tuple(codes)}: {code} is none at level {number}")
@@ -43,7 +43,7 @@ def written_vokens(
         ]
         order = torch.argsort(-scores, stable=True)[:top].tolist()
         yield Step(options[int(place)], float(scores[place]), len(options), [options[each] for each in order])
-        node = first + place
+        node = children.nodes[children.exist][place]
         if number + 1 < len(codes):
             token = lm.level_offsets[number] + code
             states = session.advance(token.view(1, 1).to(lm.device), torch.zeros_like(node).view(1, 1))

@@ -224,11 +224,11 @@ class Service:
 
     def _find(self, image: str) -> Found:
         gallery = self.retriever.gallery
-        row = gallery.rows.get(image)
+        row = gallery.row(image)
         if row is None:
             raise Unknown(f"no picture of the index is called {image}")
         file = gallery.files_below / gallery.picture(row).file
-        return Found(image, file, 0.0, tuple(gallery.codes[row].tolist()))
+        return Found(image, file, 0.0, gallery.code(row))
 
     def _insert(self, pictures: list[tuple[Upload, str]]) -> list[Found]:
         files: list[Path] = []

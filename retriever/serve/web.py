@@ -277,7 +277,7 @@ async def like(
     """Pictures like one that is handed in, which is not kept: JPEG, PNG, WebP, GIF, BMP or TIFF."""
     upload = Upload(picture.filename or "picture", await picture.read())
     found = await service.like(upload, k=k, by=by, min_similarity=min_similarity, fold=fold and fold_at)
-    kept = service.retriever.gallery.features is not None
+    kept = service.retriever.gallery.keeps_features
     return LikeAnswer(
         name=upload.name,
         pictures=shown(service, found),
@@ -338,7 +338,7 @@ async def status(service: Served) -> Status:
     return Status(
         pool=len(gallery),
         version=gallery.facts["version"],
-        features=gallery.features is not None,
+        features=gallery.keeps_features,
         guide=service.retriever.guide.weight if service.retriever.guide is not None else 0.0,
         share=service.retriever.source.share,
         beams=Beams(plain=BEAMS, rerank=RERANKED_BEAMS),

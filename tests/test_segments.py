@@ -1,0 +1,267 @@
+"""Changes of the index as segments: any life of it, killed at any moment, is that of one list of pictures."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retriever.gallery import merge, segments
+from retriever.gallery.contents import CONTENT
+from retriever.gallery.gallery import Gallery, read_gallery
+from retriever.gallery.merge import merge_all
+from retriever.gallery.overlay import overlay_to_device
+from retriever.gallery.pictures import Picture
+from retriever.gallery.publish import changing, replace_pictures
+from retriever.gallery.segments import Block, half_normalized
+from retriever.index import build_index, to_device
+from tests.folders import small_index
+from tests.test_beam import CPU, SIZE
+from tests.test_overlay import LEVELS, lists
+from tools import files
+from tools.errors import BadInput
+from tools.files import read_json
+
+WIDTH = 4
+
+
+class Known(NamedTuple):
+    """A picture as the test remembers it."""
+
+    image: str
+    codes: tuple[int, ...]
+    feature: tuple[float, ...]
+
+
+def some(generator: np.random.Generator, names: list[str]) -> list[Known]:
+    codes = generator.integers(0, SIZE, size=(len(names), LEVELS)).tolist()
+    features = half_normalized(generator.normal(size=(len(names), WIDTH)).astype(np.float32)).tolist()
+    return [Known(name, tuple(code), tuple(own)) for name, code, own in zip(names, codes, features, strict=True)]
+
+
+def block_of(pictures: list[Known]) -> Block:
+    contents = np.zeros(len(pictures), dtype=CONTENT)
+    contents["hash"] = [picture.image.encode() for picture in pictures]
+    return Block(
+        np.array([picture.codes for picture in pictures], dtype=np.int16).reshape(-1, LEVELS),
+        [Picture(picture.image, f"photos/{picture.image}.png") for picture in pictures],
+        np.array([picture.feature for picture in pictures], dtype=np.float16).reshape(-1, WIDTH),
+        contents,
+    )
+
+
+def change(folder: Path, removed: list[str], added: list[Known]) -> None:
+    with changing(folder) as gallery:
+        rows = np.array(list(gallery.with_images(removed)), dtype=np.int64)
+        assert len(rows) == len(removed)
+        replace_pictures(gallery, removed=rows, added=block_of(added) if added else None, source="test")
+
+
+def after(pictures: list[Known], removed: list[str], added: list[Known]) -> list[Known]:
+    return [picture for picture in pictures if picture.image not in removed] + added
+
+
+def assert_holds(gallery: Gallery, pictures: list[Known]) -> None:
+    """The gallery is, in every look-up and every search, one list of pictures."""
+    assert len(gallery) == len(pictures)
+    assert [picture.image for picture in gallery.pictures()] == [picture.image for picture in pictures]
+    assert gallery.codes().tolist() == [list(picture.codes) for picture in pictures]
+    assert gallery.features().tolist() == [list(picture.feature) for picture in pictures]
+    assert [each.decode() for each in gallery.contents(gallery.rows)["hash"]] == [each.image for each in pictures]
+    for row, picture in zip(gallery.rows.tolist(), pictures, strict=True):
+        assert gallery.row(picture.image) == row
+        assert list(gallery.with_files([f"photos/{picture.image}.png"])) == [row]
+    for place in ("photos", "."):
+        assert list(gallery.below(place)) == gallery.rows.tolist()
+    assert not gallery.below("phot") | gallery.below("/")
+    anew = build_index(gallery.codes())
+    live = overlay_to_device(gallery.overlay, to_device(gallery.overlay.tree, CPU))
+    for beams in (3, SIZE**LEVELS):
+        options: dict[str, Any] = {"beams": beams, "grain": 1.0, "score_end": True}
+        expected = [
+            (gallery.rows[rows].tolist(), scores) for rows, scores in lists(to_device(anew, CPU), anew, **options)
+        ]
+        assert lists(live, gallery.overlay, **options) == expected
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32),
+    steps=st.integers(1, 12),
+    most=st.sampled_from((2, 4, 24)),
+    share=st.sampled_from((0, 4)),
+)
+def test_any_life_is_that_of_one_list(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, steps: int, most: int, share: int
+) -> None:
+    """Whatever is merged on the way."""
+    generator = np.random.default_rng(seed)
+    pictures = some(generator, [f"a{number}" for number in range(int(generator.integers(1, 30)))])
+    folder = small_index(tmp_path_factory.mktemp("index"), block_of(pictures))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "MOST", most)
+        patch.setattr(merge, "TOGETHER", 2)
+        patch.setattr(merge, "SHARE", share)
+        for step in range(steps):
+            names = [picture.image for picture in pictures]
+            removed = generator.permutation(names)[: int(generator.integers(0, len(names)))].tolist()
+            added = some(generator, [f"{step}-{number}" for number in range(int(generator.integers(0, 6)))])
+            change(folder, removed, added)
+            pictures = after(pictures, removed, added)
+            gallery = read_gallery(folder)
+            assert_holds(gallery, pictures)
+            assert len(gallery.segments) <= 1 + most
+    merge_all(folder)
+    assert_holds(read_gallery(folder), pictures)
+    assert len(read_gallery(folder).segments) == 1
+
+
+def test_codes_behind_prefixes(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    pictures = some(generator, [f"a{number}" for number in range(60)])
+    folder = small_index(tmp_path, block_of(pictures[:54]))
+    change(folder, ["a3", "a30"], pictures[54:57])
+    change(folder, ["a55"], pictures[57:])
+    gallery = read_gallery(folder)
+    assert len(gallery.segments) == 3
+    kept = [each for each in pictures if each.image not in ("a3", "a30", "a55")]
+    prefixes = np.array([picture.codes[:-1] for picture in pictures[::3]] + [(9, 9)])
+    without = np.array([gallery.row("a7"), gallery.row("a58")])
+    expected = sorted(
+        picture.codes
+        for picture in kept
+        if picture.image not in ("a7", "a58") and picture.codes[:-1] in set(map(tuple, prefixes.tolist()))
+    )
+    assert sorted(map(tuple, gallery.codes_behind(prefixes, without=without).tolist())) == expected
+    assert len(expected) > 10
+
+
+def live(folder: Path, log: Path, seed: int) -> None:
+    """Change an index again and again. A line of the log says what is about to be changed, the next that it is done."""
+    generator = np.random.default_rng(seed)
+    with log.open("a") as file:
+        for step in range(1000):
+            names = [picture.image for picture in read_gallery(folder).pictures()]
+            if generator.random() < 0.1:
+                merge_all(folder)
+                continue
+            removed = generator.permutation(names)[: int(generator.integers(0, min(4, len(names))))].tolist()
+            added = [f"{seed}-{step}-{number}" for number in range(int(generator.integers(0 if removed else 1, 4)))]
+            file.write(f"{' '.join(removed)}|{' '.join(added)}\n")
+            file.flush()
+            change(folder, removed, called(added))
+            file.write("done\n")
+            file.flush()
+
+
+def called(names: list[str]) -> list[Known]:
+    """Pictures whose codes and features follow from their names."""
+    return [some(np.random.default_rng(list(name.encode())), [name])[0] for name in names]
+
+
+def read_on(folder: Path) -> None:
+    """Open and search an index until killed."""
+    while True:
+        gallery = read_gallery(folder)
+        assert_holds(gallery, called([picture.image for picture in gallery.pictures()]))
+
+
+def in_process(action: Any, *arguments: Any) -> int:
+    process = os.fork()
+    if not process:
+        try:
+            torch.set_num_threads(1)
+            action(*arguments)
+        finally:
+            os._exit(1)
+    return process
+
+
+def test_kills_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at seeded moments while it adds, removes, merges and searches: what was acknowledged is there.
+
+    `KILLS=100` makes a hundred of them.
+    """
+    kills = int(os.environ.get("KILLS", "25"))
+    monkeypatch.setattr(merge, "MOST", 4)
+    monkeypatch.setattr(merge, "TOGETHER", 3)
+    moments = random.Random(5)
+    known = called([f"a{number}" for number in range(40)])
+    folder = small_index(tmp_path / "index", block_of(known))
+    reader = in_process(read_on, folder)
+    done = torn = 0
+    for number in range(kills):
+        log = tmp_path / f"{number}.log"
+        log.touch()
+        writer = in_process(live, folder, log, number)
+        while log.read_text().count("done") < number % 3:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.1))
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        assert os.waitpid(reader, os.WNOHANG) == (0, 0), "a reader failed"
+        lines = log.read_text().splitlines()
+        for line, acknowledged in zip(lines[::2], [*lines[1::2], ""], strict=False):
+            removed, added = (part.split() for part in line.split("|"))
+            changed = after(known, removed, called(added))
+            there = [picture.image for picture in read_gallery(folder).pictures()] if not acknowledged else []
+            if acknowledged or there == [picture.image for picture in changed]:
+                known = changed
+            done, torn = done + bool(acknowledged), torn + (not acknowledged)
+        assert_holds(read_gallery(folder), known)
+    os.kill(reader, signal.SIGKILL)
+    os.waitpid(reader, 0)
+    assert done >= kills - 1
+    assert torn
+
+
+def test_everything_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut keeps only what was forced to the disk: every file and folder is, before the manifest names it."""
+    folder = small_index(tmp_path / "index", block_of(called(list("abcdeghijklm"))))
+    events: list[tuple[str, str]] = []
+    force, rename = files.force_to_disk, os.replace
+
+    def forced(path: Path) -> None:
+        events.append(("forced", path.name))
+        force(path)
+
+    def renamed(path: Any, target: Any) -> None:
+        events.append(("named", Path(target).name))
+        rename(path, target)
+
+    monkeypatch.setattr(files, "force_to_disk", forced)
+    monkeypatch.setattr("retriever.gallery.segments.force_to_disk", forced)
+    monkeypatch.setattr(os, "replace", renamed)
+    monkeypatch.setattr(os, "rename", renamed)
+    change(folder, ["b"], called(["f"]))
+    names = [name for _, name in events]
+    segment = read_json(folder / "manifest.json")["facts"]["segments"][-1]
+    written = {path.name for path in (folder / segment).iterdir()}
+    place = events.index(("named", segment))
+    assert {*written, f".{segment}"} <= set(names[:place])
+    assert names[place + 1] == "index"
+    assert events.index(("named", "manifest.json")) > place + 1
+    assert names[-2:] == ["manifest.json", "index"]
+    assert names[-3].startswith(".manifest.json")
+
+
+def test_a_failed_merge_leaves_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    folder = small_index(tmp_path / "index", block_of(called(["a", "b"])))
+    write = segments.write_segment
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        if options.get("tree"):
+            raise BadInput("no space is left")
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(merge, "write_segment", refuse)
+    change(folder, [], called(["c"]))
+    assert "the change is made, but its segments were not merged: no space is left" in capsys.readouterr().out
+    assert_holds(read_gallery(folder), called(["a", "b", "c"]))
