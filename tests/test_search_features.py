@@ -23,6 +23,7 @@ from retriever.gallery import remove as remove_pictures
 from retriever.gallery.answers import Ranked, reordered
 from retriever.gallery.gallery import Gallery, read_gallery
 from tests.chain import Chain
+from tests.folders import as_earlier
 from tools import runs
 from tools.errors import BadInput
 from tools.features import read_features
@@ -71,7 +72,7 @@ def brute_force(index: Path, query: str) -> dict[str, float]:
     clip = load_clip(opened.facts["clip"]["model"], opened.facts["clip"]["pretrained"])
     with torch.inference_mode():
         text = encode_tokens(clip, clip.tokenizer([query])).numpy()[0].astype(np.float64)
-    features = np.load(index / opened.facts["version"] / "features.npy").astype(np.float64)
+    features = opened.features().astype(np.float64)
     cosines = features @ text / np.sqrt((text**2).sum())
     return dict(zip((picture.file for picture in opened.pictures()), cosines.tolist(), strict=True))
 
@@ -246,7 +247,7 @@ def test_an_interactive_search_reorders_by_the_features_of_the_moment(
 
 def without_features(index: Path) -> Path:
     """An index as earlier versions of this repository left it."""
-    manifest = read_json(index / "manifest.json")
+    manifest = read_json(as_earlier(index) / "manifest.json")
     del manifest["facts"]["keeps_features"]
     del manifest["outputs"][f"{manifest['facts']['version']}/features.npy"]
     runs.write_manifest(index, manifest)
@@ -341,7 +342,7 @@ def test_the_index_says_who_encodes_queries(chain: Chain, index: Path) -> None:
     facts = read_gallery(index).facts
     assert facts["keeps_features"] is True
     assert Path(facts["clip"]["model"]).samefile(chain.features / "clip")
-    width = read_array(index / facts["version"] / "features.npy").shape[1]
+    width = read_gallery(index).features().shape[1]
     assert width == read_array(chain.features / "images.npy").shape[1]
 
 

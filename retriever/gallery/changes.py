@@ -17,7 +17,7 @@ from tools.command_line.place import users_variables
 from tools.errors import BadInput
 from tools.pictures import Listing
 
-from .contents import TIMES, Contents, known, read_contents, times_of, unknown
+from .contents import NOT_NOTED, TIMES, Contents, known, read_contents, times_of, unknown
 from .gallery import Folder, Gallery, beginning
 from .pictures import Picture
 
@@ -187,7 +187,7 @@ def _contents_now(
     for path in to_hash:
         row, record = old.get(path), hashed[path]
         if row is not None and known(record):
-            trusted = not known(noted[row]) and max(record["mtime"], record["ctime"]) < before
+            trusted = noted[row]["size"] == NOT_NOTED and max(record["mtime"], record["ctime"]) < before
             if trusted or (known(noted[row]) and record["hash"] == noted[row]["hash"]):
                 unchanged.add(path)
     now = unknown(len(paths))

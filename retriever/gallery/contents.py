@@ -22,10 +22,13 @@ TIMES = ["size", "mtime", "ctime"]
 """Bytes, and nanoseconds since 1970: of the last change of the content, and of the content or the file's record."""
 
 
+NOT_NOTED, CHANGED = -1, -2  # in the place of a size: nothing is known, or the file changed before it was read
+
+
 def unknown(count: int) -> Contents:
     """Records of pictures of whose files nothing is known."""
     records = np.zeros(count, dtype=CONTENT)
-    records["size"] = -1
+    records["size"] = NOT_NOTED
     return records
 
 
@@ -37,7 +40,8 @@ def read_contents(files: Iterable[Path], *, before: int | None = None) -> Conten
     """Hash files, each of which is read once. One that is not there, or that cannot be read, is unknown.
 
     Args:
-        before: nanoseconds since 1970; files that have changed since then are unknown too.
+        before: nanoseconds since 1970; files that have changed since then are unknown too, and never taken for
+            unchanged.
     """
     records = [_record(file, before) for file in files]
     return np.array(records, dtype=CONTENT) if records else unknown(0)
@@ -54,9 +58,11 @@ def times_of(file: Path) -> tuple[int, int, int] | None:
 
 def _record(file: Path, before: int | None) -> tuple[Any, ...]:
     times = times_of(file)
-    nothing = (-1, 0, 0, b"")
-    if times is None or not os.path.isfile(file) or (before is not None and max(times[1:]) >= before):  # noqa: PTH113
+    nothing = (NOT_NOTED, 0, 0, b"")
+    if times is None or not os.path.isfile(file):  # noqa: PTH113
         return nothing
+    if before is not None and max(times[1:]) >= before:
+        return (CHANGED, 0, 0, b"")
     try:
         return (*times, hash_file(file).encode())
     except OSError:
