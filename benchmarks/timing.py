@@ -84,9 +84,9 @@ def peak_memory(function: Callable[[], object]) -> float | None:
     except OSError:
         function()
         return None
-    before = _status("VmRSS")
+    before = status("VmRSS")
     function()
-    return (_status("VmHWM") - before) / MEBIBYTE
+    return (status("VmHWM") - before) / MEBIBYTE
 
 
 def machine() -> str:
@@ -103,7 +103,7 @@ def cpu() -> str:
     return kind + (f", {' '.join(units)}" if units else "")
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """A size in /proc/self/status, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

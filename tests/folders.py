@@ -163,7 +163,7 @@ def as_earlier(folder: Path, *, contents: bool = True) -> Path:
 def small_index(folder: Path, block: Block) -> Path:
     """An index of some pictures, which no model made."""
     facts = {
-        **version_facts(0, len(block.codes), [SEGMENT.format(0)]),
+        **version_facts(0, len(block.codes), {SEGMENT.format(0): len(block.codes)}),
         "levels": block.codes.shape[1],
         "codebooks": "none",
         KEEPS_FEATURES: block.features is not None,

@@ -535,7 +535,7 @@ def test_a_reader_whose_version_went_reads_the_newest(folder: Path, monkeypatch:
                     rename_all(folder, 3, seed)
         return read(place, name, **options)
 
-    before = read_gallery(folder).facts[gallery.SEGMENTS]
+    before = list(read_gallery(folder).facts[gallery.SEGMENTS])
     monkeypatch.setattr(gallery, "read_segment", overtaken)
     opened = read_gallery(folder)
     assert_whole(opened)

@@ -95,7 +95,7 @@ def assert_holds(gallery: Gallery, pictures: list[Known]) -> None:
 @given(
     seed=st.integers(0, 2**32),
     steps=st.integers(1, 12),
-    most=st.sampled_from((2, 4, 24)),
+    most=st.sampled_from((2, 4, 12)),
     share=st.sampled_from((0, 4)),
 )
 def test_any_life_is_that_of_one_list(
@@ -242,7 +242,7 @@ def test_everything_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "rename", renamed)
     change(folder, ["b"], called(["f"]))
     names = [name for _, name in events]
-    segment = read_json(folder / "manifest.json")["facts"]["segments"][-1]
+    segment = list(read_json(folder / "manifest.json")["facts"]["segments"])[-1]
     written = {path.name for path in (folder / segment).iterdir()}
     place = events.index(("named", segment))
     assert {*written, f".{segment}"} <= set(names[:place])

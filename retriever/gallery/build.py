@@ -117,7 +117,7 @@ def main(config: Config) -> None:
     written = write_segment(run.folder, 0, shape_of_all(block), iter([block]), tree=True)
     run.finish(
         facts={
-            **version_facts(0, len(data.images), [written[0].parent.name]),
+            **version_facts(0, len(data.images), {written[0].parent.name: len(data.images)}),
             **data.space._asdict(),
             "codebooks": data.codebooks_hash,
             **encoder,

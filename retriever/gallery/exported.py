@@ -209,7 +209,7 @@ def write_index(folder: Path, gallery: Gallery, *, include_pictures: bool) -> No
     place = portable(below)
     facts = {
         **card.without_places(gallery.facts),
-        **version_facts(0, len(gallery), [written[0].parent.name]),
+        **version_facts(0, len(gallery), {written[0].parent.name: len(gallery)}),
         "clip": {"model": CLIP, "pretrained": None, "content": model_content(str(folder.parent / CLIP))},
         "rqvae": {"path": RQVAE, "content": runs.fingerprint(folder.parent / RQVAE)},
         "history": [entry(added=len(gallery), removed=0, source="retriever.gallery.export")],

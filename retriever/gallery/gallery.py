@@ -36,7 +36,8 @@ FOLDERS = "folders"  # the manifest's fact: the folders that pictures were taken
 KEEPS_FEATURES = "keeps_features"  # the manifest's fact; indexes of earlier versions have neither it nor features
 EXPORTED = "exported"  # the manifest's fact of an index inside an exported folder (retriever/gallery/exported.py)
 EXPORTED_PICTURES = "pictures"  # the folder beside such an index where its pictures lie
-SEGMENTS, EARLIER = "segments", "earlier_segments"  # facts: names of those that are read, and were before the change
+SEGMENTS = "segments"  # the manifest's fact: the names of all segments, in their order, each with its weight
+EARLIER = "earlier_segments"  # the same: names of those that readers of the version before may still open
 HASHED = 1 << 24  # bytes of a file up to which it is compared with its hash whenever it is opened
 
 
@@ -334,9 +335,10 @@ def refreshed(gallery: Gallery) -> Gallery:
     return gallery if read_index_manifest(gallery.folder) == gallery.manifest else read_gallery(gallery.folder)
 
 
-def segment_names(facts: dict[str, Any]) -> list[str]:
-    """Names of the segments that a manifest's facts list; a version of an earlier program is one itself."""
-    found: list[str] = facts.get(SEGMENTS, [facts["version"]])
+def segments_of(facts: dict[str, Any]) -> dict[str, int]:
+    """Names of the segments that a manifest's facts list, and the pictures that each adds or removes: what merging it
+    costs. A version of an earlier program is one itself."""
+    found: dict[str, int] = facts.get(SEGMENTS, {facts["version"]: facts["pictures"]})
     return found
 
 
@@ -352,7 +354,7 @@ def read_index_manifest(folder: Path) -> runs.Manifest:
 def _open(manifest: runs.Manifest) -> Gallery:
     segments: list[Segment] = []
     first, facts = 0, manifest.facts
-    for name in segment_names(facts):
+    for name in segments_of(facts):
         options = {"levels": facts["levels"], "keeps_features": bool(facts.get(KEEPS_FEATURES))}
         segments.append(read_segment(manifest.folder, name, first=first, **options))
         first += len(segments[-1])

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,14 +22,14 @@ from tools.errors import BadInput
 from tools.features import Rows
 from tools.texts import plural
 
-from .gallery import Gallery, read_gallery
+from .gallery import Gallery, read_gallery, read_index_manifest, segments_of
 from .options import IndexOptions
 from .pictures import Gone, Picture
 from .publish import holding, next_number, publish, shape_of
 from .segments import FEATURE_BLOCK, Block, Segment, write_segment
 
-MOST = 24  # changes that lie over the first segment
-TOGETHER = 12  # of them that are merged when there are more
+MOST = 12  # changes that lie over the first segment
+TOGETHER = 6  # of them that are merged when there are more
 SHARE = 4  # everything is merged when the changes are more than one part in so many
 
 
@@ -45,24 +44,23 @@ def tidy(folder: Path) -> None:
     A failure leaves the index as it is, which is said, and nothing is lost.
     """
     try:
-        while (found := due(read_gallery(folder).segments)) is not None:
+        while (found := due(list(segments_of(read_index_manifest(folder).facts).values()))) is not None:
             merge(read_gallery(folder), *found)
     except BadInput as error:
         print(f"the change is made, but its segments were not merged: {error}")
 
 
-def due(segments: Sequence[Segment]) -> tuple[int, int] | None:
+def due(weights: Sequence[int]) -> tuple[int, int] | None:
     """First and end of the segments to merge now; None while there are none.
 
     Args:
-        segments: of a gallery.
+        weights: of a gallery's segments (`segments_of`).
     """
-    weights = [segment.weight for segment in segments]
     if SHARE * sum(weights[1:]) > weights[0]:
-        return 0, len(segments)
-    if len(segments) <= 1 + MOST:
+        return 0, len(weights)
+    if len(weights) <= 1 + MOST:
         return None
-    sums = [sum(weights[start : start + TOGETHER]) for start in range(1, len(segments) - TOGETHER + 1)]
+    sums = [sum(weights[start : start + TOGETHER]) for start in range(1, len(weights) - TOGETHER + 1)]
     start = 1 + int(np.argmin(sums))
     return start, start + TOGETHER
 
@@ -82,9 +80,9 @@ def merge(gallery: Gallery, start: int, end: int) -> None:
     files = write_segment(
         gallery.folder, next_number(gallery), shape, blocks(gallery, merged, rows), gone=gone, tree=start == 0
     )
-    names = [segment.name for segment in gallery.segments]
-    names[start:end] = [files[0].parent.name]
-    publish(gallery, names, files, pictures=len(gallery), facts={})
+    segments = list(segments_of(gallery.facts).items())
+    segments[start:end] = [(files[0].parent.name, len(rows) + sum(len(each.rows) for each in gone))]
+    publish(gallery, dict(segments), files, pictures=len(gallery), facts={})
 
 
 def still_gone(merged: Sequence[Segment], before: set[int]) -> list[Gone]:
@@ -125,8 +123,7 @@ def merge_all(index: Path) -> tuple[int, int]:
 
 def is_earlier(gallery: Gallery) -> bool:
     """Whether an earlier program wrote the first segment."""
-    facts: dict[str, Any] = gallery.facts
-    return "segments" not in facts or gallery.segments[0].name.startswith("version")
+    return gallery.segments[0].name.startswith("version")
 
 
 def main(config: Config) -> None:

@@ -16,9 +16,8 @@ import numpy as np
 
 from tools import runs
 from tools.features import Rows
-from tools.files import remove_torn
 
-from .gallery import EARLIER, FOLDERS, SEGMENTS, Folder, Gallery, read_gallery, read_index_manifest, segment_names
+from .gallery import EARLIER, FOLDERS, SEGMENTS, Folder, Gallery, read_gallery, read_index_manifest, segments_of
 from .pictures import Gone
 from .segments import KINDS, Block, Shape, number_of, write_segment
 
@@ -43,7 +42,8 @@ def changing(folder: Path) -> Iterator[Gallery]:
 @contextmanager
 def holding(folder: Path) -> Iterator[Gallery]:
     """The same without the merging."""
-    read_index_manifest(folder)
+    if not (folder / runs.MANIFEST).is_file():
+        read_index_manifest(folder)  # which says what to do
     with runs.hold(folder):
         gallery = read_gallery(folder)
         sweep(folder, gallery.facts)
@@ -81,8 +81,8 @@ def replace_pictures(
         FOLDERS: [each._asdict() for each in places],
         "history": [*gallery.facts["history"], change][-HISTORY:],
     }
-    names = [*(segment.name for segment in gallery.segments), files[0].parent.name]
-    publish(gallery, names, files, pictures=total, facts=facts)
+    segments = {**segments_of(gallery.facts), files[0].parent.name: count + len(removed)}
+    publish(gallery, segments, files, pictures=total, facts=facts)
     return total
 
 
@@ -104,12 +104,12 @@ def gone_in(gallery: Gallery, rows: Rows) -> list[Gone]:
 
 
 def publish(
-    gallery: Gallery, segments: Sequence[str], files: Sequence[Path], *, pictures: int, facts: dict[str, Any]
+    gallery: Gallery, segments: dict[str, int], files: Sequence[Path], *, pictures: int, facts: dict[str, Any]
 ) -> None:
     """Let the manifest speak of other segments, in one step. When this returns, the change outlives a power cut.
 
     Args:
-        segments: names of all of them, in their order.
+        segments: names of all of them, in their order, each with its weight (`segments_of`).
         files: those that the manifest does not know yet.
         facts: that change besides.
     """
@@ -125,9 +125,9 @@ def publish(
     sweep(gallery.folder, changed)
 
 
-def version_facts(number: int, pictures: int, segments: Sequence[str]) -> dict[str, Any]:
+def version_facts(number: int, pictures: int, segments: dict[str, int]) -> dict[str, Any]:
     """What the manifest says of its current version."""
-    return {"version": VERSION.format(number), "pictures": pictures, SEGMENTS: list(segments)}
+    return {"version": VERSION.format(number), "pictures": pictures, SEGMENTS: segments}
 
 
 def entry(*, added: int, removed: int, source: str) -> dict[str, Any]:
@@ -138,8 +138,9 @@ def entry(*, added: int, removed: int, source: str) -> dict[str, Any]:
 
 def sweep(folder: Path, facts: dict[str, Any]) -> None:
     """Remove all segments, finished or not, but those of a manifest's facts and of the manifest before it."""
-    remove_torn(folder)
-    _remove(folder, {*segment_names(facts), *facts.get(EARLIER, [])})
+    for torn in folder.glob(f".{runs.MANIFEST}.*"):
+        torn.unlink()
+    _remove(folder, {*segments_of(facts), *facts.get(EARLIER, [])})
 
 
 def clear(folder: Path) -> None:
@@ -148,6 +149,6 @@ def clear(folder: Path) -> None:
 
 
 def _remove(folder: Path, kept: set[str]) -> None:
-    for path in [found for kind in KINDS for start in ("", ".") for found in folder.glob(start + kind)]:
-        if path.name not in kept:
+    for path in list(folder.iterdir()):
+        if path.name.removeprefix(".").startswith(KINDS) and path.name not in kept:
             shutil.rmtree(path)

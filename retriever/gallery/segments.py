@@ -30,7 +30,7 @@ from .pictures import STORE, Gone, LineStore, Picture, SqliteStore, Store, write
 
 CODES, FEATURES = "codes.npy", "features.npy"
 SEGMENT = "segment-{:06d}"
-KINDS = ("segment-*", "version-*")  # versions: whole galleries of an earlier program, each of which is one segment
+KINDS = ("segment-", "version-")  # versions: whole galleries of an earlier program, each of which is one segment
 FEATURE_BLOCK = 65_536  # rows of features that are in memory at once
 AGAIN = "build the index again"
 
@@ -88,11 +88,6 @@ class Segment:
     @property
     def number(self) -> int:
         return number_of(self.name)
-
-    @property
-    def weight(self) -> int:
-        """Pictures that it adds and removes: what merging it costs."""
-        return len(self) + sum(len(each.rows) for each in self.store.gone())
 
 
 def number_of(name: str) -> int:
