@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tools.command_line.failures import AGAIN, NOT_WRITTEN
 from tools.errors import BadInput
 from tools.features import Rows
 
@@ -25,6 +26,7 @@ from .contents import Contents, unknown
 
 STORE = "pictures.sqlite"
 TOGETHER = 500  # names that one query asks for: SQLite takes at least 999
+NOT_WRITABLE = ("disk is full", "I/O error", "unable to open", "readonly")  # of SQLite's messages, those of the disk
 BLOCK = 4096  # pictures that are read at once
 BEGIN = """
     PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode = EXCLUSIVE;
@@ -103,7 +105,9 @@ def write_store(path: Path, pictures: Iterable[tuple[Picture, Contents]], *, gon
             for statement in END.split(";"):
                 store.execute(statement)
     except sqlite3.OperationalError as error:
-        raise BadInput(f"{path} cannot be written ({error}): is the disk full?") from error
+        if any(word in str(error) for word in NOT_WRITABLE):
+            raise BadInput(f"{path} cannot be written: {NOT_WRITTEN} ({error}), {AGAIN}") from error
+        raise
 
 
 class SqliteStore:
