@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from models.rqvae import RqVae, RqVaeConfig
+from retriever.gallery.compact import Codec
 from retriever.gallery.gallery import COMMAND, FOLDERS, KEEPS_FEATURES, SEGMENTS, read_gallery
 from retriever.gallery.pictures import LineStore
 from retriever.gallery.publish import version_facts
@@ -160,7 +161,7 @@ def as_earlier(folder: Path, *, contents: bool = True) -> Path:
     return folder
 
 
-def small_index(folder: Path, block: Block) -> Path:
+def small_index(folder: Path, block: Block, codec: Codec | None = None) -> Path:
     """An index of some pictures, which no model made."""
     facts = {
         **version_facts(0, len(block.codes), {SEGMENT.format(0): len(block.codes)}),
@@ -173,6 +174,6 @@ def small_index(folder: Path, block: Block) -> Path:
     return finished(
         folder,
         COMMAND,
-        lambda here: write_segment(here, 0, shape_of_all(block), iter([block]), tree=True),
+        lambda here: write_segment(here, 0, shape_of_all(block, codec), iter([block]), tree=True),
         facts=facts,
     )

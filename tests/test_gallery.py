@@ -24,13 +24,14 @@ from retriever.gallery import add as add_pictures
 from retriever.gallery import build as build_index
 from retriever.gallery import gallery, search, segments
 from retriever.gallery import remove as remove_pictures
+from retriever.gallery.compact import stored_features
 from retriever.gallery.contents import unknown
 from retriever.gallery.gallery import Gallery, read_gallery
 from retriever.gallery.merge import merge_all
 from retriever.gallery.overlay import overlay_to_device
 from retriever.gallery.pictures import Picture
 from retriever.gallery.publish import changing, replace_pictures
-from retriever.gallery.segments import Block, half_normalized
+from retriever.gallery.segments import Block
 from tests.chain import Chain, files_of
 from tests.folders import as_earlier
 from tests.tiny import draw_picture, generate_codes
@@ -140,7 +141,7 @@ def told_apart(codes: Sequence[Sequence[int]]) -> Floats:
 def assert_whole(opened: Gallery) -> None:
     """All parts are of one version: the pictures of `numbered` are called by their codes, and so are their features."""
     assert [picture.image for picture in opened.pictures()] == [str(row) for row in opened.codes().tolist()]
-    assert opened.features().tolist() == half_normalized(told_apart(opened.codes().tolist())).tolist()
+    assert opened.features().tolist() == stored_features(told_apart(opened.codes().tolist()), None).tolist()
     assert_whole_tree(opened)
 
 
@@ -429,7 +430,7 @@ def rename_all(folder: Path, count: int, seed: int) -> None:
         named = opened.picture(0).image.startswith("[")
         removed = np.arange(len(opened))[:: 2 if named else 1]
         added = [Picture(str(row), f"{row}.png") for row in codes.tolist()]
-        block = Block(codes, added, half_normalized(told_apart(codes.tolist())), unknown(count))
+        block = Block(codes, added, stored_features(told_apart(codes.tolist()), None), unknown(count))
         replace_pictures(opened, removed=opened.rows[removed], added=block, source="test")
 
 

@@ -14,13 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retriever.gallery import merge, segments
+from retriever.gallery.compact import stored_features
 from retriever.gallery.contents import CONTENT
 from retriever.gallery.gallery import Gallery, read_gallery
 from retriever.gallery.merge import merge_all
 from retriever.gallery.overlay import overlay_to_device
 from retriever.gallery.pictures import Picture
 from retriever.gallery.publish import changing, replace_pictures
-from retriever.gallery.segments import Block, half_normalized
+from retriever.gallery.segments import Block
 from retriever.index import build_index, to_device
 from tests.folders import small_index
 from tests.test_beam import CPU, SIZE
@@ -42,7 +43,7 @@ class Known(NamedTuple):
 
 def some(generator: np.random.Generator, names: list[str]) -> list[Known]:
     codes = generator.integers(0, SIZE, size=(len(names), LEVELS)).tolist()
-    features = half_normalized(generator.normal(size=(len(names), WIDTH)).astype(np.float32)).tolist()
+    features = stored_features(generator.normal(size=(len(names), WIDTH)).astype(np.float32), None).tolist()
     return [Known(name, tuple(code), tuple(own)) for name, code, own in zip(names, codes, features, strict=True)]
 
 

@@ -33,12 +33,13 @@ from tools.pictures import Listing, find_unreadable, list_pictures
 from tools.texts import plural, printable
 from tools.vokens import Codes
 
+from .compact import stored_features
 from .contents import read_contents
 from .gallery import Folder, Gallery
 from .options import IndexOptions
 from .pictures import Picture
 from .publish import changing, replace_pictures
-from .segments import Block, half_normalized
+from .segments import Block
 
 NAMED = 10  # files that are left out, in lines of their own
 AGAIN = "new pictures would get codes of another meaning: run scripts/14_build_index.sh --overwrite and add them again"
@@ -273,7 +274,7 @@ def add(index: Path, places: Sequence[Path], config: Options, *, source: str) ->
         contents = read_contents(gallery.files_below / picture.file for picture in choice.added)
         features = encode(gallery, choice.added, config, device)
         codes = code(gallery, features, device, without=choice.replaced)
-        kept = half_normalized(features) if gallery.keeps_features else None
+        kept = stored_features(features, gallery.segments[0].codec) if gallery.keeps_features else None
         total = replace_pictures(
             gallery,
             removed=choice.replaced,

@@ -18,11 +18,12 @@ from tools.errors import BadInput
 from tools.features import Floats, read_features
 
 from ..data import RetrieverData, read_data
+from .compact import stored_features, train_codec
 from .contents import Contents, read_contents
 from .gallery import FOLDERS, KEEPS_FEATURES, Folder, model_content
 from .pictures import Picture
 from .publish import clear, entry, version_facts
-from .segments import Block, half_normalized, shape_of_all, write_segment
+from .segments import Block, shape_of_all, write_segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Config(RunOptions):
     """Run folder of RQ-VAE.train, the tokenizer that coded the dataset; pictures added later are coded by it too."""
     keep_features: bool = True
     """Keep the pictures' features too, 2 bytes per number, by which search reorders what it finds."""
+    compact_features: int | None = None
+    """Keep them in so many bytes a picture, by product quantisation; docs/search.md has what that costs."""
     overwrite: bool = False
     """Throw away what the output folder holds, pictures added since included, and start again."""
 
@@ -112,9 +115,10 @@ def main(config: Config) -> None:
     clear(run.folder)  # of what a killed run left
     files = (str(data.image_folder / file) for file in data.files)
     pictures = list(starmap(Picture, zip(data.images, files, strict=True)))
-    kept = None if features is None else half_normalized(features)
+    codec = train_codec(features, config.compact_features) if features is not None and config.compact_features else None
+    kept = None if features is None else stored_features(features, codec)
     block = Block(data.codes, pictures, kept, dataset_contents(data))
-    written = write_segment(run.folder, 0, shape_of_all(block), iter([block]), tree=True)
+    written = write_segment(run.folder, 0, shape_of_all(block, codec), iter([block]), tree=True)
     run.finish(
         facts={
             **version_facts(0, len(data.images), {written[0].parent.name: len(data.images)}),

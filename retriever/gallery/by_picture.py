@@ -15,9 +15,9 @@ from tools.pictures import MOST_OBLONG, as_seen, find_unreadable, open_picture
 from tools.texts import printable
 
 from .answers import Ranked, need_features
+from .compact import BLOCK
 from .gallery import Gallery
 from .query_encoder import cosines
-from .segments import FEATURE_BLOCK
 
 Likeness = Literal["features", "vokens"]
 ADVICE = "search with words, or run scripts/14_build_index.sh --overwrite and add again what was added"
@@ -114,7 +114,7 @@ def all_cosines(gallery: Gallery, feature: Floats) -> Floats:
     """Cosines (pictures,) of all pictures' features, in the order of rows, with a normalised one (width,)."""
     need_features(gallery)
     scores = np.empty(len(gallery), dtype=np.float32)
-    for start in range(0, len(scores), FEATURE_BLOCK):
-        block = slice(start, start + FEATURE_BLOCK)
+    for start in range(0, len(scores), BLOCK):
+        block = slice(start, start + BLOCK)
         scores[block] = cosines(feature, gallery, gallery.rows[block])
     return scores

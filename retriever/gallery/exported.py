@@ -30,11 +30,12 @@ from tools.errors import BadInput
 from tools.files import hash_file, read_json, replacing, write_json
 
 from . import card
+from .compact import BLOCK
 from .contents import unknown
 from .gallery import EARLIER, EXPORTED, EXPORTED_PICTURES, FOLDERS, Gallery, model_content, read_gallery
 from .pictures import Picture
 from .publish import entry, shape_of, version_facts
-from .segments import FEATURE_BLOCK, Block, write_segment
+from .segments import Block, write_segment
 
 CONFIG, README = "config.json", "README.md"
 FORMAT, VERSION = "avg-retriever", 1
@@ -223,9 +224,9 @@ def write_index(folder: Path, gallery: Gallery, *, include_pictures: bool) -> No
 def all_blocks(gallery: Gallery, renamed: Callable[[Picture], Picture]) -> Iterator[Block]:
     """All pictures under other names, without what their files held."""
     pictures = map(renamed, gallery.pictures())
-    for start in range(0, len(gallery), FEATURE_BLOCK):
-        rows = gallery.rows[start : start + FEATURE_BLOCK]
-        features = gallery.features(rows) if gallery.keeps_features else None
+    for start in range(0, len(gallery), BLOCK):
+        rows = gallery.rows[start : start + BLOCK]
+        features = gallery.stored_features(rows) if gallery.keeps_features else None
         yield Block(gallery.codes(rows), list(islice(pictures, len(rows))), features, unknown(len(rows)))
 
 

@@ -25,10 +25,11 @@ from tools.errors import BadInput
 from tools.features import Rows
 
 from ..index import Codes, spread
+from .compact import HalfFloats, Stored
 from .contents import Contents, unknown
 from .overlay import NONE, Overlay, find_children, lay_over
 from .pictures import Picture
-from .segments import CODES, HalfFloats, Segment, read_segment
+from .segments import CODES, Segment, read_segment
 
 COMMAND = "retriever.gallery.build"
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +177,11 @@ class Gallery:
 
     def features(self, rows: Rows | None = None) -> HalfFloats:
         """(rows, width), normalised, of a gallery that keeps features; by default of all pictures that can be found"""
+        stored, codec = self.stored_features(rows), self.segments[0].codec
+        return stored if codec is None else codec.decode(stored)
+
+    def stored_features(self, rows: Rows | None = None) -> Stored:
+        """The same as they are kept"""
         return self._gathered(rows, _features_of)
 
     def contents(self, rows: Rows) -> Contents:
@@ -267,7 +273,7 @@ def beginning(folder: str) -> str:
     return "" if place == Path() else f"{place}/".replace("//", "/")
 
 
-def _features_of(segment: Segment) -> HalfFloats:
+def _features_of(segment: Segment) -> Stored:
     assert segment.features is not None, "only features that are kept can be read"
     return segment.features
 

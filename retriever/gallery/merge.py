@@ -22,11 +22,12 @@ from tools.errors import BadInput
 from tools.features import Rows
 from tools.texts import plural
 
+from .compact import BLOCK
 from .gallery import Gallery, read_gallery, read_index_manifest, segments_of
 from .options import IndexOptions
 from .pictures import Gone, Picture
 from .publish import holding, next_number, publish, shape_of
-from .segments import FEATURE_BLOCK, Block, Segment, write_segment
+from .segments import Block, Segment, write_segment
 
 MOST = 12  # changes that lie over the first segment
 TOGETHER = 6  # of them that are merged when there are more
@@ -100,9 +101,9 @@ def still_gone(merged: Sequence[Segment], before: set[int]) -> list[Gone]:
 def blocks(gallery: Gallery, segments: Sequence[Segment], rows: Rows) -> Iterator[Block]:
     """Rows of some segments, block by block."""
     pictures = (each for segment in segments for each in enumerate(segment.store.pictures(), start=segment.first))
-    for start in range(0, len(rows), FEATURE_BLOCK):
-        some = rows[start : start + FEATURE_BLOCK]
-        features = gallery.features(some) if gallery.keeps_features else None
+    for start in range(0, len(rows), BLOCK):
+        some = rows[start : start + BLOCK]
+        features = gallery.stored_features(some) if gallery.keeps_features else None
         yield Block(gallery.codes(some), list(_picked(pictures, some)), features, gallery.contents(some))
 
 

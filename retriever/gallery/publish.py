@@ -95,7 +95,7 @@ def shape_of(gallery: Gallery, pictures: int) -> Shape:
     """Of a segment of a gallery."""
     first = gallery.segments[0]
     width = None if first.features is None else first.features.shape[1]
-    return Shape(pictures, first.codes.shape[1], first.codes.dtype, width)
+    return Shape(pictures, first.codes.shape[1], first.codes.dtype, width, first.codec)
 
 
 def gone_in(gallery: Gallery, rows: Rows) -> list[Gone]:

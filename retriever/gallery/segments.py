@@ -2,7 +2,8 @@
 
 segment-000007/
     codes.npy         (pictures, levels), in the order of rows
-    features.npy      (pictures, width) float16, the pictures' normalised features, where they are kept
+    features.npy      the pictures' normalised features, where they are kept: (pictures, width) float16, or
+                      (pictures, parts) uint8 with centroids.npy in the first segment (retriever/gallery/compact.py)
     pictures.sqlite   ids, files, what the files held, and the removed rows (retriever/gallery/pictures.py)
     the arrays of the tree (retriever/index.py), in the first segment alone
 
@@ -16,25 +17,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tools.command_line.failures import why_not_written
 from tools.errors import BadInput
-from tools.features import Floats, normalized
-from tools.files import force_to_disk, new_array, read_array
+from tools.files import force_to_disk, new_array, read_array, write_array
 
 from ..index import Codes, VokenIndex, load_index
+from .compact import Codec, Stored
 from .contents import Contents
 from .large_index import write_index
 from .pictures import STORE, Gone, LineStore, Picture, SqliteStore, Store, write_store
 
-CODES, FEATURES = "codes.npy", "features.npy"
+CODES, FEATURES, CODEC = "codes.npy", "features.npy", "centroids.npy"
 SEGMENT = "segment-{:06d}"
 KINDS = ("segment-", "version-")  # versions: whole galleries of an earlier program, each of which is one segment
-FEATURE_BLOCK = 65_536  # rows of features that are in memory at once
 AGAIN = "build the index again"
-
-HalfFloats = NDArray[np.float16]
 
 
 class Block(NamedTuple):
@@ -43,8 +40,8 @@ class Block(NamedTuple):
     codes: Codes
     """(pictures, levels)"""
     pictures: Sequence[Picture]
-    features: HalfFloats | None
-    """(pictures, width) of `half_normalized`; None where none are kept"""
+    features: Stored | None
+    """(pictures, width or parts) of `stored_features`; None where none are kept"""
     contents: Contents
     """(pictures,)"""
 
@@ -57,14 +54,19 @@ class Shape(NamedTuple):
     kind: Any
     """Type of the codes."""
     width: int | None
-    """Of the features; None where none are kept."""
+    """Numbers of a picture's stored features; None where none are kept."""
+    codec: Codec | None
+    """Of the features; None where they are halves, or none are kept."""
 
 
-def shape_of_all(block: Block) -> Shape:
+def shape_of_all(block: Block, codec: Codec | None = None) -> Shape:
     """Of a segment that is one block."""
     kind = np.int16 if int(block.codes.max()) < 2**15 else np.int32
-    width = None if block.features is None else block.features.shape[1]
-    return Shape(len(block.codes), block.codes.shape[1], kind, width)
+    return Shape(len(block.codes), block.codes.shape[1], kind, _width(block.features), codec)
+
+
+def _width(features: Stored | None) -> int | None:
+    return None if features is None else features.shape[1]
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,11 @@ class Segment:
     """Row of the gallery that its first picture has."""
     codes: Codes
     """(pictures, levels)"""
-    features: HalfFloats | None
-    """(pictures, width)"""
+    features: Stored | None
+    """(pictures, width or parts)"""
     store: Store
+    codec: Codec | None
+    """Of the whole gallery's features; None of all segments but the first, and where they are halves."""
     index: VokenIndex | None
     """The tree over all its codes, removed ones included; None of all segments but the first."""
 
@@ -96,14 +100,6 @@ def number_of(name: str) -> int:
     7
     """
     return int(name.rpartition("-")[2])
-
-
-def half_normalized(features: Floats) -> HalfFloats:
-    """Features (pictures, width) as the gallery keeps them: divided by their L2 norm, in half precision."""
-    kept = np.empty(features.shape, dtype=np.float16)
-    for start in range(0, len(features), FEATURE_BLOCK):
-        kept[start : start + FEATURE_BLOCK] = normalized(features[start : start + FEATURE_BLOCK])
-    return kept
 
 
 def write_segment(
@@ -127,10 +123,13 @@ def write_segment(
         codes = new_array(temporary / CODES, dtype=shape.kind, shape=(shape.pictures, shape.levels))
         features = None
         if shape.width is not None:
-            features = new_array(temporary / FEATURES, dtype=np.float16, shape=(shape.pictures, shape.width))
+            stored_as = np.float16 if shape.codec is None else np.uint8
+            features = new_array(temporary / FEATURES, dtype=stored_as, shape=(shape.pictures, shape.width))
         write_store(temporary / STORE, _placed(blocks, codes, features), gone=gone)
         if tree:
             write_index(temporary, codes)
+            if shape.codec is not None:
+                write_array(temporary / CODEC, shape.codec.centroids)
         del codes, features  # which writes what was still in memory
         for path in sorted(temporary.iterdir()):
             force_to_disk(path)
@@ -146,7 +145,7 @@ def write_segment(
     return sorted(segment.iterdir())
 
 
-def _placed(blocks: Iterator[Block], codes: Codes, features: HalfFloats | None) -> Iterator[tuple[Picture, Contents]]:
+def _placed(blocks: Iterator[Block], codes: Codes, features: Stored | None) -> Iterator[tuple[Picture, Contents]]:
     """The blocks' pictures one by one; their codes and features go into the arrays."""
     start = 0
     for block in blocks:
@@ -174,13 +173,14 @@ def read_segment(folder: Path, name: str, *, first: int, levels: int, keeps_feat
     store = _read_lines(place) if (place / LineStore.TEXT).exists() else SqliteStore(place / STORE)
     features = read_array(place / FEATURES) if keeps_features else None
     index = load_index(place, levels) if first == 0 else None
+    codec = Codec(read_array(place / CODEC)) if first == 0 and (place / CODEC).is_file() else None
     counts = {STORE: len(store), "the tree": len(codes) if index is None else len(index.pictures)}
     if features is not None:
         counts[FEATURES] = len(features)
     for part, count in counts.items():
         if count != len(codes):
             raise BadInput(f"{place}: {part} has {count} rows for {len(codes)} pictures: {AGAIN}")
-    return Segment(name, first, codes, features, store, index)
+    return Segment(name, first, codes, features, store, codec, index)
 
 
 def _read_lines(place: Path) -> LineStore:

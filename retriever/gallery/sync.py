@@ -26,11 +26,12 @@ from tools.texts import plural, printable
 
 from .add import ReadingOptions, code, encode, tell_left_out
 from .changes import Changes, Target, compare, folder_of, leave_out, of_pictures, rows_below
+from .compact import stored_features
 from .contents import Contents
 from .gallery import Folder, Gallery, read_gallery
 from .options import IndexOptions
 from .publish import HISTORY, changing, replace_pictures
-from .segments import Block, half_normalized
+from .segments import Block
 
 AGAIN = "start again with scripts/quickstart.sh --overwrite"
 
@@ -154,7 +155,7 @@ def written(gallery: Gallery, targets: Sequence[Target], contents: Contents, rem
     codes[moved] = known
     features = None
     if gallery.keeps_features:
-        known_features = gallery.features(held[moved])
+        known_features = gallery.stored_features(held[moved])
         features = np.empty((len(targets), known_features.shape[1]), dtype=known_features.dtype)
         features[moved] = known_features
     if len(new):
@@ -162,7 +163,7 @@ def written(gallery: Gallery, targets: Sequence[Target], contents: Contents, rem
         encoded = encode(gallery, [targets[place].picture for place in new.tolist()], config, device)
         codes[new] = code(gallery, encoded, device, without=np.setdiff1d(removed, held))
         if features is not None:
-            features[new] = half_normalized(encoded)
+            features[new] = stored_features(encoded, gallery.segments[0].codec)
     return Block(codes, [each.picture for each in targets], features, contents)
 
 
