@@ -16,6 +16,15 @@ LINK = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
 PICTURE = re.compile(r"!\[[^]]*\]\(\.\./([^)\s]+)\)")
 
 
+def on_config(config: Any) -> Any:
+    """Give pages of docs/ that the navigation does not list a place at its end, under "More"."""
+    listed = {page for part in config.nav for pages in part.values() if isinstance(pages, list) for page in pages}
+    more = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in listed)
+    if more:
+        config.nav.append({"More": more})
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add to those of docs/ the pages of the root, and pictures that pages show from elsewhere."""
     for name, page in PAGES.items():

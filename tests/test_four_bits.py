@@ -1,6 +1,7 @@
 """Adapters around weights in 4 bits: what they compute, what is saved, what is refused. All of it runs on the CPU."""
 
 import dataclasses
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from retriever import train
 from retriever.losses import written_log_probabilities
 from tests.chain import Chain
 from tests.test_pipeline import interrupted
+from tests.test_processes import start, train_anew
 from tests.test_training import llama_config
 from tests.tiny import codebooks, llama_folder
 from tools import runs
@@ -204,6 +206,24 @@ def test_a_killed_training_ends_with_the_same_figures(
     for name, value in first.items():
         assert torch.allclose(value, second[name], atol=1e-6), name
     assert runs.read_manifest(cut.output, "retriever.train").config["load_in_4bit"] is True
+
+
+@installed
+def test_training_on_two_processes(chain: Chain, base: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "load_in_4bit": True, "precision": "fp32", "device": "cpu", "lora_dropout": 0.0, "epochs": 1,
+    }  # fmt: skip
+    one, two = (
+        dataclasses.replace(llama_config(chain, tmp_path / name, **options), language_model=str(base))
+        for name in ("one", "two")
+    )
+    train.main(one)
+    started = start(partial(train_anew, train.main, two), tmp_path / "log", anew=True)
+    assert started.statuses() == [0, 0], started.log.read_text()
+    first, second = (load_file(each.output / "model" / "adapter_model.safetensors") for each in (one, two))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-4), name
 
 
 def test_it_is_for_adapters_alone(tmp_path: Path) -> None:
