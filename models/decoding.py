@@ -260,9 +260,13 @@ class CausalWriter(Writer):
     """A causal Hugging Face model that takes masks of four dimensions and position ids (`build_causal` refuses known
     others): the prompt's keys and values are computed once per query and shared by its beams."""
 
-    def __init__(self, lm: VokenLM, head: Head, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, lm: VokenLM, head: Head, model: Any, dtype: torch.dtype, *, casts: bool = False) -> None:
+        """
+        Args:
+            casts: the model's weights are of several types, and autocast brings them together.
+        """
         super().__init__(lm, head, lm.read)
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.casts = model, dtype, casts
 
     def begin(self, memory: Memory) -> Session:
         return CausalSession(self, memory)
@@ -296,7 +300,9 @@ class CausalSession(Session):
         return self._run(input_ids=tokens, attention_mask=bias, position_ids=positions)
 
     def _run(self, **inputs: Any) -> Tensor:
-        output = self.writer.model(past_key_values=self.cache, use_cache=True, **inputs)
+        writer = self.writer
+        with autocast(self.memory.states.device, writer.dtype if writer.casts else torch.float32):
+            output = writer.model(past_key_values=self.cache, use_cache=True, **inputs)
         states: Tensor = output.last_hidden_state
         return states.float()
 
@@ -396,7 +402,10 @@ def _gpt2_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype, read: Read) 
 
 
 def _causal_writer(lm: VokenLM, make: MakeLinear, dtype: torch.dtype) -> Writer:
-    """The model's own modules do the work; on a GPU they may be the model itself, where it has no adapters."""
+    """The model's own modules do the work; on a GPU they may be the model itself, where it has no adapters. Weights in
+    4 bits stay so, with the adapters beside them: a merged copy would take four times their memory."""
+    if lm.rounded_in is not None:
+        return CausalWriter(lm, Head(lm, make, scale=1.0), lm.model.base_model, dtype, casts=True)
     plain = lm.plain_model
     model = plain.base_model
     if lm.device.type == "cpu" or next(model.parameters()).dtype != dtype:

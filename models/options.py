@@ -153,10 +153,14 @@ class LoraOptions:
     """Projections that get adapters (q_proj v_proj ...)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
+    load_in_4bit: bool = False
+    """Keep the frozen weights beside the adapters in 4 bits (QLoRA): a quarter of their memory. Takes bitsandbytes."""
 
     def __post_init__(self) -> None:
         if self.lora_rank < 0 or (self.lora_rank > 0 and self.lora_alpha <= 0):
             raise BadInput("`lora_rank` must be at least 0 and `lora_alpha` above 0")
+        if self.load_in_4bit and not self.lora_rank:
+            raise BadInput("`load_in_4bit` is for `lora_rank` above 0: weights in 4 bits cannot be trained themselves")
         if not 0 <= self.lora_dropout < 1:
             raise BadInput("`lora_dropout` must be in [0, 1)")
 

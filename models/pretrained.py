@@ -94,6 +94,7 @@ def merged(
     options: Callable[[str], dict[str, Any]] = lambda name: {},
     dtype: torch.dtype | None = None,
     whole: torch.dtype | None = None,
+    load: Callable[..., Any] | None = None,
 ) -> Any:
     """The model that a peft folder adapts, with the adapters merged into its weights.
 
@@ -105,13 +106,14 @@ def merged(
         options: of `loader.from_pretrained`, by the model's name.
         dtype: of the weights; by default the one that the model was published in, which may be float32.
         whole: of the modules that were trained whole beside the adapters, in float32; by default as the weights.
+        load: reads the model that is adapted, as `load_whole` does, where the adapters learned around rounded weights.
     """
     from peft import PeftModel
 
     config = read_json(folder / ADAPTER_NAME)
     name = config["base_model_name_or_path"]
     try:
-        model = load_whole(loader, name, dtype=dtype or "auto", **options(name))
+        model = (load or load_whole)(loader, name, dtype=dtype or "auto", **options(name))
     except LOADING_ERRORS as error:
         raise BadInput(
             f"{folder} adapts {name}, which cannot be loaded: {first_line(error)}; if it has moved, correct "

@@ -25,6 +25,7 @@ from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
 
 from .cooccurrence import factorise
+from .four_bits import load_in_4bit, name_of, reader
 from .opened_pictures import KeysAndValues, behind_pictures
 from .pretrained import (
     ADAPTER_NAME,
@@ -99,6 +100,7 @@ class Scorer(nn.Module):
         max_query: tokens of a query at most; the prompt around it is never cut.
         compat: None, or the number of tokens of a whole prompt as published: cut and padded to it on the right, without
             a mask, and scored at its last position, which is a padding token wherever the prompt is shorter.
+        rounded_in: the type that frozen weights had when they were put in 4 bits, as torch names it; else None.
     """
 
     reader = "the reranker"  # models.lengths.Reader
@@ -114,12 +116,14 @@ class Scorer(nn.Module):
         max_query: int,
         compat: int | None = None,
         adapted: "PeftModel | None" = None,
+        rounded_in: str | None = None,
     ) -> None:
         super().__init__()
         self.model, self.head = model, head
         self._adapted = (adapted,)  # in a tuple: its parameters are those of `model`, and not to be found twice
         self.tokenizer = tokenizer
         self.images, self.first_image, self.max_query, self.compat = images, first_image, max_query, compat
+        self.rounded_in = rounded_in
         before, after = PROMPT.split("{image}")
         self.before: list[int] = tokenizer(before)["input_ids"]
         if self.before[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
@@ -271,8 +275,8 @@ class Scorer(nn.Module):
         with replacing(folder / HEAD_NAME) as temporary:
             save_file({name: value.detach().cpu() for name, value in self.head.state_dict().items()}, temporary)
         facts = {"images": self.images._asdict(), "first_image": self.first_image, "max_query": self.max_query}
-        layers = self.model.config.num_hidden_layers
-        write_json(folder / SCORER_NAME, {**facts, "compat": self.compat, "layers": layers})
+        facts |= {"compat": self.compat, "layers": self.model.config.num_hidden_layers}
+        write_json(folder / SCORER_NAME, facts if self.rounded_in is None else {**facts, "rounded_in": self.rounded_in})
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype: torch.dtype | None = None) -> "Scorer":
@@ -289,6 +293,7 @@ class Scorer(nn.Module):
         layers = facts.pop("layers", None)
         with reading(folder):
             tokenizer = load_tokenizer(folder)
+        rounded_in = facts.pop("rounded_in", None)
         if (folder / ADAPTER_NAME).is_file():
             model = merged(
                 AutoModel,
@@ -297,6 +302,7 @@ class Scorer(nn.Module):
                 options=lambda name: _causal(name, layers),
                 dtype=dtype,
                 whole=torch.float32,
+                load=None if rounded_in is None else reader(rounded_in),
             )
         else:
             with reading(folder):
@@ -324,6 +330,7 @@ def build_scorer(
     compat: int | None = None,
     dtype: torch.dtype = torch.float32,
     lora: Lora | None = None,
+    four_bits: torch.device | None = None,
 ) -> Scorer:
     """A pretrained language model with an untrained head; image tokens are added unless its tokenizer has them.
 
@@ -335,12 +342,16 @@ def build_scorer(
         layers: use the first so many layers alone.
         dtype: of the weights that are not trained.
         lora: train adapters instead of all weights.
+        four_bits: put the linear layers in 4 bits, on this device.
 
     Raises:
         BadInput: the model cannot be loaded, does not read from left to right, or has other image tokens.
     """
     try:
-        model = load_whole(AutoModel, name, dtype=dtype, **_causal(name, layers))
+        if four_bits is None:
+            model = load_whole(AutoModel, name, dtype=dtype, **_causal(name, layers))
+        else:
+            model = load_in_4bit(AutoModel, name, dtype=dtype, device=four_bits, **_causal(name, layers))
         tokenizer = load_tokenizer(tokenizer_name or name)
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
@@ -351,7 +362,15 @@ def build_scorer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     parts = (model, scoring_head(model.config.hidden_size), tokenizer)
-    return Scorer(*parts, images=images, first_image=first, max_query=max_query, compat=compat, adapted=adapted)
+    return Scorer(
+        *parts,
+        images=images,
+        first_image=first,
+        max_query=max_query,
+        compat=compat,
+        adapted=adapted,
+        rounded_in=None if four_bits is None else name_of(dtype),
+    )
 
 
 def build_new_scorer(
@@ -480,7 +499,8 @@ def refuse_both_ways(name: str, model: Any) -> None:
         BadInput: it is one.
     """
     model.eval()
-    ids = torch.arange(10, 16).expand(2, -1).clone() % model.get_input_embeddings().num_embeddings
+    table = model.get_input_embeddings()
+    ids = torch.arange(10, 16, device=table.weight.device).expand(2, -1).clone() % table.num_embeddings
     ids[1, -1] += 1
     try:
         states = model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].float()

@@ -23,6 +23,7 @@ from tools.errors import BadInput
 
 from .batches import Batch, Part, part_of
 from .compute import make_optimizer, pick_dtype, warmup_share
+from .four_bits import holds_four_bits
 from .norms import fuse_norms
 from .options import LargeModelOptions, TrainingOptions
 
@@ -79,6 +80,11 @@ class Stepper:
         self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.deepspeed and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
             raise BadInput("DeepSpeed does not train with `precision` fp16: write bf16 or fp32")
+        if self.deepspeed and holds_four_bits(module):
+            raise BadInput(
+                "DeepSpeed does not share weights of `load_in_4bit`: leave it out, or train whole copies "
+                "(accelerate launch --multi_gpu)"
+            )
         if self.device.type == "cuda":
             fuse_norms(module)
         compile_module(module, large, self.device, deepspeed=self.deepspeed)
@@ -177,7 +183,12 @@ class Stepper:
             return {**state, "shards": shards.name}
         every = self.module.named_parameters(remove_duplicate=False)
         frozen = {name for name, value in every if not value.requires_grad}
-        weights = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+        beside = tuple(f"{name}." for name in frozen)  # scales of weights in 4 bits
+        weights = {
+            name: value
+            for name, value in self.module.state_dict().items()
+            if name not in frozen and not name.startswith(beside)
+        }
         return {**state, "model": weights, "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:

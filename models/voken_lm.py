@@ -34,6 +34,7 @@ from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
 from tools.vokens import VokenSpace
 
+from .four_bits import load_in_4bit, name_of, reader
 from .pretrained import (
     ADAPTER_NAME,
     LOADING_ERRORS,
@@ -98,6 +99,7 @@ class VokenLM(nn.Module):
         prompt: the text around a causal model's query, with "{query}" in it; empty for the others.
         frozen_encoder: the encoder keeps its weights; its states may be computed once.
         adapted: the peft model around `model`, whose layers hold the adapters, while LoRA trains; else None.
+        rounded_in: the type that frozen weights had when they were put in 4 bits, as torch names it; else None.
         slot: from a query's two-tower text feature to a state that the decoder reads beside the encoder's; or None.
         level_starts: token id of code 0 at each level; `level_offsets` is the same as a tensor (levels,) on the device.
     """
@@ -119,6 +121,7 @@ class VokenLM(nn.Module):
         frozen_encoder: bool,
         prompt: str = "",
         adapted: "PeftModel | None" = None,
+        rounded_in: str | None = None,
         slot_width: int = 0,
     ) -> None:
         """
@@ -132,6 +135,7 @@ class VokenLM(nn.Module):
         self.kind, self.space = kind, space
         self.first_voken, self.start, self.end = first_voken, start, end
         self.max_source, self.frozen_encoder, self.prompt = max_source, frozen_encoder, prompt
+        self.rounded_in = rounded_in
         self.level_starts = [first_voken + int(row) for row in space.rows(np.zeros(space.levels, dtype=np.int64))]
         self.register_buffer("level_offsets", torch.tensor(self.level_starts), persistent=False)
         self.slot = nn.Linear(slot_width, self.state_width) if slot_width else None
@@ -300,6 +304,7 @@ class VokenLM(nn.Module):
                 "frozen_encoder": self.frozen_encoder,
                 "prompt": self.prompt,
                 "slot_width": 0 if self.slot is None else self.slot.in_features,
+                **({} if self.rounded_in is None else {"rounded_in": self.rounded_in}),
             },
         )
 
@@ -314,7 +319,9 @@ class VokenLM(nn.Module):
         with reading(folder):
             tokenizer = load_tokenizer(folder)
         if (folder / ADAPTER_NAME).is_file():
-            model = merged(AutoModelForCausalLM, folder, len(tokenizer))
+            rounded_in = facts.pop("rounded_in", None)
+            load = None if rounded_in is None else reader(rounded_in)
+            model = merged(AutoModelForCausalLM, folder, len(tokenizer), load=load)
         else:
             with reading(folder):
                 model = load_saved(LOADERS[facts["kind"]], folder)
@@ -376,6 +383,7 @@ def build_causal(
     prompt: str = PROMPT,
     dtype: torch.dtype = torch.float32,
     lora: Lora | None = None,
+    four_bits: torch.device | None = None,
 ) -> VokenLM:
     """A pretrained causal model (LLaMA, Qwen, ...) with voken tokens added; it reads the query inside a prompt.
 
@@ -386,6 +394,7 @@ def build_causal(
         prompt: text with "{query}" in it.
         dtype: of the weights that are not trained.
         lora: train adapters, embeddings and head, instead of all weights.
+        four_bits: put the linear layers in 4 bits, on this device.
 
     Raises:
         BadInput: the model cannot be loaded or searched, the codebooks are too wide, the prompt has no place for the
@@ -394,7 +403,10 @@ def build_causal(
     if prompt.count("{query}") != 1:
         raise BadInput(f"the prompt {prompt!r} must have {{query}} in it once")
     try:
-        model = load_whole(AutoModelForCausalLM, name, dtype=dtype)
+        if four_bits is None:
+            model = load_whole(AutoModelForCausalLM, name, dtype=dtype)
+        else:
+            model = load_in_4bit(AutoModelForCausalLM, name, dtype=dtype, device=four_bits)
         tokenizer = load_tokenizer(name)
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
@@ -419,6 +431,7 @@ def build_causal(
         frozen_encoder=False,
         prompt=prompt,
         adapted=adapted,
+        rounded_in=None if four_bits is None else name_of(dtype),
     )
 
 

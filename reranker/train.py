@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.batches import Part, bucketed_batches, check_batch_size, drawn
 from models.compute import autocast, pick_device, pick_dtype, seed_everything
+from models.four_bits import check_four_bits
 from models.lengths import tell_overlong
 from models.options import (
     LargeModelOptions,
@@ -129,6 +130,8 @@ class Config(RunOptions, TrainingOptions, ValidationOptions, LargeModelOptions, 
             raise BadInput("--layers, --new-width and --new-heads must be at least 1")
         if self.new_layers and self.tokenizer:
             raise BadInput("--new-layers takes the tokenizer of --language-model: leave --tokenizer out")
+        if self.new_layers and self.load_in_4bit:
+            raise BadInput("--load-in-4bit is for a trained model: leave it out with --new-layers")
         if self.new_layers and self.layers:
             raise BadInput("--new-layers makes a model from nothing, --layers cuts a trained one: give one of the two")
         check_batch_size(self.batch_size)
@@ -313,6 +316,7 @@ def build_untrained(config: Config, pictures: PictureTokens) -> Scorer:
             max_query=config.max_query,
             compat=compat,
         )
+    device = pick_device(config.device)
     return build_scorer(
         config.language_model,
         images=pictures.images,
@@ -321,8 +325,9 @@ def build_untrained(config: Config, pictures: PictureTokens) -> Scorer:
         layers=config.layers,
         max_query=config.max_query,
         compat=compat,
-        dtype=pick_dtype(config.precision, pick_device(config.device)) if config.lora else torch.float32,
+        dtype=pick_dtype(config.precision, device) if config.lora else torch.float32,
         lora=config.lora,
+        four_bits=device if config.load_in_4bit else None,
     )
 
 
@@ -342,6 +347,7 @@ def train(training: Training, tracker: Tracker) -> None:
 def main(config: Config) -> None:
     pictures = read_tokens(config.tokens)
     lists = read_ranked(config.lists, pictures.manifest.facts["captions_fingerprint"])
+    check_four_bits(config, config.device)
     inputs = {"lists": config.lists, "tokens": config.tokens}
     places = {"language_model": config.language_model, "tokenizer": config.tokenizer}
     inputs |= {name: Path(place) for name, place in places.items() if place and Path(place).is_dir()}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from models.compute import pick_device, pick_dtype, seed_everything
+from models.four_bits import check_four_bits
 from models.options import LoraOptions
 from models.voken_lm import Kind, Lora, VokenLM, build_causal, build_encoder_decoder, build_seq2seq
 from tools import runs
@@ -96,8 +97,10 @@ def build_model(config: Config, data: RetrieverData) -> VokenLM:
     if config.kind == "seq2seq":
         lm = build_seq2seq(config.language_model, dropout=config.dropout, slot_width=slot_width, **shared)
     elif config.kind == "causal":
-        dtype = pick_dtype(config.precision, pick_device(config.device)) if config.lora else torch.float32
-        lm = build_causal(config.language_model, lora=config.lora, dtype=dtype, **shared)
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.precision, device) if config.lora else torch.float32
+        four_bits = device if config.load_in_4bit else None
+        lm = build_causal(config.language_model, lora=config.lora, dtype=dtype, four_bits=four_bits, **shared)
     else:
         lm = build_encoder_decoder(
             config.language_model,
@@ -146,6 +149,7 @@ def main(config: Config) -> None:
     data = read_data(config.dataset)
     config.check(data)
     check_start(config, data)
+    check_four_bits(config, config.device)
     inputs = config.inputs()
     if Path(config.language_model).is_dir():
         inputs["language_model"] = Path(config.language_model)

@@ -7,6 +7,7 @@
 #   TORCH_BACKEND which build of torch .venv gets: cpu, cu126, auto ... (docs/setup.md; default: PyPI's)
 #   LAUNCH        how many processes: "accelerate launch --num_processes 8" (docs/scale.md)
 #   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
+#   VERBOSITY     quiet or verbose: what --quiet and --verbose are for one command (tools/verbosity.py)
 #   VERIFY        "off": what a stage reads is not compared with its manifest's hashes (docs/reliability.md)
 set -euo pipefail
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/place.sh" # which goes to the root
@@ -47,5 +48,5 @@ esac
 # Every step frees and asks for the same large blocks of memory; glibc would return them, and the kernel clear them again.
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
 source scripts/systems.sh
-if [ -z "${PYTHON_SAID:-}" ]; then echo "Python: $PYTHON_USED" >&2; fi # once, and not again in scripts that this one calls
+if [ -z "${PYTHON_SAID:-}" ] && [ "${VERBOSITY:-}" != quiet ]; then echo "Python: $PYTHON_USED" >&2; fi # once, and not again in scripts that this one calls
 export PYTHON_SAID=1

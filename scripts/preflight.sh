@@ -98,7 +98,7 @@ need_clip() { # the open_clip model of --model and --pretrained
 
 need_memory() { # what a training takes of a GPU, and of the disk: model, fields of tools.training_memory.Training
     need memory model="$1" launch="${LAUNCH:-}" output="$OUTPUT" "${@:2}" \
-        advice="a smaller --at-once, or --gradient-checkpointing"
+        advice="a smaller --at-once, or --gradient-checkpointing; with adapters also --load-in-4bit"
 }
 
 needs_of_captions() {
@@ -133,6 +133,7 @@ needs_of_retriever() { # of stage 1, or of a causal model: the options of its ar
     *) adapters=(tokens="$CAPTION_TOKENS") ;;
     esac
     if has --gradient-checkpointing "$@"; then adapters+=(checkpointing=1); fi
+    if has --load-in-4bit "$@"; then adapters+=(four_bits=1) && need package name=bitsandbytes; fi
     need_memory "$model" $(batch_of 128 "$@") new_tokens="$NEW_VOKENS" "${adapters[@]}"
 }
 
@@ -170,6 +171,7 @@ needs_of_reranker() {
         options+=(shared="$SHARED_TOKENS")
     fi
     if has --gradient-checkpointing "${TRAIN_RERANKER[@]}"; then options+=(checkpointing=1); fi
+    if has --load-in-4bit "${TRAIN_RERANKER[@]}"; then options+=(four_bits=1) && need package name=bitsandbytes; fi
     need_memory "$model" $(batch_of 16 "${TRAIN_RERANKER[@]}") new_tokens=0 scored=0 \
         each=$((1 + $(value --negatives 7 "${TRAIN_RERANKER[@]}"))) whole=1 adapted=7 \
         rank="$(value --lora-rank 16 "${TRAIN_RERANKER[@]}")" "${options[@]}"

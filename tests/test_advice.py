@@ -25,6 +25,8 @@ NOT_RUN = {  # a part of each row's message: why its advice is not typed here
     "nvidia-smi": "it needs a GPU with an old driver",
     "with which activation": "it needs a published checkpoint; tests/test_clip.py gives both answers to one",
     "accelerate launch": "it needs several GPUs",
+    "needs bitsandbytes": "the advice is a package; tests/test_four_bits.py hides it",
+    "to read them takes bitsandbytes": "the same",
     "vokens of another tokenizer": "the advice is a choice between two trainings",
     "download it again": "it needs a download",
     "fill 256 codes": "nothing is to be done",

@@ -1,4 +1,4 @@
-"""Every block of docs/python.md runs, in order, where the chain has the names that it gives it."""
+"""Every block of docs/python.md and every cell of docs/notebook.ipynb runs, in order, on the tiny chain."""
 
 import importlib
 import re
@@ -92,3 +92,19 @@ def test_every_block_runs(repository: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(read_captions(Path("RQ-VAE/data/mine/01_prepare_captions")).records) == 4
     assert "| retriever+stage2+features |" in (repository / "avg-emoji" / "README.md").read_text()
     shutil.rmtree(repository / "avg-emoji")
+
+
+def test_the_notebook_runs(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)  # they are large
+    before = sorted(path.name for path in (repository / "retriever/output/emoji/14_index").iterdir())
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("TMPDIR", str(repository))
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(repository)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    values = [output["data"]["text/plain"] for output in outputs if output["output_type"] == "execute_result"]
+    assert values == ["48", "True", "True"]
+    assert sorted(path.name for path in (repository / "retriever/output/emoji/14_index").iterdir()) == before

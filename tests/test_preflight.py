@@ -66,6 +66,11 @@ def test_a_key_is_looked_for_and_not_at(monkeypatch: pytest.MonkeyPatch) -> None
     assert states("key", variable="MY_KEY") == [(MISSING, "export MY_KEY=...")]
 
 
+def test_a_package_is_there_or_missing() -> None:
+    assert states("package", name="torch") == [(OK, "pip install torch")]
+    assert states("package", name="torch_of_nobody") == [(MISSING, "pip install torch_of_nobody")]
+
+
 @pytest.mark.parametrize(("free", "expected"), [(100, OK), (20, UNKNOWN), (14, MISSING)])
 def test_disk_is_added_up_over_all_stages(
     free: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -280,6 +285,7 @@ def test_memory_is_missing_only_where_it_cannot_be_enough(smi: Any, cache: Path)
     assert state("memory", **large, launch="accelerate launch --config_file zero3.yaml") == UNKNOWN
     assert state("memory", **large, rank=8) == OK
     assert state("memory", **large, rank=8, searched=1) == UNKNOWN  # a validation copies the weights
+    assert state("memory", **large, rank=8, searched=1, four_bits=1) == OK
     assert state("memory", model="AILab-CVC/seed-llama-8b-sft", weights=2, room=4.5) == OK
     assert state("memory", model="AILab-CVC/seed-llama-8b-sft", weights=2, room=16) == UNKNOWN
     assert states("memory", model="someone/unheard-of", batch=1, tokens=8) == []

@@ -94,6 +94,17 @@ def test_the_models_of_the_recipes_have_their_published_sizes(name: str, million
     assert SHAPES[name].parameters / 1e6 == pytest.approx(millions, rel=0.005)
 
 
+def test_frozen_weights_in_4_bits_take_what_a_llama_of_7b_has() -> None:
+    shape = SHAPES["meta-llama/Llama-2-7b-hf"]
+    with torch.device("meta"):
+        model = LlamaModel(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
+    linear = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear)]
+    scales = sum(-(-size // 64) + 4 * -(-size // (64 * 256)) for size in linear)
+    packed = Training(shape, 1, 1, rank=8, four_bits=True)
+    assert packed.frozen_bytes == pytest.approx(sum(linear) // 2 + scales + 2 * 2 * 32000 * 4096, rel=1e-6)
+    assert packed.frozen_bytes / packed._replace(four_bits=False).frozen_bytes == pytest.approx(0.287, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     "model",
     [

@@ -100,14 +100,14 @@ def t5_folder(
     return folder
 
 
-def llama_folder(folder: Path, width: int = 16) -> Path:
+def llama_folder(folder: Path, width: int = 16, feed_forward: int = 32) -> Path:
     """A LLaMA with random weights and grouped keys and values, as LLaMA 3 has them."""
     torch.manual_seed(0)
     words = tokenizer(["<pad>", "</s>", "<unk>", "<s>"], end_only=False)
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=width,
-        intermediate_size=32,
+        intermediate_size=feed_forward,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -4,6 +4,7 @@
 and two runs that differ in it alone are the same run.
 """
 
+import logging
 import os
 import platform
 import sys
@@ -43,6 +44,7 @@ VARIABLES = (
     "OMP_NUM_THREADS",
 )
 
+log = logging.getLogger(__name__)
 _chosen: dict[str, str] = {}
 _untold: set[str] = set()  # choices that the command's line waits for; empty when it has been said, or need not be
 
@@ -50,6 +52,7 @@ _untold: set[str] = set()  # choices that the command's line waits for; empty wh
 def note(**choices: str) -> None:
     """Keep what this process resolved from a default, such as the device or the arithmetic behind "auto"."""
     _chosen.update(choices)
+    log.debug("chosen: %s", choices)
     if _untold and _untold <= _chosen.keys():
         say_choices()
 

@@ -9,7 +9,7 @@ Command: python -m tools.finished -m RQ-VAE.train --features DIR --output DIR; e
 import sys
 from pathlib import Path
 
-from . import runs
+from . import runs, verbosity
 from .command_line.place import typed_elsewhere
 from .command_line.sweeps import own_place
 from .errors import BadInput
@@ -44,7 +44,7 @@ def is_finished(command: str, arguments: list[str]) -> Path | None:
 def main(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[0] != "-m" or typed_elsewhere():
         return 1  # the command itself knows which of the words that were typed elsewhere are paths
-    folder = is_finished(arguments[1], arguments[2:])
+    folder = is_finished(arguments[1], verbosity.without(arguments[2:]))
     if folder is None:
         return 1
     print(f"{arguments[1]}: {folder} is finished; nothing to do.")

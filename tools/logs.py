@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from . import environment, processes, runs
+from . import environment, processes, runs, verbosity
 from .command_line import sweeps
 
 ItemT = TypeVar("ItemT")
@@ -28,7 +28,7 @@ QUIET_INTERVAL_SECONDS = 20.0  # between two lines of a progress bar that goes t
 def progress(
     items: Iterable[ItemT], label: str, *, total: int | None = None, unit: str = "batch", initial: int = 0
 ) -> "tqdm[ItemT]":
-    """A progress bar over `items`: live on a terminal, a line now and then in a log file."""
+    """A progress bar over `items`: live on a terminal, a line now and then in a log file; none with --quiet."""
     environment.say_choices()  # a command without a choice of precision has not said its device
     interval = 0.1 if sys.stderr.isatty() else QUIET_INTERVAL_SECONDS
     return tqdm(
@@ -39,7 +39,7 @@ def progress(
         initial=initial,
         mininterval=interval,
         dynamic_ncols=True,
-        disable=not processes.is_main(),
+        disable=not processes.is_main() or verbosity.is_quiet(),
     )
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -32,6 +33,8 @@ from .command_line.command_names import current_name, scripts_for, scripts_of_co
 from .command_line.place import is_untouched, started_by
 from .errors import EXIT_BAD_INPUT, BadInput
 from .files import hash_file, read_json, remove_torn, verified_hash, write_json
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # of a manifest and of what lies beside it: a change that old folders do not fit counts it up
 MANIFEST = "manifest.json"
@@ -132,6 +135,7 @@ class Run:
             "environment": environment.describe(),
         }
         write_manifest(self.folder, manifest)
+        log.info("%s is finished: %d files, %.1f s", self.folder, len(manifest["outputs"]), manifest["seconds"])
         _drop_leftovers(self.folder)
 
     def note_time(self) -> None:
@@ -216,6 +220,7 @@ def _begin(command: str, config: StageConfig, inputs: dict[str, Path], listings:
         raise BadInput(f"{folder} holds files no run of this project left ({unknown[0].name}): {_elsewhere()}")
     else:
         shutil.rmtree(folder / RESUME, ignore_errors=True)
+    log.debug("%s writes %s, from %s", command, folder, started["inputs"])
     write_json(folder / STARTED, started)
     return Run(folder=folder, started=started, began=time.monotonic(), lock=lock)
 
@@ -247,6 +252,7 @@ def read_manifest(folder: Path, *commands: str, hashed: int | None = None) -> Ma
         if newer == values:
             raise BadInput(f"{damage}: run {scripts_for(folder, values['command'])} --overwrite")
         values = newer  # the folder's content was replaced in the meantime
+    log.debug("%s is whole: made by %s at commit %s", folder, values["command"], values["commit"])
     return Manifest(folder=folder, **values)
 
 

@@ -16,6 +16,7 @@ CONTEXT = 0.6 * GIB  # CUDA itself and its libraries
 FRAGMENTS = 1.1
 TRAINED_BYTES = 16  # a weight, its gradient and AdamW's two means, in fp32
 COPY_BYTES = 2  # what autocast keeps of a weight in 16 bits during a step
+PACKED_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # a weight in 4 bits, a scale of 64, and a scale of 256 scales
 LOGIT_BYTES = 20  # of a scored position, a row of the vocabulary: 16 bits, fp32, logarithms, and their gradients
 
 
@@ -135,6 +136,8 @@ class Training(NamedTuple):
     checkpointing: bool = False
     searched: bool = False
     """Whether a validation makes a copy with the adapters merged into the weights"""
+    four_bits: bool = False
+    """Whether the frozen matrices of the layers are kept in 4 bits"""
     copies: int = 0
     """Copies of the trained weights that are kept in fp32"""
 
@@ -153,8 +156,15 @@ class Training(NamedTuple):
 
     @property
     def frozen(self) -> int:
-        """Weights that are only read, in 16 bits."""
+        """Weights that are only read."""
         return self.shape.parameters if self.rank else 0
+
+    @property
+    def frozen_bytes(self) -> int:
+        """What they take, in 16 bits; or in 4, but for those of the vocabulary."""
+        if not self.rank or not self.four_bits:
+            return self.frozen * 2
+        return int(self.shape.body_parameters * PACKED_BYTES) + self.shape.vocabulary_parameters * 2
 
 
 class Need(NamedTuple):
@@ -173,14 +183,15 @@ class Need(NamedTuple):
 
 def need(training: Training) -> Need:
     """The memory of a training."""
-    fixed = training.trained * (TRAINED_BYTES + 4 * training.copies) + training.frozen * 2
+    fixed = training.trained * (TRAINED_BYTES + 4 * training.copies) + training.frozen_bytes
     scores = training.sequences * training.written * training.scored * training.vocabulary * LOGIT_BYTES
     layers = training.shape.layers * layer_bytes(training)
     if training.checkpointing:
         kept = 4 * training.shape.width * training.sequences * training.tokens
         layers = training.shape.layers * kept + layer_bytes(training)
     copies = 0 if training.rank else training.trained * COPY_BYTES
-    searched = training.frozen * 2 + training.trained * 4 if training.searched else 0  # while nothing is trained
+    copied = 0 if training.four_bits else training.frozen_bytes  # in 4 bits, a search reads the weights as they are
+    searched = copied + training.trained * 4 if training.searched else 0  # while nothing is trained
     return Need(fixed, max(scores + layers + copies, searched))
 
 

@@ -5,12 +5,13 @@ import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any, NoReturn, TypeVar
 
-from .. import environment, processes
+from .. import environment, processes, verbosity
 from ..errors import EXIT_BAD_INPUT, BadInput
 from ..logs import end_progress
 from .arguments import check_arguments, check_numbers, with_options
@@ -36,7 +37,6 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
     gone (`| head`).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    quiet_libraries()
     if not processes.is_main():
         if not shares_work:
             return
@@ -46,12 +46,15 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
     import tyro  # here and not above: the commands' functions are of use without it
 
     config: ConfigT | None = None
-    environment.tell_choices()
     try:
+        sys.argv[1:] = verbosity.begin(sys.argv[1:])
+        quiet_libraries()
+        if not verbosity.is_quiet():
+            environment.tell_choices()
         check_arguments(config_type, sys.argv[1:])
         sys.argv[1:] = typed_here(config_type, sys.argv[1:])
         put_own_options_first(config_type)
-        description = help_text(sys.modules[main.__module__].__doc__ or "")
+        description = help_text(f"{sys.modules[main.__module__].__doc__ or ''}\n\n{verbosity.HELP}")
         config = tyro.cli(config_type, prog=command_line(), description=description)
         check_numbers(config)
         main(of_trial(config))
@@ -104,6 +107,8 @@ def help_text(documentation: str) -> str:
 
 
 def _refuse(line: str) -> NoReturn:
+    if verbosity.is_verbose():
+        traceback.print_exc()
     if not processes.is_main():  # the launcher ends this one when the main one's mistake is the cause
         time.sleep(GRACE_SECONDS)
     end_progress()
@@ -112,11 +117,13 @@ def _refuse(line: str) -> NoReturn:
 
 
 def quiet_libraries() -> None:
-    """Keep library chatter that no user of these commands can act on off the screen."""
+    """Keep library chatter that no user of these commands can act on off the screen, unless it is asked for."""
     warnings.filterwarnings("ignore", message=".*nested tensors.*")
     warnings.filterwarnings("ignore", message="Detected pickle protocol.*")  # of a file that is then refused
     warnings.filterwarnings("ignore", message=".*decompression bomb DOS attack.*")  # half of what would be refused
     warnings.filterwarnings("ignore", message="CUDA initialization.*")  # which models.compute says in one line
+    if verbosity.is_verbose():
+        return
     for name in ("open_clip", "transformers", "httpx", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

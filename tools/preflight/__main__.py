@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import EXIT_BAD_INPUT
@@ -64,6 +65,13 @@ def check_key(need: Need) -> Iterator[Finding]:
     yield Finding(need.stage, f"the key in {name}", OK if there else MISSING, f"export {name}=...")
 
 
+def check_package(need: Need) -> Iterator[Finding]:
+    """name: a package that not every chain takes, and that the pins leave out."""
+    name = need.values["name"]
+    state = OK if find_spec(name) else MISSING
+    yield Finding(need.stage, f"the package {name}", state, f"pip install {name}")
+
+
 def check_disk(needs: list[Need]) -> Iterator[Finding]:
     """One line a file system, for all stages together: the bytes that they will write, or fetch, below path."""
     wanted: dict[int, list[tuple[Path, int]]] = {}
@@ -102,6 +110,7 @@ CHECKS: dict[str, Callable[[Need], Iterator[Finding]]] = {
     "file": check_file,
     "pictures": check_pictures,
     "key": check_key,
+    "package": check_package,
     "model": check_model,
     "tokenizer": check_tokenizer,
     "clip": check_clip,
