@@ -539,7 +539,7 @@ def test_the_description_is_whole(client: TestClient) -> None:
     assert described["openapi"].startswith("3.")
     assert set(described["paths"]) == {
         "/api/search", "/api/similar", "/api/similar/{image}", "/api/vokens", "/api/pictures", "/api/pictures/{image}",
-        "/api/status", "/pictures/{image}",
+        "/api/status", "/pictures/{image}", "/healthz", "/readyz", "/metrics",
     }  # fmt: skip
     names = re.findall(r"'\$ref': '#/components/schemas/(\w+)'", str(described))
     assert set(names) == set(described["components"]["schemas"]) | set(names)
@@ -592,6 +592,8 @@ def test_the_command_serves_until_it_is_stopped(
         def run(self, sockets: list[socket.socket] | None = None) -> None:
             begun.append(self)
             with TestClient(self.config.app, base_url=HERE) as client:  # type: ignore[arg-type]
+                while client.get("/readyz").status_code == 503:
+                    time.sleep(0.01)
                 assert len(everything(client)) == 48
                 assert sockets is not None
                 assert insert(client, **{"new.png": drawn()}).status_code == 201
