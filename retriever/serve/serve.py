@@ -26,6 +26,7 @@ from tools.errors import BadInput
 
 from ..gallery.api import Retriever
 from ..retrieve import SearchOptions
+from .closing import PatientProtocol, turn_away
 from .guard import App, is_loopback
 from .life import STOP_SECONDS, Life
 from .service import Service
@@ -165,6 +166,7 @@ def settings(app: App | Callable[[], App], **options: Any) -> uvicorn.Config:
         server_header=False,
         timeout_keep_alive=IDLE_SECONDS,
         limit_concurrency=CONNECTIONS,
+        http=PatientProtocol,
         timeout_graceful_shutdown=CLOSING_SECONDS,
         **options,
     )
@@ -190,10 +192,11 @@ def serve_alone(config: Config, taken: socket.socket, ready: Callable[[int], Non
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: uvicorn raises both again at its end
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(settings(make_life_app(config, life), backlog=CONNECTIONS)).run(sockets=[taken])
+        uvicorn.Server(settings(make_life_app(config, life), backlog=CONNECTIONS)).run(sockets=[taken.dup()])
     if failures:
         raise failures[0]
     if life.is_unfinished():
+        turn_away(taken)
         print("stopped", flush=True)
         os._exit(0)  # Python's own end would wait for a thread, or break off in it
 
@@ -231,4 +234,5 @@ def main(config: Config) -> None:
             print(f"{pictures:,} pictures: {place} (Ctrl-C stops)", flush=True)
 
         (serve_alone if config.processes == 1 else serve_in_processes)(config, taken, ready)
+        turn_away(taken)
     print("stopped")

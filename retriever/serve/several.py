@@ -61,7 +61,7 @@ class Shared(NamedTuple):
 
 
 class Processes(Multiprocess):
-    """uvicorn's supervisor, which also says when all processes have loaded, and leaves nobody waiting at the end."""
+    """uvicorn's supervisor, which also says when all processes have loaded, and ends those that do not stop."""
 
     def __init__(
         self,
@@ -95,11 +95,6 @@ class Processes(Multiprocess):
         if not self._is_ready and self._shared.all_loaded():
             self._is_ready = True
             self._ready(self._shared.pictures.value)
-
-    def terminate_all(self) -> None:
-        for each in self.sockets:
-            each.close()  # or connections would go on to come in here when the last process has ended
-        super().terminate_all()
 
     def join_all(self) -> None:
         until = time.monotonic() + self._seconds
