@@ -62,7 +62,6 @@ class Life:
         """Requests that came before the process was told to stop, and have no answer yet."""
         self._load, self._loaded, self._failed = load, loaded, failed
         self._siblings, self._stop_seconds = siblings, stop_seconds
-        self._loader: threading.Thread | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -83,11 +82,6 @@ class Life:
     def is_alive(self) -> bool:
         """Whether the process can still answer, or will when it has loaded."""
         return self.service is None or self.service.is_alive()
-
-    def is_unfinished(self) -> bool:
-        """Whether a thread of this process still loads, searches or changes the index."""
-        busy = [] if self.service is None else [self.service.answers, self.service.changes]
-        return (self._loader is not None and self._loader.is_alive()) or any(each.is_alive() for each in busy)
 
     def serving(self, *, late: bool) -> Service:
         """The service, for a request.
@@ -132,8 +126,7 @@ class Life:
             except BaseException as error:
                 outcome.set_exception(error)
 
-        self._loader = threading.Thread(target=load, name="loading", daemon=True)
-        self._loader.start()
+        threading.Thread(target=load, name="loading", daemon=True).start()
         try:
             service = await asyncio.wrap_future(outcome)
         except Exception as error:

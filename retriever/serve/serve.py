@@ -9,7 +9,6 @@ There is no login: who reaches the server may search, insert and remove. docs/se
 """
 
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable
@@ -195,10 +194,6 @@ def serve_alone(config: Config, taken: socket.socket, ready: Callable[[int], Non
         uvicorn.Server(settings(make_life_app(config, life), backlog=CONNECTIONS)).run(sockets=[taken.dup()])
     if failures:
         raise failures[0]
-    if life.is_unfinished():
-        turn_away(taken)
-        print("stopped", flush=True)
-        os._exit(0)  # Python's own end would wait for a thread, or break off in it
 
 
 def serve_in_processes(config: Config, taken: socket.socket, ready: Callable[[int], None]) -> None:
