@@ -12,7 +12,6 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -189,9 +188,13 @@ def serve_alone(config: Config, taken: socket.socket, ready: Callable[[int], Non
         failed=failed,
         stop_seconds=config.stop_seconds,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: uvicorn raises both again at its end
-    with suppress(KeyboardInterrupt):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: uvicorn ends with either
+    try:
         uvicorn.Server(settings(make_life_app(config, life), backlog=CONNECTIONS)).run(sockets=[taken.dup()])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if failures:
         raise failures[0]
 
