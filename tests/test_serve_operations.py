@@ -64,11 +64,11 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def statuses(client: httpx.Client, paths: tuple[str, ...]) -> set[int]:
+def statuses(client: httpx.Client | TestClient, paths: tuple[str, ...]) -> set[int]:
     return {client.get(path).status_code for path in paths}
 
 
-def numbers(client: httpx.Client) -> dict[str, float]:
+def numbers(client: httpx.Client | TestClient) -> dict[str, float]:
     """The server's metrics: "name{label values}" -> value, without the process ids of several processes."""
     text = client.get("/metrics").text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
@@ -79,7 +79,8 @@ def numbers(client: httpx.Client) -> dict[str, float]:
 
 
 def test_a_server_is_ready_when_it_has_loaded_and_until_it_stops(service: Service) -> None:
-    gate, loaded = threading.Event(), []
+    gate = threading.Event()
+    loaded: list[Service] = []
 
     def load() -> Service:
         assert gate.wait(60)
@@ -447,7 +448,7 @@ def test_a_stop_is_bounded(
 
 def test_several_processes_serve_one_index(folder: Path, retriever: Path, tmp_path: Path) -> None:
     options = ("--index", str(folder), "--retriever", str(retriever), "--processes", "2")
-    with command("retriever.serve", *options) as (process, address):
+    with command(*options) as (process, address):
         with httpx.Client(base_url=address, timeout=300) as client:
             assert client.get("/readyz").status_code == 200
             picture = client.get("/pictures/red-circle.png").content
