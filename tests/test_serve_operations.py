@@ -489,7 +489,7 @@ def test_several_processes_serve_one_index(folder: Path, retriever: Path, tmp_pa
                 each.result(300)
         assert process.wait(300) == 0
         assert set(seen) <= {"200", "503"}
-        assert not [each for each in servers if each.is_running()]
+        assert psutil.wait_procs(servers, timeout=300)[1] == []
 
 
 def test_what_several_processes_cannot_load_is_one_line(tmp_path: Path) -> None:

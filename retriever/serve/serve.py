@@ -11,6 +11,7 @@ There is no login: who reaches the server may search, insert and remove. docs/se
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from tqdm import tqdm
 
 from tools.command_line.commands import quiet_libraries
 from tools.errors import BadInput
@@ -144,6 +146,7 @@ def make_life_app(config: Config, life: Life) -> App:
 def make_process_app(config: Config, shared: Shared) -> App:
     """The application of one server process of several, made in that process."""
     quiet_libraries()
+    tqdm.set_lock(threading.RLock())  # its own is known to all processes, and this one is ended without taking it down
     end_with_supervisor()
     life = Life(
         partial(load_service, config),
