@@ -622,6 +622,8 @@ def test_a_port_in_use_is_one_line(folder: Path, retriever: Path) -> None:
         ({"host": "0.0.0.0"}, "lets other machines search, insert and remove, without a login: add --allow-network"),
         ({"port": 70000}, "--port is a number from 0 to 65535"),
         ({"batch": 0}, "--batch and --waiting must be at least 1"),
+        ({"processes": 0}, "--processes is a number from 1 to 64, --stop-seconds one from 0 to 3600"),
+        ({"stop_seconds": -1.0}, "--stop-seconds one from 0 to 3600"),
         ({"retriever": None}, "give --index and --retriever, or --folder"),
         ({"folder": Path("x")}, "give --index and --retriever, or --folder"),
         ({"index": None, "retriever": None}, "give --index and --retriever, or --folder"),
