@@ -1,11 +1,16 @@
 """The search page under load: many clients that ask again as soon as they are answered, against a server of its own.
 
 In:  the emoji sample's index, retriever and test captions (`bash scripts/quickstart.sh`).
-Out: `benchmarks/results/serve.json`: requests, errors, latencies, queries per second, the server's memory over time.
-Command: python -m benchmarks.serve [--clients 64] [--seconds 60]
+Out: `benchmarks/results/serve.json`: requests, errors, latencies, queries per second and per second of a core's time,
+     the server's memory over time, and whether the goals are met.
+Command: python -m benchmarks.serve [--clients 64] [--seconds 60] [--cores 1]   # what one core serves
+         python -m benchmarks.serve --seconds 1200                              # whether the memory grows
 
-Server and clients share the machine. A client speaks HTTP over one connection that stays open, and asks for a random
+Server and clients share the machine, and with --cores the server keeps to its first cores, the clients to the others
+where there are some. A client speaks HTTP over one connection of this machine that stays open, and asks for a random
 test caption each time; it is an error unless the answer has the status 200, the query that was asked, and pictures.
+The memory is that of all server processes; pages that they share count once. Its growth compares the median of the
+last third of the time after two minutes with that of the first third: batches of other sizes need more or less.
 """
 
 import asyncio
@@ -24,9 +29,12 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import numpy as np
+import psutil
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from retriever.data import read_data
+from retriever.serve.metrics import NAME
 from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.files import write_json
@@ -38,6 +46,9 @@ HOST = "127.0.0.1"
 WARM_UP_SECONDS = 5.0
 START_SECONDS = 300.0
 MEMORY_SECONDS = 10.0  # between two looks at the server's memory
+SETTLED_SECONDS, LEAST_LOOKS = 120.0, 3  # after which memory should not grow; looks of each third that tell
+MOST_GROWTH, MOST_SPREAD = 0.03, 2.5  # the goals: of the memory, and of the slowest answers
+BATCHES = f"{NAME}_batch_queries"
 ADDRESS = f"http://{HOST}:"
 
 
@@ -48,7 +59,13 @@ class Config:
     clients: int = 64
     """Clients that ask at the same time."""
     seconds: float = 60.0
-    """How long they ask, after five seconds that do not count."""
+    """How long they ask at most, after five seconds that do not count."""
+    requests: int = 1_000_000
+    """How many requests they send at most."""
+    processes: int = 1
+    """Server processes."""
+    cores: int | None = None
+    """Cores of the server, the machine's first; by default it shares all of them with the clients."""
     index: Path = Path("retriever/output/emoji/14_index")
     """Run folder of retriever.gallery.build."""
     retriever: Path = Path("retriever/output/emoji/10_stage2/retriever+stage2")
@@ -63,8 +80,15 @@ class Config:
     """Folder of serve.json."""
 
     def __post_init__(self) -> None:
-        if self.clients < 1 or self.seconds <= 0:
-            raise BadInput("--clients must be at least 1 and --seconds above 0")
+        if self.clients < 1 or self.requests < 1 or self.processes < 1 or self.seconds <= 0:
+            raise BadInput("--clients, --requests and --processes must be at least 1, and --seconds above 0")
+        if self.cores is not None and not 1 <= self.cores <= len(cores()):
+            raise BadInput(f"--cores is a number from 1 to {len(cores())}, the cores that this command may use")
+
+
+def cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0))
 
 
 class Tally(NamedTuple):
@@ -73,6 +97,8 @@ class Tally(NamedTuple):
     seconds: list[float]
     """Of each answer."""
     errors: Counter[str]
+    left: Iterator[int]
+    """As many as may still be sent."""
 
 
 class Server(NamedTuple):
@@ -80,6 +106,27 @@ class Server(NamedTuple):
 
     pid: int
     port: int
+
+    def processes(self) -> list[psutil.Process]:
+        """It, and those that it started."""
+        first = psutil.Process(self.pid)
+        return [first, *first.children(recursive=True)]
+
+
+def threads(config: Config) -> dict[str, str]:
+    """The environment of a server that may use so many cores: its threads would else be as many as the machine's."""
+    return {} if config.cores is None else {"OMP_NUM_THREADS": str(max(config.cores // config.processes, 1))}
+
+
+def divide_cores(server: int, count: int | None) -> None:
+    """Give a process that has just begun, and all that it starts, the first cores, and this one the others.
+
+    Args:
+        server: its id.
+    """
+    if count is not None:
+        os.sched_setaffinity(server, cores()[:count])
+        os.sched_setaffinity(0, cores()[count:] or cores())
 
 
 @contextmanager
@@ -90,10 +137,20 @@ def serving(config: Config) -> Iterator[Server]:
         BadInput: it does not start; the message has its last line.
     """
     command = [sys.executable, "-m", "retriever.serve", "--port", "0", "--host", HOST]
-    command += ["--index", str(config.index), "--retriever", str(config.retriever)]
+    command += [
+        "--processes",
+        str(config.processes),
+        "--index",
+        str(config.index),
+        "--retriever",
+        str(config.retriever),
+    ]
     command += ["--weights", str(config.weights)] if config.weights is not None else []
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, text=True, env={**os.environ, **threads(config)}
+        )
+        divide_cores(process.pid, config.cores)
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -120,7 +177,7 @@ async def client(server: Server, texts: list[str], tally: Tally, until: float, *
     """Ask until the time is over."""
     generator = np.random.default_rng(seed)
     connection = await asyncio.open_connection(HOST, server.port)
-    while time.perf_counter() < until:
+    while time.perf_counter() < until and next(tally.left, None) is not None:
         query = texts[generator.integers(len(texts))]
         began = time.perf_counter()
         try:
@@ -148,26 +205,49 @@ def problem_of(status: int, body: bytes, query: str) -> str:
 
 async def load(server: Server, texts: list[str], config: Config, seconds: float, *, seed: int) -> Tally:
     """All clients at once."""
-    tally = Tally([], Counter())
+    tally = Tally([], Counter(), iter(range(config.requests)))
     until = time.perf_counter() + seconds
     seeds = range(seed, seed + config.clients)
     await asyncio.gather(*(client(server, texts, tally, until, seed=each, rerank=config.rerank) for each in seeds))
     return tally
 
 
-async def status(server: Server) -> dict[str, Any]:
+async def counts(server: Server) -> dict[str, float]:
+    """What the server, all its processes together, has counted: its metrics that have no labels."""
     reader, writer = await asyncio.open_connection(HOST, server.port)
-    _, body = await get(reader, writer, "/api/status")
+    _, body = await get(reader, writer, "/metrics")
     writer.close()
-    found: dict[str, Any] = json.loads(body)
-    return found
+    families = text_string_to_metric_families(body.decode())
+    return {each.name: each.value for family in families for each in family.samples if not each.labels}
 
 
 def memory(server: Server) -> float:
-    """Mebibytes of the server that lie in memory."""
-    lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
-    kibibytes = next(line for line in lines if line.startswith("VmRSS:")).split()[1]
-    return round(int(kibibytes) * 1024 / MEBIBYTE, 1)
+    """Mebibytes of the server's processes that lie in memory; what several share counts once."""
+    return round(sum(each.memory_full_info().pss for each in server.processes()) / MEBIBYTE, 1)
+
+
+def core_seconds(server: Server) -> float:
+    """Seconds of cores that the server's processes have used."""
+    return float(sum(sum(each.cpu_times()[:2]) for each in server.processes()))
+
+
+def growth(seen: list[dict[str, float]]) -> float | None:
+    """Of the memory after two minutes, as a share; None where the run was too short to tell."""
+    late = [each["mebibytes"] for each in seen if each["second"] >= SETTLED_SECONDS]
+    third = len(late) // 3
+    if third < LEAST_LOOKS:
+        return None
+    return round(float(np.median(late[-third:]) / np.median(late[:third])) - 1, 4)
+
+
+def goals(figures: dict[str, Any]) -> dict[str, bool | None]:
+    """Whether each goal is met; None where the run was too short to tell."""
+    times, grown = figures["milliseconds"], figures["memory growth after two minutes"]
+    return {
+        "no errors": not figures["errors"],
+        f"p99 at most {MOST_SPREAD} x p50": times["p99"] <= MOST_SPREAD * times["p50"],
+        f"memory growth at most {MOST_GROWTH:.0%}": None if grown is None else grown <= MOST_GROWTH,
+    }
 
 
 async def watch(server: Server, seen: list[dict[str, float]]) -> None:
@@ -182,35 +262,41 @@ async def measure(server: Server, texts: list[str], config: Config) -> dict[str,
     """Figures of one server under load."""
     idle = memory(server)
     await load(server, texts, config, WARM_UP_SECONDS, seed=config.clients)
-    before = await status(server)
+    before = await counts(server)
     seen: list[dict[str, float]] = []
     watching = asyncio.create_task(watch(server, seen))
-    began = time.perf_counter()
+    began, used = time.perf_counter(), core_seconds(server)
     tally = await load(server, texts, config, config.seconds, seed=0)
-    took = time.perf_counter() - began
+    took, used = time.perf_counter() - began, core_seconds(server) - used
     watching.cancel()
     seen.append({"second": round(took, 1), "mebibytes": memory(server)})
-    after = await status(server)
+    after = await counts(server)
     milliseconds = np.array(tally.seconds) * 1e3
-    answered, calls = (after[name] - before[name] for name in ("answered", "calls"))
+    answered, calls = (after[name] - before[name] for name in (f"{BATCHES}_sum", f"{BATCHES}_count"))
     half, most, worst = np.percentile(milliseconds, (50, 95, 99)).round(1).tolist()
-    return {
-        "pictures": after["pool"],
+    figures = {
+        "pictures": int(after[f"{NAME}_pictures"]),
         "clients": config.clients,
+        "processes": config.processes,
+        "cores": config.cores,
         "re-ranked": config.rerank,
         "seconds": round(took, 1),
         "requests": len(tally.seconds),
         "errors": dict(tally.errors),
         "queries/s": round(len(tally.seconds) / took, 1),
+        "core seconds": round(used, 1),
+        "queries per core second": round(len(tally.seconds) / max(used, 1e-9), 1),
         "milliseconds": {"p50": half, "p95": most, "p99": worst, "max": round(float(milliseconds.max()), 1)},
         "queries a call": round(answered / max(calls, 1), 1),
         "memory before the load": idle,
+        "memory growth after two minutes": growth(seen),
         "memory": seen,
     }
+    return {**figures, "goals": goals(figures)}
 
 
 def main(config: Config) -> None:
-    texts = read_data(config.dataset).queries("test").texts
+    texts, machine_cores = read_data(config.dataset).queries("test").texts, len(cores())
     with serving(config) as server:
         figures = asyncio.run(measure(server, texts, config))
     config.output.mkdir(parents=True, exist_ok=True)
@@ -219,15 +305,15 @@ def main(config: Config) -> None:
         config.output / "serve.json",
         {
             "command": " ".join(["python -m benchmarks.serve", *sys.argv[1:]]),
-            "machine": f"{len(os.sched_getaffinity(0))} cores, which the clients share: {kind}",
+            "machine": f"{machine_cores} cores, which the clients share: {kind}",
             "torch": torch.__version__,
             **figures,
         },
     )
-    print(
-        table([{**figures.pop("milliseconds"), **{name: value for name, value in figures.items() if name != "memory"}}])
-    )
-    print(table(figures["memory"]))
+    memories, met = figures.pop("memory"), figures.pop("goals")
+    print(table([{**figures.pop("milliseconds"), **figures}]))
+    print(table(memories))
+    print(table([{name: {True: "met", False: "missed", None: "run too short"}[each] for name, each in met.items()}]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -538,7 +539,7 @@ def test_the_description_is_whole(client: TestClient) -> None:
     assert described["openapi"].startswith("3.")
     assert set(described["paths"]) == {
         "/api/search", "/api/similar", "/api/similar/{image}", "/api/vokens", "/api/pictures", "/api/pictures/{image}",
-        "/api/status", "/pictures/{image}",
+        "/api/status", "/pictures/{image}", "/healthz", "/readyz", "/metrics",
     }  # fmt: skip
     names = re.findall(r"'\$ref': '#/components/schemas/(\w+)'", str(described))
     assert set(names) == set(described["components"]["schemas"]) | set(names)
@@ -591,6 +592,8 @@ def test_the_command_serves_until_it_is_stopped(
         def run(self, sockets: list[socket.socket] | None = None) -> None:
             begun.append(self)
             with TestClient(self.config.app, base_url=HERE) as client:  # type: ignore[arg-type]
+                while client.get("/readyz").status_code == 503:
+                    time.sleep(0.01)
                 assert len(everything(client)) == 48
                 assert sockets is not None
                 assert insert(client, **{"new.png": drawn()}).status_code == 201
@@ -618,6 +621,8 @@ def test_a_port_in_use_is_one_line(folder: Path, retriever: Path) -> None:
         ({"host": "0.0.0.0"}, "lets other machines search, insert and remove, without a login: add --allow-network"),
         ({"port": 70000}, "--port is a number from 0 to 65535"),
         ({"batch": 0}, "--batch and --waiting must be at least 1"),
+        ({"processes": 0}, "--processes is a number from 1 to 64, --stop-seconds one from 0 to 3600"),
+        ({"stop_seconds": -1.0}, "--stop-seconds one from 0 to 3600"),
         ({"retriever": None}, "give --index and --retriever, or --folder"),
         ({"folder": Path("x")}, "give --index and --retriever, or --folder"),
         ({"index": None, "retriever": None}, "give --index and --retriever, or --folder"),
@@ -650,9 +655,41 @@ def test_the_benchmark_sees_answers_and_errors(service: Service, monkeypatch: py
         assert 1 <= figures["queries a call"] <= 4
         assert 0 < figures["milliseconds"]["p50"] <= figures["milliseconds"]["p99"] <= figures["milliseconds"]["max"]
         assert [look["mebibytes"] > 0 for look in figures["memory"]] == [True, True]
+        assert figures["queries per core second"] > 0
+        assert figures["goals"]["no errors"] is True
+        assert figures["goals"]["memory growth at most 3%"] is None
+        few = asyncio.run(bench.measure(server, ["a red circle"], replace(config, seconds=300, requests=9)))
+        assert few["requests"] == 9
         monkeypatch.setattr(service.retriever, "search", lambda *_, **__: 1 / 0)
         broken = asyncio.run(bench.measure(server, ["a red circle"], config))
     assert broken["errors"] == {"status 500": broken["requests"]}
+
+
+@pytest.mark.parametrize(("mebibytes", "grown"), [(1.0, 0.1), (0.1, 0.01), (0.0, 0.0), (-1.0, -0.1)])
+def test_the_growth_of_memory_that_moves_with_batches(mebibytes: float, grown: float) -> None:
+    """A line through 20 minutes, on which every other look is higher; before two minutes it may do what it likes."""
+    late = range(120, 1201, 10)
+    seen = [{"second": float(each), "mebibytes": 10.0 * each} for each in range(0, 120, 10)]
+    seen += [{"second": float(each), "mebibytes": 720 + mebibytes * (each - 120) / 10 + each % 20} for each in late]
+    found = bench.growth(seen)
+    assert found == pytest.approx(grown, abs=0.012)
+    figures = {"milliseconds": {"p50": 100.0, "p99": 250.0}, "errors": {}, "memory growth after two minutes": found}
+    assert list(bench.goals(figures).values()) == [True, True, grown < 0.05]
+    assert bench.growth(seen[:20]) is None
+
+
+def test_the_benchmark_gives_the_server_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[int, list[int]] = {}
+    monkeypatch.setattr(bench, "cores", lambda: [2, 3, 5])
+    monkeypatch.setattr(os, "sched_setaffinity", given.__setitem__)
+    bench.divide_cores(17, None)
+    assert given == {}
+    bench.divide_cores(17, 1)
+    assert given == {17: [2], 0: [3, 5]}
+    bench.divide_cores(17, 3)
+    assert given == {17: [2, 3, 5], 0: [2, 3, 5]}
+    with pytest.raises(BadInput, match="--cores is a number from 1 to 3"):
+        bench.Config(cores=4)
 
 
 def test_what_the_benchmark_takes_for_an_error() -> None:

@@ -53,6 +53,10 @@ _HELD: "weakref.WeakSet[TextIO]" = weakref.WeakSet()  # locks of this process
 os.register_at_fork(after_in_child=lambda: [file.close() for file in _HELD])  # a child does not hold what it outlives
 
 
+class InUse(BadInput):
+    """Another process holds a run folder: it will let go of it."""
+
+
 class StageConfig(Protocol):
     """What every command's configuration has: a dataclass with an output folder and the overwrite flag."""
 
@@ -315,7 +319,7 @@ def hold(folder: Path) -> TextIO:
     """Hold a run folder until the file is closed, at the latest when the process ends.
 
     Raises:
-        BadInput: another process holds it.
+        InUse: another process holds it.
     """
     file = (folder / LOCK).open("a")
     _HELD.add(file)
@@ -323,7 +327,7 @@ def hold(folder: Path) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise BadInput(f"{folder} is in use by another process: wait until it has finished") from None
+        raise InUse(f"{folder} is in use by another process: wait until it has finished") from None
     return file
 
 

@@ -51,6 +51,8 @@ class Batcher:
         """
         self.most, self.waiting = most, waiting
         self.calls, self.answered = 0, 0
+        self.called: Callable[[int], None] = lambda questions: None
+        """Told of each call, with the number of questions that it answered."""
         self._queue: deque[Question] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -81,8 +83,16 @@ class Batcher:
         """
         return self._put(Question(lambda _: [call()], None, None))
 
-    def close(self) -> None:
-        """Finish the call that runs, refuse what waits, and stop."""
+    def is_alive(self) -> bool:
+        """Whether questions are answered."""
+        return self._thread.is_alive()
+
+    def close(self, *, seconds: float | None = None) -> None:
+        """Finish the call that runs, refuse what waits, and stop.
+
+        Args:
+            seconds: to wait for the call at most.
+        """
         with self._changed:
             self._closed = True
             left = list(self._queue)
@@ -91,7 +101,7 @@ class Batcher:
         for question in left:
             if question.answer.set_running_or_notify_cancel():
                 question.answer.set_exception(Busy())
-        self._thread.join()
+        self._thread.join(seconds)
 
     def _put(self, question: Question) -> "Future[Answer]":
         with self._changed:
@@ -135,5 +145,6 @@ class Batcher:
         took = time.monotonic() - began
         self.calls += 1
         self.answered += len(questions)
+        self.called(len(questions))
         for one, value in zip(questions, values, strict=True):
             one.answer.set_result(Answer(value, len(questions), began - one.since, took))

@@ -8,14 +8,16 @@ import asyncio
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tools.errors import BadInput
 from tools.pictures import why_unreadable
+from tools.runs import InUse
 
 from ..gallery.answers import Found, Step
 from ..gallery.api import BEAMS, RERANKED_BEAMS, Retriever
@@ -27,8 +29,11 @@ from .uploads import Upload
 MOST_CHANGES = 32  # that wait for their turn
 ANSWER_SECONDS = 30.0  # after which a search is given up
 CHANGE_SECONDS = 600.0
+TURN_SECONDS, TRY_SECONDS = 60.0, 0.1  # to wait for another process's change of the index, and between two tries
 PREFIX = "uploads/"  # before the ids of inserted pictures, so that they are no others'
 
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +89,30 @@ class Service:
         self.retriever, self.uploads = retriever, uploads.resolve()
         self.answers = Batcher(most=batch, waiting=waiting)
         self.changes = Batcher(most=1, waiting=MOST_CHANGES)
+        self.usable = True
+        """Whether the index could be read when it was last looked at."""
         self._decoding = asyncio.Semaphore(2)  # a large picture takes a lot of memory while it is decoded
 
-    def close(self) -> None:
-        """Stop when what is under way has ended."""
+    def close(self, *, seconds: float | None = None) -> None:
+        """Stop when what is under way has ended, or after so many seconds."""
+        until = None if seconds is None else time.monotonic() + seconds
         for batcher in (self.answers, self.changes):
-            batcher.close()
+            batcher.close(seconds=None if until is None else max(until - time.monotonic(), 0))
+
+    def is_alive(self) -> bool:
+        """Whether both threads still work."""
+        return self.answers.is_alive() and self.changes.is_alive()
+
+    def refresh(self) -> None:
+        """See what other processes changed in the index, and whether it can still be searched."""
+        try:
+            self.retriever.refresh()
+        except Exception as error:
+            if self.usable:
+                log.warning("the index cannot be searched any more: %s", error)
+            self.usable = False
+        else:
+            self.usable = True
 
     def setting(
         self,
@@ -225,6 +248,9 @@ class Service:
     def _find(self, image: str) -> Found:
         gallery = self.retriever.gallery
         row = gallery.row(image)
+        if row is None and self.retriever.refresh():  # another process may have inserted it
+            gallery = self.retriever.gallery
+            row = gallery.row(image)
         if row is None:
             raise Unknown(f"no picture of the index is called {image}")
         file = gallery.files_below / gallery.picture(row).file
@@ -235,7 +261,8 @@ class Service:
         try:
             for picture, ending in pictures:
                 files.append(uploads.store(self.uploads, picture, ending))
-            return [self._find(image) for image in self.retriever.add(files, prefix=PREFIX, replace=True)]
+            added = in_turn(lambda: self.retriever.add(files, prefix=PREFIX, replace=True))
+            return [self._find(image) for image in added]
         except BaseException:
             for file in files:
                 file.unlink(missing_ok=True)
@@ -244,7 +271,7 @@ class Service:
     def _remove(self, image: str) -> None:
         self.retriever.refresh()
         found = self._find(image)
-        self.retriever.remove([image])
+        in_turn(lambda: self.retriever.remove([image]))
         if self.is_inserted(found):
             found.file.unlink(missing_ok=True)
 
@@ -255,6 +282,22 @@ class Service:
             return uploads.thumbnail(file, changed), f"{changed:x}"
         except Exception as error:  # Pillow raises many kinds for damaged files
             raise Unknown(f"the file of {image} is gone or damaged ({why_unreadable(error)})") from None
+
+
+def in_turn(change: Callable[[], T]) -> T:
+    """Change the index when no other process does: another server process, or a command.
+
+    Raises:
+        BadInput: another process has not finished for as long as a change is waited for.
+    """
+    until = time.monotonic() + TURN_SECONDS
+    while True:
+        try:
+            return change()
+        except InUse:
+            if time.monotonic() > until:
+                raise
+        time.sleep(TRY_SECONDS)
 
 
 async def within(seconds: float, answer: "Future[Answer]") -> Answer:

@@ -1,7 +1,6 @@
 """Pictures that people hand to the search page: checked, stored in a folder of their own, drawn small."""
 
 import io
-import os
 import re
 import unicodedata
 import warnings
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from tools.command_line.failures import why_not_written
 from tools.errors import BadInput
 from tools.files import replacing
 from tools.picture_formats import FORMATS, called, format_of, identify, unidentified
@@ -83,12 +83,33 @@ def store(folder: Path, upload: Upload, ending: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = folder / safe_name(upload.name, ending)
     path, number = wanted, 1
-    while os.path.lexists(path):
+    while not take(path):
         number += 1
         path = wanted.with_stem(f"{wanted.stem} ({number})")
-    with replacing(path) as temporary:
-        temporary.write_bytes(upload.content)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(upload.content)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     return path
+
+
+def take(path: Path) -> bool:
+    """Make an empty file of a name, so that no other server process uses it; False where the name is in use.
+
+    Raises:
+        BadInput: the disk is full, read-only, or otherwise refuses the file.
+    """
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if reason := why_not_written(error):
+            raise BadInput(f"{path} cannot be written: {reason}") from error
+        raise
+    return True
 
 
 @lru_cache(maxsize=CACHED)

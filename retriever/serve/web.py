@@ -1,8 +1,7 @@
 """The search page's addresses: JSON under /api, described by /openapi.json, the pictures, and the page's own files."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -21,7 +20,10 @@ from ..gallery.answers import FOLD, Found, Voken
 from ..gallery.api import BEAMS, RERANKED_BEAMS
 from ..gallery.by_picture import Likeness
 from .batching import Busy
-from .guard import Guard
+from .guard import App, Guard
+from .health import RETRY_SECONDS, life_of
+from .health import router as health
+from .life import LATE, Door, Life, Unready
 from .service import Failed, Service, Unknown
 from .uploads import MOST_BYTES, Upload
 
@@ -31,7 +33,6 @@ REQUEST_BYTES = 100 << 20  # of one upload
 FORM_BYTES = 1 << 20  # of it that the form itself may take
 MOST_SHOWN, MOST_BEAMS, MOST_VOKENS = 100, 100, 20
 LONGEST_QUERY, LONGEST_ID = 1000, 4096  # characters
-RETRY_SECONDS = 1
 
 
 class Problem(BaseModel):
@@ -176,8 +177,8 @@ class Status(BaseModel):
 
 
 def service_of(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
+    """The service; raises Unready."""
+    return life_of(request).serving(late=request.scope[LATE])
 
 
 Served = Annotated[Service, Depends(service_of)]
@@ -191,7 +192,8 @@ LeastSimilarity = Annotated[
 InPath = Annotated[str, PathParameter(description="A picture's id, percent-encoded, slashes too.")]
 Id = Annotated[str, Query(min_length=1, max_length=LONGEST_ID, description="A picture's id.")]
 
-router = APIRouter(responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}})
+PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Problem}, "5XX": {"model": Problem}}
+router = APIRouter(responses=PROBLEMS)
 BUSY: dict[int | str, dict[str, Any]] = {503: {"model": Problem, "description": "Too much waits: see Retry-After."}}
 
 
@@ -407,6 +409,8 @@ async def as_problem(_: Request, error: Exception) -> JSONResponse:
         return problem(404, str(error))
     if isinstance(error, Busy):
         return problem(503, "too many requests wait: try again in a moment", {"retry-after": str(RETRY_SECONDS)})
+    if isinstance(error, Unready):
+        return problem(503, str(error), {"retry-after": str(RETRY_SECONDS)})
     if isinstance(error, asyncio.TimeoutError):
         return problem(504, "the answer took too long: try again later, or with fewer beams")
     if isinstance(error, HTTPException):
@@ -415,33 +419,31 @@ async def as_problem(_: Request, error: Exception) -> JSONResponse:
     return problem(500, f"the server failed at this ({reason}): its output says more")
 
 
-def make_app(service: Service, *, names: frozenset[str] = frozenset(), any_address: bool = False) -> Guard:
+def make_app(served: Life | Service, *, names: frozenset[str] = frozenset(), any_address: bool = False) -> App:
     """The server's application behind its guard; closes the service when it ends.
 
     Args:
+        served: a service, or the life of a process that loads one.
         names: host names that requests may ask for, besides this machine's own.
         any_address: whether they may ask for any numeric address, too.
     """
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(service.close)
-
+    life = served if isinstance(served, Life) else Life.of(served)
     app = FastAPI(
         title="Picture search",
         version="1",
         description=__doc__,
         docs_url=None,  # these load scripts from other sites
         redoc_url=None,
-        lifespan=lifespan,
+        lifespan=lambda _: life.run(),
     )
-    app.state.service = service
+    app.state.life = life
     app.include_router(router)
+    app.include_router(health, responses=PROBLEMS)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     for kind in (
         BadInput,
         Unknown,
+        Unready,
         Busy,
         Failed,
         asyncio.TimeoutError,
@@ -450,4 +452,4 @@ def make_app(service: Service, *, names: frozenset[str] = frozenset(), any_addre
         Exception,
     ):
         app.add_exception_handler(kind, as_problem)
-    return Guard(app, names=names, any_address=any_address, most_bytes=REQUEST_BYTES)
+    return Door(Guard(app, names=names, any_address=any_address, most_bytes=REQUEST_BYTES), life)
