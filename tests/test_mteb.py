@@ -181,7 +181,7 @@ def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
         ({"beir": tmp_path, "folder": tmp_path, "rerank": False, "rerank_weight": 0.3}, "contradict each other"),
     ):
         with pytest.raises(BadInput, match=message):
-            benchmark.Config(output=tmp_path, **options)  # type: ignore[arg-type]
+            benchmark.Config(output=tmp_path, **options)
 
 
 # With MTEB itself

@@ -106,6 +106,7 @@ def folder_task(folder: Path, split: str, *, name: str | None = None) -> Any:
     asked = {query: text for query, text in found.queries.items() if query in found.relevant}
 
     class FolderTask(AbsTaskRetrieval):
+        data_loaded = False
         metadata = TaskMetadata(
             name=name or folder.resolve().name,
             description=f"Captions and pictures of {folder.resolve().name}.",
