@@ -278,6 +278,23 @@ def test_pictures_on_the_web_are_added_by_their_addresses(
     assert [(picture.image, picture.file) for picture in pictures[48:]] == [(url, url) for url in urls]
 
 
+def test_files_are_told_by_the_column_that_leads_to_them(
+    chain: Chain, own_index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of shards, image_path has keys, and the addresses say more; else it stands."""
+    vectors = read_features(chain.features).images[:2]
+    here = {"image_path": ["0", "1"], "key": ["0", "1"], "url": ["https://a.example/0", "https://a.example/1"]}
+    write_part(tmp_path / "shards", "0", vectors, None, **here)
+    add(chain, tmp_path / "shards", own_index)
+    write_part(tmp_path / "keys", "0", vectors, None, image_path=["2", "3"], key=["2", "3"])
+    add(chain, tmp_path / "keys", own_index, images=tmp_path)
+    said = capsys.readouterr().out
+    assert "files of the column url" in said
+    assert "files of the column image_path" in said
+    files = [picture.file for picture in read_gallery(own_index).pictures()][48:]
+    assert files == [*here["url"], str(tmp_path / "2"), str(tmp_path / "3")]
+
+
 def test_where_nothing_shows_the_model_a_note_says_so(
     chain: Chain, own_index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

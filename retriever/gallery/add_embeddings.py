@@ -45,7 +45,7 @@ from .options import IndexOptions
 from .query_encoder import load_encoder, query_features
 
 ID_COLUMNS = ("key", "image_path", "url", "URL")
-FILE_COLUMNS = ("image_path", "url", "URL")
+FILE_COLUMNS = ("url", "URL", "image_path")
 SAME = 0.999  # cosine from which two computations are of one picture
 
 
@@ -62,7 +62,8 @@ class Config(IndexOptions, DeviceOptions):
     id_column: str | None = None
     """Column of the metadata with the ids; by default the first of key, image_path, url and URL that is there."""
     file_column: str | None = None
-    """Column with the files; by default the first of image_path, url and URL that is there, else that of the ids."""
+    """Column with the files; by default image_path where its files are here, else url, URL or image_path, else that
+    of the ids."""
     images: Path | None = None
     """Folder that files with a relative path lie in; by default the current one."""
     prefix: str = ""
@@ -156,18 +157,27 @@ def pictures_of(gallery: Gallery, embeddings: Embeddings, config: Config) -> dic
         BadInput: a row cannot be used, and nothing says to leave it out.
     """
     id_column = source_columns(embeddings, config.id_column, among=ID_COLUMNS, option="--id-column")
-    file_column = source_columns(
-        embeddings, config.file_column, among=(*FILE_COLUMNS, id_column), option="--file-column"
-    )
+    below = config.images or user_folder()
+    file_column = config.file_column or column_of_files(embeddings, below, id_column)
+    source_columns(embeddings, file_column, among=(), option="--file-column")
     print(f"ids are of the column {id_column}, files of the column {file_column}")
     names, files = embeddings.column(id_column), embeddings.column(file_column)
     left_out = unusable(embeddings, names, id_column, skip_bad=config.skip_bad)
-    below = config.images or user_folder()
     return {
         row: Picture(config.prefix + str(name), recorded(gallery, below, str(files[row] or name)))
         for row, name in enumerate(names)
         if row not in left_out
     }
+
+
+def column_of_files(embeddings: Embeddings, below: Path, id_column: str) -> str:
+    """The column that says where the pictures are: image_path where such files are here, else an address, else what
+    there is. Of shards, clip-retrieval writes the keys into image_path."""
+    if "image_path" in embeddings.columns:
+        paths = embeddings.column("image_path")
+        if any((below / str(paths[row])).is_file() for row in spread(len(paths)).tolist()):
+            return "image_path"
+    return next((name for name in FILE_COLUMNS if name in embeddings.columns), id_column)
 
 
 def unusable(embeddings: Embeddings, names: list[Any], id_column: str, *, skip_bad: bool) -> set[int]:
