@@ -289,6 +289,19 @@ def test_several_right_pictures_are_where_figures_differ(exported: tuple[Path, P
     assert scores["recall_at_1"] < scores["hit_rate_at_1"]
 
 
+def test_tasks_of_mteb_s_own_tests(exported: tuple[Path, Path], searcher: Retriever) -> None:
+    """Their category decides; two pictures are found wherever they rank."""
+    from mteb.mocks.mock_tasks import retrieval as mocks
+
+    model = MtebRetriever(searcher, beams=2)
+    scores = scores_of(model, mocks.MockAny2AnyRetrievalT2ITask())
+    assert (scores["hit_rate_at_3"], scores["recall_at_1000"], model.pool.known) == (1.0, 1.0, 0)
+    ranks = benchmark.first_ranks(model.searched["default", "test"].lists, {"q0": {"d1": 1, "d2": 0}, "q1": {"d2": 1}})
+    assert scores["mrr_at_10"] == pytest.approx(float((1 / ranks).mean()))
+    with pytest.raises(BadInput, match="is a task of category i2t"):
+        scores_of(model, mocks.MockAny2AnyRetrievalI2TTask())
+
+
 def test_queries_without_a_judgement_are_left_out(exported: tuple[Path, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported[0], tmp_path / "fewer"))
     judged = (folder / "qrels" / "test.tsv").read_text().splitlines(keepends=True)
