@@ -84,7 +84,11 @@ def rewritten(path: Path, facts: dict[str, Any] | None = None, **columns: list[A
     [
         ({"codes": [[0, 9], [1, 0]]}, r"row 0: the codes are \[0, 9\]: expected 2 of 0 to 3"),
         ({"codes": [[0, 1], [1]]}, r"row 1: the codes are \[1\]: expected 2 of 0 to 3"),
-        ({"codes": [[0, 1], None]}, r"row 1: the codes are \[\]: expected 2"),
+        ({"codes": [[0, 1], None]}, r"has rows without codes"),
+        ({"codes": [[0, 1], [1, None]]}, r"row 1: the codes are \[1, None\]: expected 2"),
+        ({"codes": [["a", "b"], ["c", "d"]]}, r"a column is of another type"),
+        ({"collision": [0, None]}, r"has rows without collision"),
+        ({"facts": {"levels": "2"}}, r"levels is '2' in its metadata"),
         ({"tokens": [["<v0_0>", "<v1_1>"], ["<v0_1>", "<v1_1>"]]}, r"row 1: the tokens .* are not those of the codes"),
         ({"collision": [0, 1]}, r"row 1: collision is 1"),
         ({"id": ["a", "a"]}, r"row 1: row 0 has the id 'a', too"),
@@ -110,6 +114,20 @@ def test_what_is_no_catalogue_is_refused(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"id": ["a"]}), tmp_path / "codes.parquet")
     with pytest.raises(BadInput, match=r"its metadata has no avg\.semantic_ids"):
         read_catalogue(tmp_path / "codes.parquet")
+
+
+def test_other_widths_of_the_same_types_are_read(tmp_path: Path) -> None:
+    """As polars and pandas write them, where the metadata was kept."""
+    file = tmp_path / "codes.parquet"
+    write_catalogue(file, ["a"], ["a.png"], np.array([[0, 1]]), VokenSpace(2, 4, False), {"codebooks": "x"})
+    rewritten(file, codes=[[0, 1]], collision=[0])
+    assert str(parquet.read_schema(file).field("collision").type) == "int64"
+    assert read_catalogue(file).codes.tolist() == [[0, 1]]
+    table = parquet.read_table(file)
+    for told in (b"{", b"[]"):
+        parquet.write_table(table.replace_schema_metadata({KEY: told}), file)
+        with pytest.raises(BadInput, match=r"avg\.semantic_ids in its metadata is no JSON object"):
+            read_catalogue(file)
 
 
 def test_places_in_a_collision_are_those_of_the_rows() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from retriever import Retriever
-from retriever.gallery import add_embeddings
+from retriever.gallery import add_embeddings, build
 from retriever.gallery.gallery import read_gallery
 from tests.chain import Chain, encode_config
 from tests.tiny import prepare_emb, rqvae_train
@@ -361,6 +361,12 @@ def test_embeddings_of_another_model_are_not_added(chain: Chain, own_index: Path
     narrow = write_part(tmp_path / "narrow", "0", vectors[:3, :8], key=["x", "y", "z"])
     with pytest.raises(BadInput, match=r"has vectors of width 8, .* of width 24"):
         add(chain, narrow, own_index)
+    config = build.Config(dataset=chain.dataset, rqvae=chain.rqvae, output=tmp_path / "without", keep_features=False)
+    build.main(config)
+    with pytest.raises(BadInput, match=r"has vectors of width 8, .* of width 24"):
+        add(chain, narrow, config.output)
+    add(chain, write_part(tmp_path / "good", "0", vectors[:3], key=["x", "y", "z"]), config.output)
+    assert len(read_gallery(config.output)) == 51
     for path in (folder / "img_emb").iterdir():
         np.save(path, np.load(path)[:, ::-1])
     with pytest.raises(BadInput, match=r"is not of .*: the cosine of its vectors"):

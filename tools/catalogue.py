@@ -67,6 +67,16 @@ def tokens_of(codes: Codes, space: VokenSpace) -> list[list[str]]:
     return [[names[row] for row in rows] for rows in space.rows(codes).tolist()]
 
 
+def schema_of(told: dict[str, Any]) -> Any:
+    """The columns, and what the metadata says."""
+    import pyarrow
+
+    kinds = {"string": pyarrow.string(), "int32": pyarrow.int32()}
+    kinds |= {"list<int32>": pyarrow.list_(pyarrow.int32()), "list<string>": pyarrow.list_(pyarrow.string())}
+    fields = [(name, kinds[kind]) for name, kind in COLUMNS.items()]
+    return pyarrow.schema(fields, metadata={KEY: json.dumps(told, ensure_ascii=False).encode()})
+
+
 def write_catalogue(
     path: Path, images: Sequence[str], files: Sequence[str], codes: Codes, space: VokenSpace, facts: dict[str, Any]
 ) -> None:
@@ -79,15 +89,11 @@ def write_catalogue(
     import pyarrow
     from pyarrow import parquet
 
-    kinds = {"string": pyarrow.string(), "int32": pyarrow.int32()}
-    kinds |= {"list<int32>": pyarrow.list_(pyarrow.int32()), "list<string>": pyarrow.list_(pyarrow.string())}
     told = {"format": FORMAT, "version": VERSION, **space._asdict(), **facts, "pictures": len(images)}
-    fields = [(name, kinds[kind]) for name, kind in COLUMNS.items()]
-    schema = pyarrow.schema(fields, metadata={KEY: json.dumps(told, ensure_ascii=False).encode()})
     collisions = collisions_of(codes).astype(np.int32)
     columns = [list(images), list(files), codes.tolist(), tokens_of(codes, space), collisions]
     with replacing(path) as temporary:
-        parquet.write_table(pyarrow.table(columns, schema=schema), temporary)
+        parquet.write_table(pyarrow.table(columns, schema=schema_of(told)), temporary)
 
 
 def read_catalogue(path: Path) -> Catalogue:
@@ -124,12 +130,25 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
     told = (table.schema.metadata or {}).get(KEY)
     if told is None:
         raise BadInput(f"{path} is no catalogue of semantic ids: its metadata has no {KEY.decode()}")
-    facts = json.loads(told)
+    try:
+        facts = json.loads(told)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise BadInput(f"{path}: {KEY.decode()} in its metadata is no JSON object: write it again")
     if facts.get("format") != FORMAT or facts.get("version") != VERSION:
         kind = f"{facts.get('format')} {facts.get('version')}"
         raise BadInput(f"{path} has format {kind}, this program reads {FORMAT} {VERSION}")
     if missing := [name for name in (*COLUMNS, *FACTS) if name not in {*table.column_names, *facts}]:
         raise BadInput(f"{path} lacks {missing[0]}: write it again")
+    if wrong := [name for name in FACTS[:2] if type(facts[name]) is not int or facts[name] < 1]:
+        raise BadInput(f"{path}: {wrong[0]} is {facts[wrong[0]]!r} in its metadata: write it again")
+    try:
+        table = table.select(list(COLUMNS)).cast(schema_of({}))
+    except pyarrow.ArrowException as error:
+        raise BadInput(f"{path}: a column is of another type ({shortened(str(error))}): write it again") from None
+    if empty := [name for name in COLUMNS if table[name].null_count]:
+        raise BadInput(f"{path} has rows without {empty[0]}: write it again")
     return table, facts
 
 

@@ -6,6 +6,7 @@ Out: the index's next version. A picture's id is what --id-column says of it, it
 Command: python -m retriever.gallery.add_embeddings --index DIR --model ViT-L-14-336 --pretrained openai laion/part0
 """
 
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,22 +101,28 @@ def check_model(gallery: Gallery, embeddings: Embeddings, config: Config) -> Non
     if not same_model(named, gallery.clip):
         raise BadInput(
             f"{gallery.folder} is of {_called(gallery.clip)}, the embeddings are of {_called(named)}: an index has "
-            "features of one model"
+            "features of one model. If they are the same model, name it as the index does: "
+            f"--model {_typed(gallery.clip)}"
         )
-    if not RqVae.from_pretrained(gallery.check_rqvae(AGAIN)).config.normalize:
+    tokenizer = RqVae.from_pretrained(gallery.check_rqvae(AGAIN)).config
+    if not tokenizer.normalize:
         raise BadInput(
             f"{gallery.rqvae} reads the lengths of features (--no-normalize), and embeddings of clip-retrieval have "
             "length 1: add the pictures themselves"
         )
-    width = None if gallery.features is None else gallery.features.shape[1]
-    if width not in (None, embeddings.width):
+    if tokenizer.features != embeddings.width:
         raise BadInput(
-            f"{embeddings.folder} has vectors of width {embeddings.width}, {gallery.folder} of width {width}"
+            f"{embeddings.folder} has vectors of width {embeddings.width}, {gallery.folder} has features of width "
+            f"{tokenizer.features}: they are of another model"
         )
 
 
 def _called(model: tuple[str, str | None]) -> str:
     return model[0] + (f" ({model[1]})" if model[1] else "")
+
+
+def _typed(model: tuple[str, str | None]) -> str:
+    return shlex.quote(model[0]) + (f" --pretrained {shlex.quote(model[1])}" if model[1] else "")
 
 
 def try_model(gallery: Gallery, embeddings: Embeddings, choice: Choice, device: torch.device) -> str:
