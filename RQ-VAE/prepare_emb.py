@@ -3,6 +3,8 @@
 In:  a finished `tools.prepare_captions` folder; an open_clip model by name and tag, by checkpoint, or by folder.
 Out: `<output>/images.npy`, `<output>/texts.npy` (tools/features.py). A batch is a block (tools/blocks.py): several
      processes share them, and a killed run goes on where it was.
+     With --embeddings, vectors that clip-retrieval computed with that model are taken, and not computed again; they
+     are normalised.
 Command: python -m RQ-VAE.prepare_emb --captions DIR --model ViT-L-14-336 --pretrained openai --output DIR
 """
 
@@ -35,10 +37,20 @@ from tools.captions import CaptionSet, portable, read_captions
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
 from tools.command_line.place import NameOrPath
+from tools.embeddings import (
+    Embeddings,
+    read_embeddings,
+    rows_of_captions,
+    rows_of_pictures,
+    same_space,
+    spread,
+)
 from tools.errors import BadInput
-from tools.features import IMAGES, TEXTS, Rows
+from tools.features import IMAGES, TAKEN, TEXTS, Rows, normalized
 from tools.files import new_array, read_array, replacing, write_array
 from tools.logs import progress
+
+NAMED = "the model that was named"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +68,9 @@ class Config(RunOptions, DeviceOptions):
     and MetaCLIP, gelu for those of LAION and DataComp. auto: as tag, model name or file tell."""
     layer: Literal["embedding", "tower"] = "embedding"
     """Features of the shared space, or what the projection heads read (for RQ-VAE.train_heads)."""
+    embeddings: Path | None = None
+    """Folder of clip-retrieval with this model's vectors of these pictures, and of the captions where it has them all;
+    the rest is encoded."""
     batch_size: int = 64
     """Pictures per batch; captions go in batches of four times as many."""
     precision: Precision = "auto"
@@ -67,6 +82,8 @@ class Config(RunOptions, DeviceOptions):
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
             raise BadInput("--batch-size must be at least 1 and --workers at least 0")
+        if self.embeddings is not None and self.layer == "tower":
+            raise BadInput("--embeddings are of the shared space: leave --layer tower out")
 
 
 class Texts(Dataset[Tensor]):
@@ -148,12 +165,48 @@ def encode_all_texts(run: runs.Run, clip: Clip, captions: CaptionSet, config: Co
         merge(run.folder / TEXTS, blocks, batches, scatter=scatter, rows=len(texts))
 
 
+def take(run: runs.Run, embeddings: Embeddings, clip: Clip, captions: CaptionSet, device: torch.device) -> bool:
+    """Write images.npy from vectors that are there, and texts.npy where there are those of all captions: the main
+    process does, and all look.
+
+    Returns:
+        whether there are those of all captions.
+
+    Raises:
+        BadInput: a picture has no vector, or they are not of this model.
+    """
+    pictures = rows_of_pictures(embeddings, captions)
+    if len(unusable := np.intersect1d(pictures, embeddings.unusable())):
+        raise BadInput(
+            f"{embeddings.folder}: the vector of row {unusable[0]} has no direction: leave the embeddings out"
+        )
+    some = spread(len(pictures))
+    files = Pictures([captions.records[row].file for row in some], clip.preprocess, folder=captions.images)
+    computed = encode_images(clip, torch.stack([files[place] for place in range(len(files))])).cpu().numpy()
+    cosine = same_space(embeddings.images(pictures[some]), computed, embeddings.folder, NAMED)
+    print(f"{len(some)} pictures encoded to compare them with {embeddings.folder}: median cosine {cosine:.3f}")
+    if processes.is_main():
+        write_array(run.folder / IMAGES, normalized(embeddings.images(pictures)))
+    rows = rows_of_captions(embeddings, captions, pictures)
+    if rows is None or not len(rows):
+        return False
+    some = spread(len(rows))
+    texts = [text for record in captions.records for text in record.captions]
+    encoded = TextEncoder(clip, device).encode([texts[row] for row in some]).cpu().numpy()
+    same_space(embeddings.texts(rows[some]), encoded, embeddings.folder, NAMED)
+    if processes.is_main():
+        write_array(run.folder / TEXTS, normalized(embeddings.texts(rows)))
+    return True
+
+
 def main(config: Config) -> None:
     captions = read_captions(config.captions)
     inputs = {"captions": config.captions}
     if Path(config.model).is_dir():
         inputs["model"] = Path(config.model)
-    run = runs.begin("RQ-VAE.prepare_emb", config, inputs=inputs)
+    embeddings = None if config.embeddings is None else read_embeddings(config.embeddings)
+    listings = {} if config.embeddings is None else {"embeddings": config.embeddings}
+    run = runs.begin("RQ-VAE.prepare_emb", config, inputs=inputs, listings=listings)
     if run is None:
         return
     runs.check_files(captions.images)
@@ -164,8 +217,10 @@ def main(config: Config) -> None:
         detach_heads(clip)
     clip.model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     with torch.inference_mode():
-        encode_all_images(run, clip, captions, config)
-        encode_all_texts(run, clip, captions, config, device)
+        if embeddings is None:
+            encode_all_images(run, clip, captions, config)
+        if embeddings is None or not take(run, embeddings, clip, captions, device):
+            encode_all_texts(run, clip, captions, config, device)
     run.finish(
         facts={
             "model": config.model,
@@ -175,9 +230,11 @@ def main(config: Config) -> None:
             "precision": str(dtype).removeprefix("torch."),
             "captions": portable(config.captions),
             "captions_fingerprint": captions.manifest.fingerprint,
+            **({} if config.embeddings is None else {TAKEN: portable(config.embeddings)}),
         }
     )
-    print(f"{len(captions.records):,} pictures and their captions encoded ({dtype}, {device}) -> {run.folder}")
+    done = "encoded" if embeddings is None else f"taken from {embeddings.folder} or encoded"
+    print(f"{len(captions.records):,} pictures and their captions {done} ({dtype}, {device}) -> {run.folder}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tools import processes, runs
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
 from tools.errors import BadInput
-from tools.features import Features, Rows, encoder_of, read_features
+from tools.features import TAKEN, Features, Rows, encoder_of, read_features
 from tools.files import read_json_lines, write_json
 from tools.logs import Tracker, progress
 from tools.recall import CUTOFFS
@@ -372,6 +372,11 @@ def write_best(checkpoint: Checkpoint, features: Features, folder: Path) -> dict
 def main(config: Config) -> None:
     processes.share_whole_models()  # DeepSpeed keeps copies of weights, and k-means and `revive` write to the weights
     features = read_features(config.features)
+    if TAKEN in features.manifest.facts and not config.normalize:
+        raise BadInput(
+            f"--no-normalize reads the lengths of features, and those of {config.features} were taken from embeddings "
+            "of length 1: leave it out, or encode the pictures (scripts/03_prepare_emb.sh --overwrite)"
+        )
     inputs = {"features": config.features}
     if config.pseudo_queries is not None:
         inputs["pseudo_queries"] = config.pseudo_queries

@@ -135,7 +135,7 @@ def add_one_by_one(folder: Path, count: int) -> tuple[list[float], float]:
         with changing(folder) as gallery:
             picture = name_of(10**9 + len(gallery))
             assert not gallery.with_images([picture.image]) | gallery.with_files([picture.file])
-            codes = gallery.codes(np.array([number]))
+            codes = gallery.read_codes(np.array([number]))
             gallery.codes_behind(codes[:, :-1], without=np.empty(0, dtype=np.int64))
             added = Block(codes, [picture], None, unknown(1))
             replace_pictures(gallery, removed=np.empty(0, dtype=np.int64), added=added, source="benchmark")

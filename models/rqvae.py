@@ -290,6 +290,8 @@ def resolve_collisions(
 def _last_codes(taken: NDArray[np.integer], *, prefixes: Codes) -> dict[bytes, set[int]]:
     """The last codes of `taken` (others, levels) behind each of the prefixes (pictures, levels - 1)."""
     behind: dict[bytes, set[int]] = {prefix.tobytes(): set() for prefix in prefixes}
+    for level in range(prefixes.shape[1]):  # of a large collection, few are left
+        taken = taken[np.isin(taken[:, level], prefixes[:, level])]
     for row in taken.astype(np.int64):
         if (used := behind.get(row[:-1].tobytes())) is not None:
             used.add(int(row[-1]))

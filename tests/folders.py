@@ -155,7 +155,7 @@ def as_earlier(folder: Path, *, contents: bool = True) -> Path:
     (version / LineStore.TEXT).write_bytes(b"".join(lines))
     write_array(version / LineStore.LINES, np.cumsum([0, *map(len, lines)]))
     if contents:
-        write_array(version / LineStore.CONTENTS, opened.contents(opened.rows))
+        write_array(version / LineStore.CONTENTS, opened.read_contents(opened.rows))
     facts = {key: value for key, value in opened.facts.items() if key != SEGMENTS}
     runs.replace_outputs(opened.manifest, sorted(version.iterdir()), facts)
     return folder

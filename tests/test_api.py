@@ -86,7 +86,9 @@ def cosines(retriever: Retriever, chain: Chain, queries: list[str]) -> NDArray[n
     clip = load_clip(str(chain.features / "clip"))
     with torch.inference_mode():
         texts = encode_tokens(clip, clip.tokenizer(queries)).numpy().astype(np.float64)
-    return (texts / np.linalg.norm(texts, axis=1, keepdims=True)) @ retriever.gallery.features().astype(np.float64).T
+    return (texts / np.linalg.norm(texts, axis=1, keepdims=True)) @ retriever.gallery.read_features().astype(
+        np.float64
+    ).T
 
 
 def images(found: list[Found]) -> list[str]:
@@ -102,7 +104,7 @@ def test_what_is_found_is_what_scoring_every_picture_finds(
     """Beams as wide as the index, against a forward pass a picture; by vokens alone, and with features."""
     lm = VokenLM.from_pretrained(retriever / "model")
     pictures = list(read_gallery(index).pictures())
-    codes = np.asarray(found_by.gallery.codes()).astype(np.int64)
+    codes = np.asarray(found_by.gallery.read_codes()).astype(np.int64)
     own = exhaustive(lm, codes, lm.tokenize(QUERIES), scoring="full", score_end=False).double().numpy()
     for share in (0.0, 0.4):
         total = (1 - share) * own + share * 100 * cosines(found_by, chain, QUERIES)
@@ -160,7 +162,7 @@ def test_similar_pictures_are_those_of_near_features(found_by: Retriever, chain:
 
 
 def test_without_features_similar_pictures_share_vokens(featureless: Retriever) -> None:
-    codes = np.asarray(featureless.gallery.codes()).tolist()
+    codes = np.asarray(featureless.gallery.read_codes()).tolist()
     for row in (0, 17, 47):
         found = featureless.similar(featureless.gallery.picture(row).image, k=10)
         shared = [next((place for place in range(3) if own[place] != codes[row][place]), 3) for own in codes]
@@ -179,7 +181,7 @@ def test_without_features_there_is_no_search_by_them(featureless: Retriever) -> 
 
 
 def test_vokens_sum_to_the_score_and_alternatives_exist(found_by: Retriever) -> None:
-    codes = np.asarray(found_by.gallery.codes())
+    codes = np.asarray(found_by.gallery.read_codes())
     for one in found_by.search(QUERIES[:1], k=48, rerank=False)[0][::9]:
         steps = found_by.vokens(QUERIES[0], one.codes, top=8)
         assert sum(step.log_probability for step in steps) == pytest.approx(one.score, abs=1e-4)

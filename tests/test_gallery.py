@@ -105,11 +105,11 @@ def assert_same_tree(folder: Path, codes: Sequence[Sequence[int]], scratch: Path
     file."""
     scratch.mkdir()
     index.save_index(scratch, index.build_index(np.array(codes)))
-    assert read_gallery(folder).codes().tolist() == np.array(codes).tolist()
+    assert read_gallery(folder).read_codes().tolist() == np.array(codes).tolist()
     assert_whole_tree(read_gallery(folder))
     merge_all(folder)
     opened = read_gallery(folder)
-    assert opened.codes().tolist() == np.array(codes).tolist()
+    assert opened.read_codes().tolist() == np.array(codes).tolist()
     [segment] = opened.segments
     for path in scratch.iterdir():
         assert path.read_bytes() == (folder / segment.name / path.name).read_bytes(), path.name
@@ -117,7 +117,7 @@ def assert_same_tree(folder: Path, codes: Sequence[Sequence[int]], scratch: Path
 
 def assert_whole_tree(opened: Gallery) -> None:
     """The tree with its changes has the leaves of one built anew, in their order, with the same pictures behind."""
-    fresh = index.build_index(np.asarray(opened.codes()))
+    fresh = index.build_index(np.asarray(opened.read_codes()))
     expected, owners = fresh.expand(np.arange(fresh.leaves))
     found, ours = opened.overlay.expand(all_leaves(opened))
     assert found.tolist() == opened.rows[expected].tolist()
@@ -140,8 +140,8 @@ def told_apart(codes: Sequence[Sequence[int]]) -> Floats:
 
 def assert_whole(opened: Gallery) -> None:
     """All parts are of one version: the pictures of `numbered` are called by their codes, and so are their features."""
-    assert [picture.image for picture in opened.pictures()] == [str(row) for row in opened.codes().tolist()]
-    assert opened.features().tolist() == stored_features(told_apart(opened.codes().tolist()), None).tolist()
+    assert [picture.image for picture in opened.pictures()] == [str(row) for row in opened.read_codes().tolist()]
+    assert opened.read_features().tolist() == stored_features(told_apart(opened.read_codes().tolist()), None).tolist()
     assert_whole_tree(opened)
 
 
@@ -189,7 +189,7 @@ def test_adding_gives_the_index_that_is_built_from_nothing(
     chain: Chain, folder: Path, new: Path, tmp_path: Path
 ) -> None:
     """Codes, tree and collisions, with copies that collide; the pictures that were there keep their codes."""
-    before = read_gallery(folder).codes().tolist()
+    before = read_gallery(folder).read_codes().tolist()
     add(folder, new)
     features = read_features(chain.features)
     clip = load_clip(str(chain.features / "clip"))
@@ -208,12 +208,12 @@ def test_adding_gives_the_index_that_is_built_from_nothing(
 
 def test_removing_gives_the_index_of_those_that_stay(folder: Path, tmp_path: Path) -> None:
     old = read_gallery(folder)
-    names, codes = [picture.image for picture in old.pictures()], old.codes().tolist()
+    names, codes = [picture.image for picture in old.pictures()], old.read_codes().tolist()
     remove(folder, names[3], old.picture(20).file, os.path.relpath(old.picture(7).file))
     stay = [row for row in range(48) if row not in (3, 7, 20)]
     assert images(folder) == [names[row] for row in stay]
     assert_same_tree(folder, [codes[row] for row in stay], tmp_path / "scratch")
-    assert old.codes().tolist() == codes  # an open gallery stays what it was
+    assert old.read_codes().tolist() == codes  # an open gallery stays what it was
     assert [picture.image for picture in old.pictures()] == names
 
 
@@ -231,7 +231,7 @@ def test_unresolved_collisions_stay_and_list_the_older_picture_first(chain: Chai
     names = images(folder)
     for name in ("red-circle.png", "blue-ring.png", "grey-line.png"):
         old, copy = names.index(name), names.index(f"copy of {name}")
-        assert opened.codes()[old].tolist() == opened.codes()[copy].tolist()
+        assert opened.read_codes()[old].tolist() == opened.read_codes()[copy].tolist()
         rows, owners = opened.overlay.expand(all_leaves(opened))
         together = rows[owners == owners[rows.tolist().index(copy)]].tolist()
         assert together == sorted(together)
@@ -276,8 +276,8 @@ def directions(vectors: Floats) -> Floats:
 def features_by_image(folder: Path) -> dict[str, list[float]]:
     """What the index keeps of each picture."""
     opened = read_gallery(folder)
-    assert opened.features().dtype == np.float16
-    return dict(zip((picture.image for picture in opened.pictures()), opened.features().tolist(), strict=True))
+    assert opened.read_features().dtype == np.float16
+    return dict(zip((picture.image for picture in opened.pictures()), opened.read_features().tolist(), strict=True))
 
 
 def test_features_stay_with_their_pictures(chain: Chain, folder: Path, new: Path) -> None:
@@ -368,9 +368,9 @@ def test_features_of_other_pictures_are_refused(
 def test_replacing_a_picture_frees_its_codes(folder: Path, new: Path) -> None:
     """A picture that takes its own place gets the codes that it had."""
     add(folder, new)
-    before = read_gallery(folder).codes().tolist()
+    before = read_gallery(folder).read_codes().tolist()
     add(folder, new, replace=True)
-    assert read_gallery(folder).codes().tolist() == before
+    assert read_gallery(folder).read_codes().tolist() == before
 
 
 def test_run_folder_holds_what_the_last_two_versions_name(folder: Path, new: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def brute_force(index: Path, query: str) -> dict[str, float]:
     clip = load_clip(opened.facts["clip"]["model"], opened.facts["clip"]["pretrained"])
     with torch.inference_mode():
         text = encode_tokens(clip, clip.tokenizer([query])).numpy()[0].astype(np.float64)
-    features = opened.features().astype(np.float64)
+    features = opened.read_features().astype(np.float64)
     cosines = features @ text / np.sqrt((text**2).sum())
     return dict(zip((picture.file for picture in opened.pictures()), cosines.tolist(), strict=True))
 
@@ -342,7 +342,7 @@ def test_the_index_says_who_encodes_queries(chain: Chain, index: Path) -> None:
     facts = read_gallery(index).facts
     assert facts["keeps_features"] is True
     assert Path(facts["clip"]["model"]).samefile(chain.features / "clip")
-    width = read_gallery(index).features().shape[1]
+    width = read_gallery(index).read_features().shape[1]
     assert width == read_array(chain.features / "images.npy").shape[1]
 
 

@@ -80,7 +80,7 @@ def command(retriever: Retriever, folder: Path, **options: Any) -> None:
 
 def test_a_picture_finds_the_nearest_features(found_by: Retriever, chain: Chain, photo: Path) -> None:
     gallery = found_by.gallery
-    expected = gallery.features().astype(np.float64) @ unit(encoded(chain, photo))
+    expected = gallery.read_features().astype(np.float64) @ unit(encoded(chain, photo))
     answer = found_by.search_image(photo, k=ALL)
     order = [row for one in answer if (row := gallery.row(one.image)) is not None]
     assert sorted(order) == list(range(48))

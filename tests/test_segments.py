@@ -73,16 +73,16 @@ def assert_holds(gallery: Gallery, pictures: list[Known]) -> None:
     """The gallery is, in every look-up and every search, one list of pictures."""
     assert len(gallery) == len(pictures)
     assert [picture.image for picture in gallery.pictures()] == [picture.image for picture in pictures]
-    assert gallery.codes().tolist() == [list(picture.codes) for picture in pictures]
-    assert gallery.features().tolist() == [list(picture.feature) for picture in pictures]
-    assert [each.decode() for each in gallery.contents(gallery.rows)["hash"]] == [each.image for each in pictures]
+    assert gallery.read_codes().tolist() == [list(picture.codes) for picture in pictures]
+    assert gallery.read_features().tolist() == [list(picture.feature) for picture in pictures]
+    assert [each.decode() for each in gallery.read_contents(gallery.rows)["hash"]] == [each.image for each in pictures]
     for row, picture in zip(gallery.rows.tolist(), pictures, strict=True):
         assert gallery.row(picture.image) == row
         assert list(gallery.with_files([f"photos/{picture.image}.png"])) == [row]
     for place in ("photos", "."):
         assert list(gallery.below(place)) == gallery.rows.tolist()
     assert not gallery.below("phot") | gallery.below("/")
-    anew = build_index(gallery.codes())
+    anew = build_index(gallery.read_codes())
     live = overlay_to_device(gallery.overlay, to_device(gallery.overlay.tree, CPU))
     for beams in (3, SIZE**LEVELS):
         options: dict[str, Any] = {"beams": beams, "grain": 1.0, "score_end": True}

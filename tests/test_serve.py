@@ -133,8 +133,8 @@ def test_pictures_whose_codes_begin_alike(client: TestClient, service: Service) 
     """In the order of the vokens they share, then of their features, counted by hand."""
     gallery = service.retriever.gallery
     own = gallery.row("red-circle.png")
-    cosines = gallery.features().astype(np.float32) @ gallery.features()[own].astype(np.float32)
-    codes = gallery.codes().tolist()
+    cosines = gallery.read_features().astype(np.float32) @ gallery.read_features()[own].astype(np.float32)
+    codes = gallery.read_codes().tolist()
 
     def leading(row: int) -> int:
         return next((level for level in range(3) if codes[row][level] != codes[own][level]), 3)

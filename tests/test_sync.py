@@ -97,10 +97,12 @@ def assert_equal(ours: Life, fresh: Life, *, codes: bool) -> None:
     rows = {picture: row for row, picture in zip(mine.rows.tolist(), mine.pictures(), strict=True)}
     order = np.array([rows.pop(picture) for picture in other.pictures()])
     assert not rows
-    np.testing.assert_allclose(mine.features(order).astype(np.float32), other.features().astype(np.float32), atol=2e-3)
+    np.testing.assert_allclose(
+        mine.read_features(order).astype(np.float32), other.read_features().astype(np.float32), atol=2e-3
+    )
     levels = slice(None) if codes else slice(-1)
-    assert mine.codes(order)[:, levels].tolist() == other.codes()[:, levels].tolist()
-    assert len(np.unique(mine.codes(), axis=0)) == len(np.unique(other.codes(), axis=0))
+    assert mine.read_codes(order)[:, levels].tolist() == other.read_codes()[:, levels].tolist()
+    assert len(np.unique(mine.read_codes(), axis=0)) == len(np.unique(other.read_codes(), axis=0))
 
 
 def apply(photos: Path, kind: str, source: str, target: str, number: int) -> None:

@@ -18,6 +18,9 @@ from .runs import Manifest, fingerprint, read_manifest
 
 TOWERS, HEADS = "RQ-VAE.prepare_emb", "RQ-VAE.train_heads"  # the commands that write features
 IMAGES, TEXTS = "images.npy", "texts.npy"
+TAKEN = (
+    "embeddings"  # the manifest's fact: where vectors were taken from that nobody computed here; they are normalised
+)
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 

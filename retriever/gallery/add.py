@@ -7,8 +7,9 @@ Command: python -m retriever.gallery.add --index DIR ~/new_photos
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -241,16 +242,15 @@ def encode(gallery: Gallery, new: Sequence[Picture], config: ReadingOptions, dev
     return torch.cat(blocks).numpy()
 
 
-def code(gallery: Gallery, features: Floats, device: torch.device, *, without: Rows) -> Codes:
+def code(
+    gallery: Gallery, features: Floats, taken: Callable[[Codes], NDArray[np.integer]], device: torch.device
+) -> Codes:
     """Codes (pictures, levels) of features (pictures, width), collisions resolved where the gallery's were.
 
     Args:
-        without: rows whose codes are free, as their pictures go.
+        taken: gives the codes (others, levels) that the pictures beside these have behind prefixes (any number,
+            levels - 1), as `Gallery.codes_behind` does.
     """
-
-    def taken(prefixes: Codes) -> NDArray[np.integer]:
-        return gallery.codes_behind(prefixes, without=without)
-
     folder = gallery.check_rqvae(AGAIN)
     groups = [np.arange(len(features))] if gallery.facts["resolve_collisions"] else None
     return tokenize(RqVae.from_pretrained(folder).to(device), features, groups=groups, taken=taken).codes
@@ -273,7 +273,7 @@ def add(index: Path, places: Sequence[Path], config: Options, *, source: str) ->
             return Added([], 0, len(gallery))
         contents = read_contents(gallery.files_below / picture.file for picture in choice.added)
         features = encode(gallery, choice.added, config, device)
-        codes = code(gallery, features, device, without=choice.replaced)
+        codes = code(gallery, features, partial(gallery.codes_behind, without=choice.replaced), device)
         kept = stored_features(features, gallery.segments[0].codec) if gallery.keeps_features else None
         total = replace_pictures(
             gallery,

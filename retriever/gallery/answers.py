@@ -142,9 +142,9 @@ def folded(gallery: Gallery, rows: Rows, at: float, *, most: int) -> list[list[i
     kept, they have its codes: all of them, or all but the last where that was chosen anew to tell equal codes apart.
     """
     if gallery.keeps_features:
-        features = normalized(gallery.features(rows).astype(np.float32))  # again, as halves they were rounded
+        features = normalized(gallery.read_features(rows).astype(np.float32))  # again, as halves they were rounded
     else:
-        codes = gallery.codes(rows)
+        codes = gallery.read_codes(rows)
         codes = codes[:, : max(1, codes.shape[1] - bool(gallery.facts["resolve_collisions"]))]
     left = np.arange(len(rows))
     groups: list[list[int]] = []

@@ -337,8 +337,8 @@ class Retriever:
             selection = Selection.of(self.gallery, k=k, min_similarity=min_similarity, fold=fold)
             row = self._row(image)
             own = np.array([row])
-            feature = self.gallery.features(own)[0].astype(np.float32) if self.gallery.keeps_features else None
-            ranked = self._like(feature, lambda: self.gallery.codes(own)[0], by)
+            feature = self.gallery.read_features(own)[0].astype(np.float32) if self.gallery.keeps_features else None
+            ranked = self._like(feature, lambda: self.gallery.read_codes(own)[0], by)
             return selection.apply_to_all(self.gallery, ranked.some(np.flatnonzero(ranked.rows != row)))
 
     def search_image(

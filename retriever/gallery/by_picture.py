@@ -104,7 +104,7 @@ def by_feature(gallery: Gallery, feature: Floats) -> Ranked:
 def by_codes(gallery: Gallery, codes: NDArray[np.integer], feature: Floats | None) -> Ranked:
     """All pictures by the number of leading vokens that they share with codes (levels,), equal ones by the cosine with
     a feature (width,), where there is one."""
-    scores = np.cumprod(gallery.codes() == codes, axis=1).sum(axis=1)
+    scores = np.cumprod(gallery.read_codes() == codes, axis=1).sum(axis=1)
     nearness = None if feature is None else all_cosines(gallery, normalized(feature[None])[0])
     order = np.lexsort((np.zeros(len(scores)) if nearness is None else -nearness, -scores))
     return Ranked(gallery.rows[order], scores[order].astype(np.float32), None if nearness is None else nearness[order])

@@ -124,7 +124,7 @@ def compare(gallery: Gallery, folder: Folder, listing: Listing, *, before: int) 
     """
     root, start, pictures = gallery.files_below / folder.path, len(beginning(folder.path)), gallery.below(folder.path)
     old = {picture.file[start:]: row for row, picture in reversed(pictures.items())}
-    noted = dict(zip(pictures, gallery.contents(np.array(list(pictures), dtype=np.int64)), strict=True))
+    noted = dict(zip(pictures, gallery.read_contents(np.array(list(pictures), dtype=np.int64)), strict=True))
     listed = set(listing.pictures)
     closed = {path for path in old.keys() - listed if _is_closed(path, listing)}
     kept = closed | {path for path in old.keys() - listed if (root / path).is_file()}

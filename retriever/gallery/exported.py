@@ -227,7 +227,7 @@ def all_blocks(gallery: Gallery, renamed: Callable[[Picture], Picture]) -> Itera
     for start in range(0, len(gallery), BLOCK):
         rows = gallery.rows[start : start + BLOCK]
         features = gallery.stored_features(rows) if gallery.keeps_features else None
-        yield Block(gallery.codes(rows), list(islice(pictures, len(rows))), features, unknown(len(rows)))
+        yield Block(gallery.read_codes(rows), list(islice(pictures, len(rows))), features, unknown(len(rows)))
 
 
 def common_folder(gallery: Gallery) -> Path:

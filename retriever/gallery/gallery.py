@@ -167,15 +167,15 @@ class Gallery:
             return np.ones(len(rows), dtype=bool)
         return self.gone[np.searchsorted(self.gone, rows).clip(max=len(self.gone) - 1)] != rows
 
-    def codes(self, rows: Rows | None = None) -> Codes:
+    def read_codes(self, rows: Rows | None = None) -> Codes:
         """(rows, levels); by default of all pictures that can be found"""
         return self._gathered(rows, lambda segment: segment.codes)
 
     def code(self, row: int) -> tuple[int, ...]:
         """(levels,) of one picture"""
-        return tuple(self.codes(np.array([row]))[0].tolist())
+        return tuple(self.read_codes(np.array([row]))[0].tolist())
 
-    def features(self, rows: Rows | None = None) -> HalfFloats:
+    def read_features(self, rows: Rows | None = None) -> HalfFloats:
         """(rows, width), normalised, of a gallery that keeps features; by default of all pictures that can be found"""
         stored, codec = self.stored_features(rows), self.segments[0].codec
         return stored if codec is None else codec.decode(stored)
@@ -184,7 +184,7 @@ class Gallery:
         """The same as they are kept"""
         return self._gathered(rows, _features_of)
 
-    def contents(self, rows: Rows) -> Contents:
+    def read_contents(self, rows: Rows) -> Contents:
         """What the files of rows held, unknown where an earlier program did not note it."""
         if not len(rows):
             return unknown(0)
@@ -226,7 +226,7 @@ class Gallery:
         gone = self.gone[: np.searchsorted(self.gone, len(self.segments[0]))]
         rows = np.arange(len(self.segments[0]), self.rows_in_all)
         come = rows[self.stays(rows)]
-        return lay_over(index, gone=(self.codes(gone), gone), come=(self.codes(come), come))
+        return lay_over(index, gone=(self.read_codes(gone), gone), come=(self.read_codes(come), come))
 
     @property
     def tree_hash(self) -> str:
@@ -241,7 +241,7 @@ class Gallery:
         """
         some = np.unique(prefixes, axis=0) if prefixes.shape[1] else prefixes[:1]
         rows = np.concatenate([_rows_behind(segment, some) for segment in self.segments])
-        return self.codes(rows[self.stays(rows) & ~np.isin(rows, without)])
+        return self.read_codes(rows[self.stays(rows) & ~np.isin(rows, without)])
 
     def _found(self, ask: Callable[[Segment], list[tuple[int, Picture]]]) -> dict[int, Picture]:
         found = {segment.first + row: picture for segment in self.segments for row, picture in ask(segment)}

@@ -104,7 +104,7 @@ def blocks(gallery: Gallery, segments: Sequence[Segment], rows: Rows) -> Iterato
     for start in range(0, len(rows), BLOCK):
         some = rows[start : start + BLOCK]
         features = gallery.stored_features(some) if gallery.keeps_features else None
-        yield Block(gallery.codes(some), list(_picked(pictures, some)), features, gallery.contents(some))
+        yield Block(gallery.read_codes(some), list(_picked(pictures, some)), features, gallery.read_contents(some))
 
 
 def _picked(pictures: Iterator[tuple[int, Picture]], rows: Rows) -> Iterator[Picture]:

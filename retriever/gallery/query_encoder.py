@@ -43,5 +43,5 @@ def query_features(encoder: "TextEncoder", queries: Sequence[str]) -> Floats:
 
 def cosines(text: Floats, gallery: Gallery, rows: Rows) -> Floats:
     """Cosines (rows,) between a query's feature (width,) and pictures of a gallery that keeps features."""
-    result: Floats = gallery.features(rows).astype(np.float32) @ text
+    result: Floats = gallery.read_features(rows).astype(np.float32) @ text
     return result

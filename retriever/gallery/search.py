@@ -178,7 +178,7 @@ def fields(one: Found) -> dict[str, Any]:
 def how(retriever: Retriever, config: Config) -> str:
     """What is said of the order behind an answer's time."""
     if config.picture is not None:
-        return f", by {'vokens' if retriever.gallery.features is None else 'features'}"
+        return f", by {'features' if retriever.gallery.keeps_features else 'vokens'}"
     share = retriever.share_of_features(rerank=config.rerank, share=config.rerank_weight)
     guide = f", guided (weight {retriever.guide.weight:g})" if retriever.guide and config.guided else ""
     return guide + (f", re-ranked by features (share {share:.2f})" if share else "")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ def _made_at(gallery: Gallery) -> int:
 def apply(gallery: Gallery, changes: Changes, config: Config) -> int:
     """Publish the version after the changes. Returns the number of its pictures."""
     below = np.array(list(gallery.below(changes.folder.path)), dtype=np.int64)
-    noted = dict(zip(below.tolist(), gallery.contents(below), strict=True))
+    noted = dict(zip(below.tolist(), gallery.read_contents(below), strict=True))
     places, stay = [], set()
     for place, (each, record) in enumerate(zip(changes.targets, changes.contents, strict=True)):
         if each.row is not None and each.row == each.own and noted[each.row] == record:
@@ -150,7 +151,7 @@ def written(gallery: Gallery, targets: Sequence[Target], contents: Contents, rem
     """
     held = np.array([-1 if each.row is None else each.row for each in targets], dtype=np.int64)
     moved, new = np.flatnonzero(held >= 0), np.flatnonzero(held < 0)
-    known = gallery.codes(held[moved])
+    known = gallery.read_codes(held[moved])
     codes = np.empty((len(targets), known.shape[1]), dtype=known.dtype)
     codes[moved] = known
     features = None
@@ -161,7 +162,8 @@ def written(gallery: Gallery, targets: Sequence[Target], contents: Contents, rem
     if len(new):
         device = pick_device(config.device)
         encoded = encode(gallery, [targets[place].picture for place in new.tolist()], config, device)
-        codes[new] = code(gallery, encoded, device, without=np.setdiff1d(removed, held))
+        taken = partial(gallery.codes_behind, without=np.setdiff1d(removed, held))
+        codes[new] = code(gallery, encoded, taken, device)
         if features is not None:
             features[new] = stored_features(encoded, gallery.segments[0].codec)
     return Block(codes, [each.picture for each in targets], features, contents)
