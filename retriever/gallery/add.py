@@ -34,11 +34,11 @@ from tools.texts import plural, printable
 from tools.vokens import Codes
 
 from .contents import read_contents
+from .advice import rebuild
 from .gallery import Folder, Gallery, Picture, changing, replace_pictures
 from .options import IndexOptions
 
 NAMED = 10  # files that are left out, in lines of their own
-AGAIN = "new pictures would get codes of another meaning: run scripts/14_build_index.sh --overwrite and add them again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,9 +223,14 @@ def tell_left_out(reasons: dict[str, str]) -> None:
         print(printable(f"left out: {len(reasons):,} in all, of which {NAMED} are named: {kinds}"))
 
 
+def again(gallery: Gallery) -> str:
+    """What to do where a model of the gallery has changed."""
+    return f"new pictures would get codes of another meaning: {rebuild(gallery, 'add them again')}"
+
+
 def encode(gallery: Gallery, new: Sequence[Picture], config: ReadingOptions, device: torch.device) -> Floats:
     """Features (pictures, width) of new pictures, by the model that encoded the gallery's."""
-    gallery.check_clip(AGAIN)
+    gallery.check_clip(again(gallery))
     clip = load_recorded(gallery.clip_facts)
     clip.model.to(device=device, dtype=feature_dtype(config.precision, device), memory_format=torch.channels_last)
     pictures = Pictures([picture.file for picture in new], clip.preprocess, folder=gallery.files_below)
@@ -242,7 +247,7 @@ def code(gallery: Gallery, features: Floats, taken: NDArray[np.integer], device:
     Args:
         taken: (others, levels) codes of the pictures that stay.
     """
-    folder = gallery.check_rqvae(AGAIN)
+    folder = gallery.check_rqvae(again(gallery))
     groups = [np.arange(len(features))] if gallery.facts["resolve_collisions"] else None
     return tokenize(RqVae.from_pretrained(folder).to(device), features, groups=groups, taken=taken).codes
 

@@ -37,6 +37,7 @@ from ..data import read_retriever
 from ..index import to_device
 from ..retrieve import needs_features, with_features
 from . import remove
+from .advice import rebuild
 from .answers import WIDEST, Found, Ranked, Selection, Step, compared, need_features, reordered
 from .by_picture import Likeness, PictureEncoder, by_codes, by_feature, codes_of, read_picture
 from .exported import (
@@ -281,8 +282,8 @@ class Retriever:
         if self.gallery.features is None:
             if share:
                 raise BadInput(
-                    f"{self.gallery.folder} keeps no features to re-rank by: leave their share out, or run "
-                    "scripts/14_build_index.sh --overwrite and add again what was added"
+                    f"{self.gallery.folder} keeps no features to re-rank by: leave their share out, or "
+                    f"{rebuild(self.gallery)}"
                 )
             return 0.0
         return self.source.share if share is None else share

@@ -28,6 +28,7 @@ from tools.errors import BadInput
 from tools.files import hash_file, read_json, replacing, write_json
 
 from . import card
+from .advice import rebuild
 from .gallery import (
     EXPORTED,
     EXPORTED_PICTURES,
@@ -47,8 +48,8 @@ LANGUAGE_MODEL, CLIP, RQVAE, INDEX = "language_model", "clip", "rqvae", "index"
 REPLACED = ".config.json.replaced"  # the folder's config.json while its parts are exchanged
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TEXT_TOWER = ("hf_model_name", "hf_tokenizer_name")
+AGAIN = "add again what was added, then export"
 CONFIGS = "*config.json"  # what says where a model once lay
-AGAIN = "run scripts/14_build_index.sh --overwrite, add again what was added, and export then"
 
 
 class Source(NamedTuple):
@@ -175,7 +176,7 @@ def write_clip(folder: Path, gallery: Gallery) -> None:
     """
     from models.clip import CONFIG_NAME, WEIGHTS_NAME, load_recorded, save_clip  # a search by codes needs no open_clip
 
-    gallery.check_clip(AGAIN)
+    gallery.check_clip(rebuild(gallery, AGAIN))
     name = gallery.clip[0]
     if Path(name).is_dir() and (Path(name) / WEIGHTS_NAME).is_file():
         folder.mkdir()
@@ -193,7 +194,7 @@ def write_clip(folder: Path, gallery: Gallery) -> None:
 
 def write_rqvae(folder: Path, gallery: Gallery) -> None:
     """Write the tokenizer of a gallery as a run folder."""
-    manifest = runs.read_manifest(gallery.check_rqvae(AGAIN), "RQ-VAE.train")
+    manifest = runs.read_manifest(gallery.check_rqvae(rebuild(gallery, AGAIN)), "RQ-VAE.train")
     RqVae.from_pretrained(manifest.folder).save_pretrained(folder)
     write_manifest(folder, manifest, manifest.facts)
 

@@ -1,11 +1,8 @@
 """`python -m retriever.serve`"""
 
-import os
+from . import keep_caches_small
 
-# On a CPU, oneDNN and PyTorch's layer above it each keep a prepared operation for every shape of input, 1,024 of them.
-# Batches of searches have ever new shapes, and the caches would grow by hundreds of megabytes. Both read these once.
-for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(name, "64")
+keep_caches_small()
 
 from tools.command_line.commands import run_command  # noqa: E402
 

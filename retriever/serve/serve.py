@@ -9,6 +9,7 @@ There is no login: who reaches the server may search, insert and remove. docs/se
 """
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,17 +29,9 @@ CONNECTIONS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SearchOptions):
-    """What is served, and where."""
+class ServerOptions(SearchOptions):
+    """Where it is served."""
 
-    index: Path | None = None
-    """Run folder of retriever.gallery.build."""
-    retriever: Path | None = None
-    """Run folder of retriever.train or retriever.train_stage2."""
-    weights: Path | None = None
-    """Run folder of reranker.test, passed over while there is none."""
-    folder: Path | None = None
-    """In the place of these: a folder that retriever.gallery.export wrote."""
     uploads: Path | None = None
     """Folder for pictures that are inserted; by default "uploads" beside the index."""
     host: str = "127.0.0.1"
@@ -55,9 +48,6 @@ class Config(SearchOptions):
     """Queries that wait at most; others are told to try again."""
 
     def __post_init__(self) -> None:
-        runs = (self.index, self.retriever)
-        if (self.folder is None) == (None in runs) or (self.folder is not None and any((*runs, self.weights))):
-            raise BadInput("give --index and --retriever, or --folder")
         if not is_loopback(self.host) and not self.allow_network:
             raise BadInput(
                 f"--host {self.host} lets other machines search, insert and remove, without a login: add "
@@ -65,6 +55,26 @@ class Config(SearchOptions):
             )
         if not 0 <= self.port < 65536 or self.batch < 1 or self.waiting < 1:
             raise BadInput("--port is a number from 0 to 65535; --batch and --waiting must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ServerOptions):
+    """What is served, and where."""
+
+    index: Path | None = None
+    """Run folder of retriever.gallery.build."""
+    retriever: Path | None = None
+    """Run folder of retriever.train or retriever.train_stage2."""
+    weights: Path | None = None
+    """Run folder of reranker.test, passed over while there is none."""
+    folder: Path | None = None
+    """In the place of these: a folder that retriever.gallery.export wrote."""
+
+    def __post_init__(self) -> None:
+        runs = (self.index, self.retriever)
+        if (self.folder is None) == (None in runs) or (self.folder is not None and any((*runs, self.weights))):
+            raise BadInput("give --index and --retriever, or --folder")
+        super().__post_init__()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -104,16 +114,21 @@ def load(config: Config) -> Retriever:
     )
 
 
-def address(config: Config, taken: socket.socket) -> str:
+def address(config: ServerOptions, taken: socket.socket) -> str:
     """What to open in a browser."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{taken.getsockname()[1]}"
 
 
 def main(config: Config) -> None:
+    serve(config, lambda: load(config))
+
+
+def serve(config: ServerOptions, load: Callable[[], Retriever]) -> None:
+    """Take the port, load a retriever and answer until the process is stopped."""
     taken = listen(config.host, config.port)
     with taken:
-        retriever = load(config)
+        retriever = load()
         retriever.search(["warm up"])  # nobody's first query waits for what is loaded only then
         uploads = config.uploads or retriever.gallery.folder.parent / UPLOADS
         service = Service(retriever, uploads=uploads, batch=config.batch, waiting=config.waiting)

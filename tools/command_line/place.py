@@ -82,8 +82,11 @@ def with_commands(message: str) -> str:
     """A message that names scripts, with what the user types to start them in their place.
 
     The variables that the user set stand before a script, unless the message has others there. Where the user stands
-    elsewhere than in the repository's root, a script is a whole path.
+    elsewhere than in the repository's root, a script is a whole path. An installed package has no scripts, and the
+    message says where they are.
     """
+    if not (ROOT / "scripts").is_dir():
+        return f"{message} (scripts/ is part of the repository, not of this package)" if SCRIPT.search(message) else message
     at_root = user_folder().resolve() == ROOT.resolve()
     settings = _assigned(_settings()[1])
 
