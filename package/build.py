@@ -7,6 +7,7 @@ below `avg` and rewrites these imports: `from tools import runs` becomes `from a
 """
 
 import ast
+import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ class BuildPy(build_py):
         missing = {installed_package(path) for path in self.reached} - set(self.packages)
         if missing:
             raise SetupError(f"pyproject.toml: add {', '.join(sorted(missing))} to tool.setuptools.packages")
+        shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)  # an earlier build may have had more modules
         super().run()
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
@@ -55,7 +57,7 @@ def reach(root: Path, entries: tuple[str, ...]) -> dict[str, Path]:
     """Modules that some modules of the checkout import, directly or not, and these themselves, with their files.
 
     Raises:
-        SetupError: a room that is not installed is imported, or a name that is no module.
+        SetupError: a module that is imported is not there.
     """
     found: dict[str, Path] = {}
     waiting = list(entries)

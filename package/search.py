@@ -7,6 +7,7 @@ Command: avg search avg-emoji "outlined drawing of a turtle"
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -19,7 +20,7 @@ from tools.command_line.commands import run_command
 class Config(QueryOptions):
     """What is searched, and for what."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER")]]
     """Exported retriever, or its name on the Hugging Face Hub (owner/name)."""
 
 

@@ -9,6 +9,7 @@ There is no login: who reaches the server may search, insert and remove.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -25,7 +26,7 @@ from tools.command_line.commands import run_command  # noqa: E402
 class Config(ServerOptions):
     """What is served, and where."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER")]]
     """Exported retriever, or its name on the Hugging Face Hub (owner/name)."""
 
 

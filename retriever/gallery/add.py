@@ -33,8 +33,8 @@ from tools.pictures import Listing, find_unreadable, list_pictures
 from tools.texts import plural, printable
 from tools.vokens import Codes
 
-from .contents import read_contents
 from .advice import rebuild
+from .contents import read_contents
 from .gallery import Folder, Gallery, Picture, changing, replace_pictures
 from .options import IndexOptions
 

@@ -14,8 +14,8 @@ from tools.features import Floats, normalized
 from tools.pictures import MOST_OBLONG, as_seen, find_unreadable, open_picture
 from tools.texts import printable
 
-from .answers import Ranked, need_features
 from .advice import rebuild
+from .answers import Ranked, need_features
 from .gallery import FEATURE_BLOCK, Gallery
 from .query_encoder import cosines
 

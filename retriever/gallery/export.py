@@ -53,6 +53,7 @@ def main(config: Config) -> None:
         include_pictures=config.include_pictures,
         overwrite=config.overwrite,
         results=Results(rows, config.system),
+        hub_name=config.push,
     )
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{len(gallery):,} pictures can be found, {size / 1e6:,.1f} MB -> {folder}")

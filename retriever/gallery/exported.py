@@ -7,6 +7,7 @@ clip/             the two-tower model that encodes queries and new pictures, an 
 rqvae/            the tokenizer that codes new pictures
 index/            ids, codes and features of the pictures: a run folder that retriever.gallery.add changes, too
 pictures/         the picture files, where they were included
+package/          the Python package that reads the folder, for pip
 
 Nothing in it says where it lies or lay. It is written under another name beside its place, and config.json comes last.
 """
@@ -15,8 +16,12 @@ import dataclasses
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi, hf_hub_url
 
 from models.guide import GUIDE_NAME, read_guide
 from models.pretrained import ADAPTER_NAME
@@ -41,6 +46,7 @@ from .gallery import (
     version_facts,
     write_version,
 )
+from .package import PACKAGE, write_package
 
 CONFIG, README = "config.json", "README.md"
 FORMAT, VERSION = "avg-retriever", 1
@@ -49,6 +55,8 @@ REPLACED = ".config.json.replaced"  # the folder's config.json while its parts a
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TEXT_TOWER = ("hf_model_name", "hf_tokenizer_name")
 AGAIN = "add again what was added, then export"
+NOT_UPLOADED = [".lock", "**/.lock"]
+REPLACED_THERE = [f"{part}/*" for part in (LANGUAGE_MODEL, CLIP, RQVAE, INDEX, EXPORTED_PICTURES, PACKAGE)]
 CONFIGS = "*config.json"  # what says where a model once lay
 
 
@@ -80,16 +88,15 @@ def read_exported(folder: Path) -> tuple[Gallery, Source]:
     Raises:
         BadInput: it is not such a folder, or not a whole one.
     """
+    if not folder.exists():
+        raise BadInput(f"there is no folder {folder}, and it is no name on the Hugging Face Hub either (owner/name)")
     if not (folder / CONFIG).is_file():
         hint = (
             "it is a run folder: use Retriever.from_runs" if (folder / runs.MANIFEST).is_file() else "export it again"
         )
         raise BadInput(f"{folder} is no exported retriever, it has no {CONFIG}: {hint} (scripts/export.sh)")
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise BadInput(f"{folder / CONFIG} is of another kind of model: name a folder that scripts/export.sh wrote")
-    if config["version"] != VERSION:
-        raise BadInput(f"{folder} has version {config['version']} of its format, this program reads {VERSION}")
+    check_config(config, str(folder))
     missing = [part for part in (LANGUAGE_MODEL, INDEX) if not (folder / part).is_dir()]
     if missing:
         raise BadInput(f"{folder} lacks {missing[0]}/: copy the whole folder again")
@@ -97,6 +104,14 @@ def read_exported(folder: Path) -> tuple[Gallery, Source]:
     if gallery.codebooks_hash != config["codebooks"]:
         raise BadInput(f"{folder / INDEX} has vokens of another tokenizer than {CONFIG} says: copy the folder again")
     return gallery, Source(folder / LANGUAGE_MODEL, float(config["share"]), None, config["card"])
+
+
+def check_config(config: Any, place: str) -> None:
+    """Refuse what is no configuration of an exported folder, or of a later program's."""
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise BadInput(f"{place}: its {CONFIG} is of another kind of model: name what scripts/export.sh wrote")
+    if config["version"] != VERSION:
+        raise BadInput(f"{place} has version {config['version']} of its format, this program reads {VERSION}")
 
 
 def write_exported(
@@ -107,10 +122,12 @@ def write_exported(
     results: Results | None = None,
     include_pictures: bool = False,
     overwrite: bool = False,
+    hub_name: str | None = None,
 ) -> Path:
     """Write the folder.
 
     Args:
+        hub_name: under which its card speaks of it, where it is put on the hub.
         results: what the card says of figures, for a retriever that was not exported before.
         overwrite: replace a folder that was exported before, pictures added to it since included.
 
@@ -133,15 +150,29 @@ def write_exported(
         write_clip(part / CLIP, gallery)
         write_rqvae(part / RQVAE, gallery)
         write_index(part / INDEX, gallery, include_pictures=include_pictures)
+        wheel = write_package(part / PACKAGE, source.model.parent / PACKAGE if source.trained is None else None)
         with replacing(part / README) as path:
-            text = card.render(told, gallery, name=folder.name, with_pictures=include_pictures)
-            path.write_text(text, encoding="utf-8")
+            shown = card.render(
+                told,
+                gallery,
+                name=hub_name or folder.name,
+                with_pictures=include_pictures,
+                package=None if wheel is None else package_place(wheel.name, folder.name, hub_name),
+            )
+            path.write_text(str(shown), encoding="utf-8")
         config = {"format": FORMAT, "version": VERSION, "share": source.share, "codebooks": gallery.codebooks_hash}
         write_json(part / CONFIG, {**config, "commit": runs.current_commit(), "card": told})
         put_in_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def package_place(wheel: str, folder: str, hub_name: str | None) -> str:
+    """Where pip finds the package of an exported folder: in the folder beside it, or on the hub."""
+    if hub_name is None:
+        return f"{folder}/{PACKAGE}/{wheel}"
+    return hf_hub_url(hub_name, f"{PACKAGE}/{wheel}")
 
 
 def refuse_used(folder: Path, *, overwrite: bool) -> None:
@@ -271,7 +302,7 @@ def put_in_place(part: Path, folder: Path) -> None:
         return
     if (folder / CONFIG).is_file():
         (folder / CONFIG).replace(folder / REPLACED)
-    for name in (LANGUAGE_MODEL, CLIP, RQVAE, INDEX, EXPORTED_PICTURES):
+    for name in (LANGUAGE_MODEL, CLIP, RQVAE, INDEX, EXPORTED_PICTURES, PACKAGE):
         shutil.rmtree(folder / name, ignore_errors=True)
         if (part / name).is_dir():
             (part / name).rename(folder / name)
@@ -280,24 +311,29 @@ def put_in_place(part: Path, folder: Path) -> None:
     (folder / REPLACED).unlink(missing_ok=True)
 
 
-def fetch_folder(name: str) -> Path:
-    """The exported folder of that name ("owner/name") on the Hugging Face Hub, fetched once.
-
-    Raises:
-        BadInput: it is not there, or there is no way to it.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:  # the hub's client and what it stands on raise many kinds
-        raise BadInput(f"{name} is neither a folder nor fetched from the Hugging Face Hub: {_line(error)}") from None
-
-
 def check_hub_name(name: str) -> None:
     """Refuse what cannot be a repository's name."""
     if not HUB_NAME.fullmatch(name):
         raise BadInput(f"{name!r} is no name on the Hugging Face Hub: write owner/name")
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """One line for whatever the hub's client, and what it stands on, raise.
+
+    Args:
+        what: has not come about, as the beginning of the line.
+
+    Raises:
+        BadInput: something was raised.
+    """
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BadInput(f"{what}: {line}") from None
 
 
 def push_folder(folder: Path, name: str, *, private: bool) -> str:
@@ -306,19 +342,15 @@ def push_folder(folder: Path, name: str, *, private: bool) -> str:
     Raises:
         BadInput: the name is none, or the hub refuses it.
     """
-    from huggingface_hub import HfApi
-
     check_hub_name(name)
-    try:
+    with hub_errors(f"{folder} is written, but the Hugging Face Hub does not take {name}"):
         api = HfApi()
         address = str(api.create_repo(name, private=private, exist_ok=True))
         api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message="Retriever", ignore_patterns=[".lock", "**/.lock"]
+            repo_id=name,
+            folder_path=folder,
+            commit_message="Retriever",
+            ignore_patterns=NOT_UPLOADED,
+            delete_patterns=REPLACED_THERE,
         )
-    except Exception as error:  # the hub's client and what it stands on raise many kinds
-        raise BadInput(f"{folder} is written, but the Hugging Face Hub does not take {name}: {_line(error)}") from None
     return address
-
-
-def _line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -101,7 +101,9 @@ def listen(host: str, port: int) -> socket.socket:
 def load(config: Config) -> Retriever:
     """The retriever that the configuration names."""
     if config.folder is not None:
-        return Retriever.load(config.folder, device=config.device, precision=config.precision)
+        return Retriever.from_pretrained(
+            config.folder, device=config.device, precision=config.precision, scoring=config.scoring
+        )
     assert config.index is not None, "checked with the configuration"
     assert config.retriever is not None, "checked with the configuration"
     return Retriever.from_runs(
