@@ -529,7 +529,13 @@ def test_folders_that_cannot_be_loaded(folder: Path, retriever: Path, tmp_path: 
             Retriever.load(copy)
     copy = Path(shutil.copytree(folder, tmp_path / "incomplete"))
     (copy / "index" / "version-000000" / "codes.npy").write_bytes(b"x")
-    with pytest.raises(BadInput, match=r"codes\.npy is damaged"):
+    with pytest.raises(BadInput, match=r"codes\.npy is damaged.*: copy the whole folder again$"):
+        Retriever.load(copy)
+    (copy / "index" / "version-000000" / "codes.npy").unlink()
+    with pytest.raises(BadInput, match=r"codes\.npy is missing: copy the whole folder again$"):
+        Retriever.load(copy)
+    (copy / "index" / "manifest.json").unlink()
+    with pytest.raises(BadInput, match=r"index has no manifest\.json: copy the whole folder again$"):
         Retriever.load(copy)
     shutil.copytree(folder / "index", copy / "index", dirs_exist_ok=True)
     weights = copy / "language_model" / "model.safetensors"

@@ -53,6 +53,7 @@ def test_a_hub_takes_the_folder_and_gives_it_back(found_by: Retriever, hub: Hub,
     assert parts_of(folder) == PARTS
     before = len(hub.asked)
     assert len(Retriever.load("someone/toy", local_files_only=True, **CPU)) == len(found_by)
+    assert len(Retriever.load(folder=folder, token="hf_of_a_test", **CPU)) == len(found_by)
     assert len(hub.asked) == before
     again = loaded.save_pretrained(tmp_path / "again")  # of files that are links
     assert everything(Retriever.load(again, **CPU)) == everything(found_by)
@@ -125,6 +126,9 @@ def test_what_cannot_be_fetched_is_one_clear_line(found_by: Retriever, hub: Hub)
         assert f"someone/{name}" in str(refused.value)
         assert "\n" not in str(refused.value)
     assert not [asked for asked in hub.asked if "safetensors" in asked]  # nothing large was fetched in vain
+    found_by.push_to_hub("someone/toy")
+    with pytest.raises(TypeError, match="devise"):  # which is no matter of the hub
+        Retriever.from_pretrained("someone/toy", devise="cpu")
 
 
 def test_a_hub_that_is_out_of_reach_is_one_clear_line(

@@ -52,6 +52,7 @@ from .exported import (
     check_config,
     check_hub_name,
     hub_errors,
+    not_fetched,
     read_exported,
     write_exported,
 )
@@ -148,8 +149,8 @@ class Retriever(ModelHubMixin):
 
         Args:
             pretrained_model_name_or_path: the folder, or "owner/name" on the hub.
-            options: `device`, `precision` and `scoring`, as `Retriever` takes them; of a retriever on the hub also
-                those of its library: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`.
+            options: `device`, `precision` and `scoring`, as `Retriever` takes them, and those of the hub's library,
+                which a folder has no use for: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
             BadInput: it is not such a folder, a part of it is missing or damaged, or there is no way to the hub.
@@ -157,21 +158,25 @@ class Retriever(ModelHubMixin):
         name = str(pretrained_model_name_or_path)
         if Path(name).is_dir() or not HUB_NAME.fullmatch(name):
             gallery, source = read_exported(Path(name))
-            return cls(gallery, source, **options)
-        with hub_errors(f"{name} is neither a folder nor fetched from the Hugging Face Hub"):
+            return cls(gallery, source, **{key: options[key] for key in options if key not in HUB_OPTIONS})
+        with hub_errors(not_fetched(name), TypeError, RuntimeError, MemoryError):  # those are of loading it
             return super().from_pretrained(name, **options)
 
-    load = from_pretrained
-    """Its earlier name."""
+    @classmethod
+    def load(cls, folder: str | Path, **options: Any) -> "Retriever":
+        """`from_pretrained`, by its earlier name."""
+        return cls.from_pretrained(folder, **options)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, **options: Any) -> "Retriever":
         """Fetch a repository of the hub whose config.json has been fetched, unless it is of another kind."""
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        if config is None:  # the mixin passes over what went wrong, which this tells
-            config = read_json(Path(hf_hub_download(model_id, CONFIG, **hub)))
-        check_config(config, model_id)
-        gallery, source = read_exported(Path(snapshot_download(model_id, **hub)))
+        with hub_errors(not_fetched(model_id)):
+            if config is None:  # the mixin passes over what went wrong, which this tells
+                config = read_json(Path(hf_hub_download(model_id, CONFIG, **hub)))
+            check_config(config, model_id)
+            folder = Path(snapshot_download(model_id, **hub))
+        gallery, source = read_exported(folder)
         return cls(gallery, source, **options)
 
     @classmethod

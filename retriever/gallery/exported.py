@@ -54,6 +54,7 @@ LANGUAGE_MODEL, CLIP, RQVAE, INDEX = "language_model", "clip", "rqvae", "index"
 REPLACED = ".config.json.replaced"  # the folder's config.json while its parts are exchanged
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TEXT_TOWER = ("hf_model_name", "hf_tokenizer_name")
+MAKE_AGAIN = re.compile(r": (run .* (--overwrite|first.*)|build the index again)$")
 AGAIN = "add again what was added, then export"
 NOT_UPLOADED = [".lock", "**/.lock"]
 REPLACED_THERE = [f"{part}/*" for part in (LANGUAGE_MODEL, CLIP, RQVAE, INDEX, EXPORTED_PICTURES, PACKAGE)]
@@ -100,7 +101,10 @@ def read_exported(folder: Path) -> tuple[Gallery, Source]:
     missing = [part for part in (LANGUAGE_MODEL, INDEX) if not (folder / part).is_dir()]
     if missing:
         raise BadInput(f"{folder} lacks {missing[0]}/: copy the whole folder again")
-    gallery = read_gallery(folder / INDEX)
+    try:
+        gallery = read_gallery(folder / INDEX)
+    except BadInput as error:  # whose advice is for run folders
+        raise BadInput(MAKE_AGAIN.sub(": copy the whole folder again", str(error))) from None
     if gallery.codebooks_hash != config["codebooks"]:
         raise BadInput(f"{folder / INDEX} has vokens of another tokenizer than {CONFIG} says: copy the folder again")
     return gallery, Source(folder / LANGUAGE_MODEL, float(config["share"]), None, config["card"])
@@ -311,6 +315,11 @@ def put_in_place(part: Path, folder: Path) -> None:
     (folder / REPLACED).unlink(missing_ok=True)
 
 
+def not_fetched(name: str) -> str:
+    """The beginning of a line about a name that leads nowhere."""
+    return f"{name} is neither a folder nor fetched from the Hugging Face Hub"
+
+
 def check_hub_name(name: str) -> None:
     """Refuse what cannot be a repository's name."""
     if not HUB_NAME.fullmatch(name):
@@ -318,18 +327,19 @@ def check_hub_name(name: str) -> None:
 
 
 @contextmanager
-def hub_errors(what: str) -> Iterator[None]:
+def hub_errors(what: str, *others: type[Exception]) -> Iterator[None]:
     """One line for whatever the hub's client, and what it stands on, raise.
 
     Args:
         what: has not come about, as the beginning of the line.
+        others: errors that are not the hub's.
 
     Raises:
         BadInput: something was raised.
     """
     try:
         yield
-    except BadInput:
+    except (BadInput, *others):
         raise
     except Exception as error:
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
