@@ -339,7 +339,9 @@ def hub_errors(what: str, *others: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (BadInput, *others):
+    except BadInput:
+        raise
+    except others:
         raise
     except Exception as error:
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
