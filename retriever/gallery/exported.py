@@ -155,14 +155,10 @@ def write_exported(
         write_rqvae(part / RQVAE, gallery)
         write_index(part / INDEX, gallery, include_pictures=include_pictures)
         wheel = write_package(part / PACKAGE, source.model.parent / PACKAGE if source.trained is None else None)
+        place = None if wheel is None else package_place(wheel.name, folder.name, hub_name)
+        name = hub_name or folder.name
+        shown = card.render(told, gallery, name=name, with_pictures=include_pictures, package=place)
         with replacing(part / README) as path:
-            shown = card.render(
-                told,
-                gallery,
-                name=hub_name or folder.name,
-                with_pictures=include_pictures,
-                package=None if wheel is None else package_place(wheel.name, folder.name, hub_name),
-            )
             path.write_text(str(shown), encoding="utf-8")
         config = {"format": FORMAT, "version": VERSION, "share": source.share, "codebooks": gallery.codebooks_hash}
         write_json(part / CONFIG, {**config, "commit": runs.current_commit(), "card": told})
