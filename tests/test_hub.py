@@ -240,7 +240,7 @@ def test_the_card_tells_of_base_models_datasets_and_licences(found_by: Retriever
 
 
 def test_the_package_is_passed_on_and_where_there_is_none_the_card_says_so(
-    found_by: Retriever, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found_by: Retriever, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = found_by.save_pretrained(tmp_path / "first")
     [wheel] = (first / "package").iterdir()
@@ -251,6 +251,10 @@ def test_the_package_is_passed_on_and_where_there_is_none_the_card_says_so(
     without = found_by.save_pretrained(tmp_path / "without")
     assert not (without / "package").exists()
     assert "pip install .  # in a clone of the repository" in (without / "README.md").read_text()
+    trained = found_by.source.trained
+    assert trained is not None
+    export.main(export.Config(folder=tmp_path / "told", index=found_by.gallery.folder, retriever=trained.folder))
+    assert "note: setuptools could not build the package" in capsys.readouterr().out
 
 
 def test_the_package_of_an_exported_folder_says_which_commit_it_is_of(found_by: Retriever, tmp_path: Path) -> None:
