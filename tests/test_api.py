@@ -1,6 +1,7 @@
 """`Retriever`: against oracles, while its pictures change, and as one folder that is copied."""
 
 import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -351,8 +352,13 @@ PARTS = [
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "vokens.json",
     )),
-    "rqvae/config.json", "rqvae/manifest.json", "rqvae/model.safetensors",
+    "package/avg_retrieval.whl", "rqvae/config.json", "rqvae/manifest.json", "rqvae/model.safetensors",
 ]  # fmt: skip
+
+
+def parts_of(folder: Path) -> list[str]:
+    """Files of an exported folder; the package's has no version."""
+    return [re.sub(r"(?<=/avg_retrieval)-.*(?=\.whl$)", "", name) for name in files_of(folder)]
 
 
 def everything(retriever: Retriever) -> list[Any]:
@@ -400,8 +406,8 @@ def test_the_folder_has_exactly_its_files_and_says_nothing_of_this_machine(
     folder: Path, found_by: Retriever, chain: Chain
 ) -> None:
     pictures = [f"pictures/{picture.image}" for picture in found_by.gallery.pictures()]
-    assert files_of(folder) == sorted([*PARTS, *pictures])
-    for name in PARTS:
+    assert parts_of(folder) == sorted([*PARTS, *pictures])
+    for name in files_of(folder):
         content = (folder / name).read_bytes()
         assert str(chain.root).encode() not in content, name
         assert str(ROOT).encode() not in content, name
@@ -410,7 +416,7 @@ def test_the_folder_has_exactly_its_files_and_says_nothing_of_this_machine(
 
 def test_without_pictures_the_folder_has_their_names(found_by: Retriever, chain: Chain, tmp_path: Path) -> None:
     folder = found_by.save_pretrained(tmp_path / "toy")
-    assert files_of(folder) == PARTS
+    assert parts_of(folder) == PARTS
     loaded = Retriever.load(folder, **CPU)
     [found] = loaded.search(QUERIES[:1])
     assert [one.file for one in found] == [folder / "pictures" / one.image for one in found]
@@ -480,7 +486,7 @@ def test_only_an_exported_folder_is_replaced_and_only_when_told(found_by: Retrie
     Retriever.load(folder, **CPU).remove(["red-ring.png"])
     found_by.save_pretrained(folder, overwrite=True)
     assert len(Retriever.load(folder, **CPU)) == 48
-    assert files_of(folder) == [".git/HEAD", *PARTS]
+    assert parts_of(folder) == [".git/HEAD", *PARTS]
 
 
 @pytest.mark.parametrize("when", ["write_index", "put_in_place"])
@@ -498,18 +504,18 @@ def test_an_export_that_is_cut_short_leaves_the_earlier_one(
         with pytest.raises(OSError, match="no space left"):
             found_by.save_pretrained(folder, overwrite=True)
     assert everything(Retriever.load(folder, **CPU)) == before
-    assert files_of(tmp_path) == [f"toy/{name}" for name in PARTS]
+    assert parts_of(tmp_path) == [f"toy/{name}" for name in PARTS]
     (folder / "config.json").rename(folder / exported.REPLACED)  # as when it ends while the parts are exchanged
     with pytest.raises(BadInput, match=r"toy is no exported retriever, it has no config\.json: export it again"):
         Retriever.load(folder)
     found_by.save_pretrained(folder, overwrite=True)
-    assert files_of(folder) == PARTS
+    assert parts_of(folder) == PARTS
 
 
 def test_folders_that_cannot_be_loaded(folder: Path, retriever: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"it is a run folder: use Retriever\.from_runs"):
         Retriever.load(retriever)
-    with pytest.raises(BadInput, match=r"none is no exported retriever, it has no config\.json"):
+    with pytest.raises(BadInput, match=r"there is no folder .*none, and it is no name on the Hugging Face"):
         Retriever.load(tmp_path / "none")
     for name, change, message in (
         ("kind", {"format": "bert"}, "is of another kind of model"),
@@ -522,7 +528,13 @@ def test_folders_that_cannot_be_loaded(folder: Path, retriever: Path, tmp_path: 
             Retriever.load(copy)
     copy = Path(shutil.copytree(folder, tmp_path / "incomplete"))
     (copy / "index" / "segment-000000" / "codes.npy").write_bytes(b"x")
-    with pytest.raises(BadInput, match=r"codes\.npy is damaged"):
+    with pytest.raises(BadInput, match=r"codes\.npy is damaged.*: copy the whole folder again$"):
+        Retriever.load(copy)
+    (copy / "index" / "segment-000000" / "codes.npy").unlink()
+    with pytest.raises(BadInput, match=r"codes\.npy is missing: copy the whole folder again$"):
+        Retriever.load(copy)
+    (copy / "index" / "manifest.json").unlink()
+    with pytest.raises(BadInput, match=r"index has no manifest\.json: copy the whole folder again$"):
         Retriever.load(copy)
     shutil.copytree(folder / "index", copy / "index", dirs_exist_ok=True)
     weights = copy / "language_model" / "model.safetensors"
@@ -593,7 +605,7 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
     assert not list((tmp_path / "merged").glob("adapter*"))
 
 
-# The card and the hub
+# The card
 
 ROW = {
     "dataset": "toy", "split": "test", "pool": "test", "pool_size": 8, "level": "image", "setting": "inductive",
@@ -617,7 +629,8 @@ def test_the_command_writes_the_card_from_the_manifests(
     assert capsys.readouterr().out.splitlines()[-1].startswith("48 pictures can be found, ")
     text = (tmp_path / "toy" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
-    assert front["license"] == "cc-by-nc-4.0"
+    assert (front["license"], front["license_link"]) == ("other", "README.md")  # the towers' licences are not known
+    assert front["library_name"] == "avg"
     assert front["pipeline_tag"] == "text-ranking"
     assert "text-to-image-retrieval" in front["tags"]
     assert huggingface_hub.ModelCard(text).data.to_dict() == front  # as the hub reads it
@@ -661,58 +674,3 @@ def test_the_share_is_what_val_chose(index: Path, retriever: Path, tmp_path: Pat
         [one._replace(file=tmp_path / "toy" / "pictures" / one.image) for one in answer]
         for answer in chosen.search(QUERIES)
     ]
-
-
-class FakeHub:
-    """Takes one repository, and gives it back."""
-
-    def __init__(self, place: Path) -> None:
-        self.place, self.calls = place, list[Any]()
-
-    def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> str:
-        self.calls.append((name, private, exist_ok))
-        return f"https://hub.example/{name}"
-
-    def upload_folder(
-        self, *, repo_id: str, folder_path: Path, commit_message: str, ignore_patterns: list[str]
-    ) -> None:
-        self.calls.append((repo_id, commit_message))
-        shutil.copytree(folder_path, self.place, ignore=shutil.ignore_patterns(*ignore_patterns))
-
-
-def test_a_hub_takes_the_folder_and_gives_it_back(
-    found_by: Retriever, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hub = FakeHub(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(hub.place))
-    assert found_by.push_to_hub("someone/toy", private=True) == "https://hub.example/someone/toy"
-    assert hub.calls == [("someone/toy", True, True), ("someone/toy", "Retriever")]
-    assert files_of(hub.place) == PARTS
-    assert 'Retriever.load("toy")' in (hub.place / "README.md").read_text()
-    assert everything(Retriever.load("someone/toy", **CPU)) == everything(found_by)
-    source = found_by.source
-    assert source.trained is not None
-    hub.place = tmp_path / "second"
-    export.main(
-        export.Config(
-            folder=tmp_path / "toy", index=found_by.gallery.folder, retriever=source.trained.folder, push="someone/toy"
-        )
-    )
-    assert capsys.readouterr().out.splitlines()[-1] == "on the hub: https://hub.example/someone/toy"
-    assert files_of(hub.place) == files_of(tmp_path / "toy")
-
-
-def test_a_hub_that_is_out_of_reach_is_one_clear_line(
-    found_by: Retriever, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BadInput, match="the Hugging Face Hub does not take someone/toy: "):
-        found_by.push_to_hub("someone/toy")
-    with pytest.raises(BadInput, match="someone/toy is neither a folder nor fetched from the Hugging Face Hub: "):
-        Retriever.load("someone/toy")
-    for call in (lambda: found_by.push_to_hub("toy"), lambda: exported.push_folder(tmp_path, "a/b/c", private=False)):
-        with pytest.raises(BadInput, match="is no name on the Hugging Face Hub: write owner/name"):
-            call()
-    with pytest.raises(BadInput, match=r"--push 'toy' is no name on the Hugging Face Hub"):
-        export.Config(folder=tmp_path / "x", index=tmp_path, retriever=tmp_path, push="toy")

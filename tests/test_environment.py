@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from tools.packages import OLDEST
+
 ROOT = Path(__file__).parent.parent
 CONDA_ONLY = ["python=3.11", "pip", "nodejs"]
 
@@ -22,10 +24,16 @@ def normal(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-def direct_dependencies() -> set[str]:
-    block = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
-    assert block is not None
-    return {normal(name) for name in re.findall(r'"([^"]+)"', block[1])}
+def direct_dependencies() -> dict[str, tuple[int, ...]]:
+    """Package -> its oldest version, of a search and of all extras together."""
+    text = (ROOT / "pyproject.toml").read_text()
+    blocks = re.findall(r"^dependencies = \[(.*?)^\]|^\[project.optional-dependencies\]$(.*?)^\[", text, re.M | re.S)
+    found = re.findall(r'"([A-Za-z0-9_-]+)(?:>=([\d.]+))?"', "".join(map("".join, blocks)))
+    return {normal(name): version_of(oldest) for name, oldest in found}
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdecimal())
 
 
 def test_environment_is_named_avg() -> None:
@@ -39,8 +47,18 @@ def test_conda_brings_python_alone_and_pip_the_pins() -> None:
 
 
 def test_the_pins_have_every_direct_dependency() -> None:
-    assert direct_dependencies() <= pins(ROOT / "requirements.txt").keys()
-    assert {"torch", "numpy", "transformers"} <= direct_dependencies()
+    assert direct_dependencies().keys() <= pins(ROOT / "requirements.txt").keys()
+    assert {"torch", "numpy", "transformers", "fastapi", "peft", "wandb"} <= direct_dependencies().keys()
+
+
+def test_the_pins_are_not_older_than_the_package_allows() -> None:
+    pinned = pins(ROOT / "requirements.txt")
+    for name, oldest in direct_dependencies().items():
+        assert all(version_of(version) >= oldest for version in pinned[name]), name
+
+
+def test_the_package_and_the_checkout_ask_for_the_same_oldest_versions() -> None:
+    assert {name: direct_dependencies()[name] for name in OLDEST} == OLDEST
 
 
 def test_condas_python_is_one_that_the_pins_know() -> None:

@@ -375,14 +375,19 @@ def source_of(command: str) -> str:
     return _hash_value([[file.name, hash_file(file)] for file in sorted(folder.glob("*.py")) if file.is_file()])
 
 
-def current_commit() -> str:
-    """The commit of the checkout, with "+changes" when it is dirty; "unknown" outside git."""
+def current_commit(folder: Path | None = None) -> str:
+    """The commit of the checkout, with "+changes" when it is dirty; "unknown" outside git.
+
+    Args:
+        folder: in the checkout; by default the current one.
+    """
+    asked: dict[str, Any] = {"cwd": folder, "capture_output": True, "text": True, "check": True}
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **asked)
+        status = subprocess.run(["git", "status", "--porcelain", "-uno"], **asked)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+    return str(commit.stdout.strip()) + ("+changes" if status.stdout.strip() else "")
 
 
 def _config_values(config: StageConfig) -> dict[str, Any]:

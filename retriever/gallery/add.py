@@ -34,6 +34,7 @@ from tools.pictures import Listing, find_unreadable, list_pictures
 from tools.texts import plural, printable
 from tools.vokens import Codes
 
+from .advice import rebuild
 from .compact import stored_features
 from .contents import read_contents
 from .gallery import Folder, Gallery
@@ -43,7 +44,6 @@ from .publish import changing, replace_pictures
 from .segments import Block
 
 NAMED = 10  # files that are left out, in lines of their own
-AGAIN = "new pictures would get codes of another meaning: run scripts/14_build_index.sh --overwrite and add them again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,9 +229,14 @@ def tell_left_out(reasons: dict[str, str]) -> None:
         print(printable(f"left out: {len(reasons):,} in all, of which {NAMED} are named: {kinds}"))
 
 
+def again(gallery: Gallery) -> str:
+    """What to do where a model of the gallery has changed."""
+    return f"new pictures would get codes of another meaning: {rebuild(gallery, 'add them again')}"
+
+
 def encode(gallery: Gallery, new: Sequence[Picture], config: ReadingOptions, device: torch.device) -> Floats:
     """Features (pictures, width) of new pictures, by the model that encoded the gallery's."""
-    gallery.check_clip(AGAIN)
+    gallery.check_clip(again(gallery))
     clip = load_recorded(gallery.clip_facts)
     clip.model.to(device=device, dtype=feature_dtype(config.precision, device), memory_format=torch.channels_last)
     pictures = Pictures([picture.file for picture in new], clip.preprocess, folder=gallery.files_below)
@@ -251,7 +256,7 @@ def code(
         taken: gives the codes (others, levels) that the pictures beside these have behind prefixes (any number,
             levels - 1), as `Gallery.codes_behind` does.
     """
-    folder = gallery.check_rqvae(AGAIN)
+    folder = gallery.check_rqvae(again(gallery))
     groups = [np.arange(len(features))] if gallery.facts["resolve_collisions"] else None
     return tokenize(RqVae.from_pretrained(folder).to(device), features, groups=groups, taken=taken).codes
 

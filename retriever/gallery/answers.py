@@ -11,6 +11,7 @@ from tools.features import Floats, Rows, normalized
 from tools.interpolation import COSINE_SCALE, interpolated
 
 from ..beam import RankedPictures
+from .advice import rebuild
 from .gallery import Gallery
 from .query_encoder import cosines
 
@@ -171,10 +172,7 @@ def found(gallery: Gallery, ranked: Ranked, place: int) -> Found:
 def need_features(gallery: Gallery) -> None:
     """Refuse an index that keeps no features where they are asked for."""
     if not gallery.keeps_features:
-        raise BadInput(
-            f"{gallery.folder} keeps no features to search by: run scripts/14_build_index.sh --overwrite and add "
-            "again what was added"
-        )
+        raise BadInput(f"{gallery.folder} keeps no features to search by: {rebuild(gallery)}")
 
 
 def compared(gallery: Gallery, pictures: RankedPictures, text: Floats | None) -> Ranked:

@@ -1,14 +1,13 @@
 """A search in one object: the retriever, the pictures it finds, and the models that encode queries and new pictures.
 
     from retriever import Retriever
-    retriever = Retriever.load(folder)
+    retriever = Retriever.from_pretrained(folder)
     for found in retriever.search(["a dog"], k=10)[0]:
         print(found.score, found.file)
 
 The search command and the search page are this object behind a command line and behind HTTP.
 """
 
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download, snapshot_download
 from numpy.typing import NDArray
 from PIL import Image
 from transformers.utils import logging
@@ -29,23 +29,30 @@ from models.guide import GUIDE_NAME, read_guide
 from models.lengths import Reader
 from models.voken_lm import VokenLM
 from tools import runs
+from tools.command_line.place import in_checkout
 from tools.errors import BadInput
 from tools.features import Floats
+from tools.files import read_json
 
 from ..beam import RankedPictures, beam_search, expand
 from ..data import read_retriever
 from ..index import DeviceLevel, to_device
 from ..retrieve import needs_features, with_features
 from . import remove
+from .advice import rebuild
 from .answers import WIDEST, Found, Ranked, Selection, Step, compared, need_features, reordered
 from .by_picture import Likeness, PictureEncoder, by_codes, by_feature, codes_of, read_picture
 from .exported import (
+    CONFIG,
     HUB_NAME,
+    NOT_UPLOADED,
+    REPLACED_THERE,
     Results,
     Source,
+    check_config,
     check_hub_name,
-    fetch_folder,
-    push_folder,
+    hub_errors,
+    not_fetched,
     read_exported,
     write_exported,
 )
@@ -62,6 +69,7 @@ BEAMS, RERANKED_BEAMS = 10, 50  # by default: of the order by the retriever alon
 SHARE = 0.3  # of the features, where none was chosen on val
 FEATURES = "features"  # what the reranker's test calls their score
 BATCH = 64  # queries that are encoded at once
+HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
 @contextmanager
@@ -80,6 +88,8 @@ def quiet_loading() -> Iterator[None]:
 
 def read_runs(index: Path, retriever: Path, weights: Path | None) -> tuple[Gallery, Source]:
     """The pictures, and where the models lie, of the chain's run folders: see `Retriever.from_runs`."""
+    if not in_checkout():  # the pictures' files are relative to it
+        raise BadInput(f"{index} is searched in the repository that made it: export it there with scripts/export.sh")
     gallery = read_gallery(index)
     trained = read_retriever(retriever, gallery)
     return gallery, Source(retriever / "model", chosen_share(weights), trained, None)
@@ -93,12 +103,14 @@ def chosen_share(tested: Path | None) -> float:
     return float(chosen.get(FEATURES, {FEATURES: SHARE})[FEATURES])
 
 
-class Retriever:
+class Retriever(ModelHubMixin):
     """Finds pictures for texts.
 
     Threads: any number may use one object. Searches take turns. `add` and `remove` wait for each other, not for
     searches, and searches see their change when they return. Another process's changes are seen after `refresh`.
     """
+
+    _hub_mixin_config: dict[str, Any] | None = {}  # noqa: RUF012  # None: the mixin would copy the gallery into it
 
     def __init__(
         self,
@@ -132,17 +144,42 @@ class Retriever:
         self.writer = make_writer(lm, precision)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | None = None, precision: Arithmetic = "auto") -> "Retriever":
-        """Read a folder that `save_pretrained` wrote, or fetch one from the Hugging Face Hub ("owner/name").
+    def from_pretrained(  # the mixin's is decorated
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> "Retriever":
+        """Read a folder that `save_pretrained` wrote, or fetch one from the Hugging Face Hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or "owner/name" on the hub.
+            options: `device`, `precision` and `scoring`, as `Retriever` takes them, and those of the hub's library,
+                which a folder has no use for: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
-            BadInput: it is not such a folder, or a part of it is missing or damaged.
+            BadInput: it is not such a folder, a part of it is missing or damaged, or there is no way to the hub.
         """
-        place = Path(folder)
-        if not place.is_dir() and HUB_NAME.fullmatch(str(folder)):
-            place = fetch_folder(str(folder))
-        gallery, source = read_exported(place)
-        return cls(gallery, source, device=device, precision=precision)
+        name = str(pretrained_model_name_or_path)
+        if Path(name).is_dir() or not HUB_NAME.fullmatch(name):
+            gallery, source = read_exported(Path(name))
+            return cls(gallery, source, **{key: options[key] for key in options if key not in HUB_OPTIONS})
+        with hub_errors(not_fetched(name), TypeError, RuntimeError, MemoryError):  # those are of loading it
+            return super().from_pretrained(name, **options)
+
+    @classmethod
+    def load(cls, folder: str | Path, **options: Any) -> "Retriever":
+        """`from_pretrained`, by its earlier name."""
+        return cls.from_pretrained(folder, **options)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, **options: Any) -> "Retriever":
+        """Fetch a repository of the hub whose config.json has been fetched, unless it is of another kind."""
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        with hub_errors(not_fetched(model_id)):
+            if config is None:  # the mixin passes over what went wrong, which this tells
+                config = read_json(Path(hf_hub_download(model_id, CONFIG, **hub)))
+            check_config(config, model_id)
+            folder = Path(snapshot_download(model_id, **hub))
+        gallery, source = read_exported(folder)
+        return cls(gallery, source, **options)
 
     @classmethod
     def from_runs(
@@ -283,8 +320,8 @@ class Retriever:
         if not self.gallery.keeps_features:
             if share:
                 raise BadInput(
-                    f"{self.gallery.folder} keeps no features to re-rank by: leave their share out, or run "
-                    "scripts/14_build_index.sh --overwrite and add again what was added"
+                    f"{self.gallery.folder} keeps no features to re-rank by: leave their share out, or "
+                    f"{rebuild(self.gallery)}"
                 )
             return 0.0
         return self.source.share if share is None else share
@@ -465,17 +502,20 @@ class Retriever:
             self._take(current)
             return True
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the mixin's removes config.json of an earlier folder before all
         self,
         folder: str | Path,
         *,
         include_pictures: bool = False,
         overwrite: bool = False,
         results: Results | None = None,
+        config: None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
     ) -> Path:
-        """Write all that a search needs into one folder: `load` reads it, wherever it is copied.
+        """Write all that a search needs into one folder: `from_pretrained` reads it, wherever it is copied.
 
         Args:
+            config, model_card_kwargs: for the hub's library, which calls this with what `push_to_hub` was given.
             include_pictures: copy the picture files too; without them, the folder has their names alone.
             overwrite: replace a folder that was written before.
             results: figures for the model card, of a retriever from run folders; else it keeps those that it has.
@@ -487,24 +527,31 @@ class Retriever:
             Path(folder),
             self.gallery,
             self.source,
-            results=results,
-            include_pictures=include_pictures,
-            overwrite=overwrite,
+            **{
+                "results": results,
+                "include_pictures": include_pictures,
+                "overwrite": overwrite,
+                **(model_card_kwargs or {}),
+            },
         )
 
-    def push_to_hub(
-        self, name: str, *, private: bool = False, include_pictures: bool = False, results: Results | None = None
+    def push_to_hub(  # the mixin's is decorated
+        self, repo_id: str, *, include_pictures: bool = False, results: Results | None = None, **options: Any
     ) -> str:
-        """Put the folder that `save_pretrained` writes on the Hugging Face Hub as "owner/name"; returns its address.
+        """Put the folder that `save_pretrained` writes on the Hugging Face Hub; returns the commit's address.
+
+        Args:
+            repo_id: "owner/name".
+            options: those of the hub's library: `private`, `token`, `branch`, `create_pr` and `commit_message`.
 
         Raises:
             BadInput: the name is none, the hub refuses it, or the folder cannot be written.
         """
-        check_hub_name(name)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / name.partition("/")[2]
-            self.save_pretrained(folder, include_pictures=include_pictures, results=results)
-            return push_folder(folder, name, private=private)
+        check_hub_name(repo_id)
+        written = {"include_pictures": include_pictures, "results": results, "hub_name": repo_id}
+        upload = {"ignore_patterns": NOT_UPLOADED, "delete_patterns": REPLACED_THERE}
+        with hub_errors(f"the Hugging Face Hub does not take {repo_id}"):
+            return str(super().push_to_hub(repo_id, model_card_kwargs=written, **{**upload, **options}))
 
     def _take(self, gallery: Gallery) -> None:
         """Search these pictures from now on."""

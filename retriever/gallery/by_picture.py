@@ -14,13 +14,13 @@ from tools.features import Floats, normalized
 from tools.pictures import MOST_OBLONG, as_seen, find_unreadable, open_picture
 from tools.texts import printable
 
+from .advice import rebuild
 from .answers import Ranked, need_features
 from .compact import BLOCK
 from .gallery import Gallery
 from .query_encoder import cosines
 
 Likeness = Literal["features", "vokens"]
-ADVICE = "search with words, or run scripts/14_build_index.sh --overwrite and add again what was added"
 
 
 def read_picture(picture: str | Path | Image.Image) -> Image.Image:
@@ -59,7 +59,8 @@ class PictureEncoder:
         Raises:
             BadInput: the model has changed since, or cannot be loaded.
         """
-        gallery.check_clip(ADVICE)
+        advice = f"search with words, or {rebuild(gallery)}"
+        gallery.check_clip(advice)
         self.made_for = gallery.facts["clip"]
         try:
             from models.clip import feature_dtype, load_recorded  # a search by words alone needs no image tower
@@ -67,7 +68,7 @@ class PictureEncoder:
             self.clip = load_recorded(gallery.clip_facts)
         except (BadInput, ImportError) as error:
             raise BadInput(
-                f"the model of the features of {gallery.folder} cannot be loaded ({error}): {ADVICE}"
+                f"the model of the features of {gallery.folder} cannot be loaded ({error}): {advice}"
             ) from None
         del self.clip.model.text
         dtype = feature_dtype("auto" if precision == "int8" else precision, device)
@@ -90,7 +91,7 @@ def codes_of(gallery: Gallery, feature: Floats, device: torch.device) -> NDArray
     """
     from models.rqvae import RqVae, tokenize
 
-    tokenizer = RqVae.from_pretrained(gallery.check_rqvae(ADVICE)).to(device)
+    tokenizer = RqVae.from_pretrained(gallery.check_rqvae(f"search with words, or {rebuild(gallery)}")).to(device)
     return tokenize(tokenizer, feature[None], groups=None).codes[0]
 
 

@@ -17,6 +17,7 @@ from tools.results import read_rows
 from .api import read_runs
 from .exported import HUB_NAME, Results, push_folder, write_exported
 from .options import RetrieverOptions
+from .package import PACKAGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,12 @@ def main(config: Config) -> None:
         include_pictures=config.include_pictures,
         overwrite=config.overwrite,
         results=Results(rows, config.system),
+        hub_name=config.push,
     )
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{len(gallery):,} pictures can be found, {size / 1e6:,.1f} MB -> {folder}")
+    if not (folder / PACKAGE).is_dir():
+        print("note: setuptools could not build the package, so the folder has none, and its card leads to a clone")
     if config.push is not None:
         print(f"on the hub: {push_folder(folder, config.push, private=config.private)}")
 

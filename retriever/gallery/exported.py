@@ -7,6 +7,7 @@ clip/             the two-tower model that encodes queries and new pictures, an 
 rqvae/            the tokenizer that codes new pictures
 index/            ids, codes and features of the pictures: a run folder that retriever.gallery.add changes, too
 pictures/         the picture files, where they were included
+package/          the Python package that reads the folder, for pip
 
 Nothing in it says where it lies or lay. It is written under another name beside its place, and config.json comes last.
 """
@@ -16,9 +17,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi, hf_hub_url
 
 from models.guide import GUIDE_NAME, read_guide
 from models.pretrained import ADAPTER_NAME
@@ -30,9 +34,11 @@ from tools.errors import BadInput
 from tools.files import hash_file, read_json, replacing, write_json
 
 from . import card
+from .advice import rebuild
 from .compact import BLOCK
 from .contents import unknown
 from .gallery import EARLIER, EXPORTED, EXPORTED_PICTURES, FOLDERS, Gallery, model_content, read_gallery
+from .package import PACKAGE, write_package
 from .pictures import Picture
 from .publish import entry, shape_of, version_facts
 from .segments import Block, write_segment
@@ -43,8 +49,11 @@ LANGUAGE_MODEL, CLIP, RQVAE, INDEX = "language_model", "clip", "rqvae", "index"
 REPLACED = ".config.json.replaced"  # the folder's config.json while its parts are exchanged
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TEXT_TOWER = ("hf_model_name", "hf_tokenizer_name")
+MAKE_AGAIN = re.compile(r": (run .* (--overwrite|first.*)|build the index again)$")
+AGAIN = "add again what was added, then export"
+NOT_UPLOADED = [".lock", "**/.lock"]
+REPLACED_THERE = [f"{part}/*" for part in (LANGUAGE_MODEL, CLIP, RQVAE, INDEX, EXPORTED_PICTURES, PACKAGE)]
 CONFIGS = "*config.json"  # what says where a model once lay
-AGAIN = "run scripts/14_build_index.sh --overwrite, add again what was added, and export then"
 
 
 class Source(NamedTuple):
@@ -75,23 +84,33 @@ def read_exported(folder: Path) -> tuple[Gallery, Source]:
     Raises:
         BadInput: it is not such a folder, or not a whole one.
     """
+    if not folder.exists():
+        raise BadInput(f"there is no folder {folder}, and it is no name on the Hugging Face Hub either (owner/name)")
     if not (folder / CONFIG).is_file():
         hint = (
             "it is a run folder: use Retriever.from_runs" if (folder / runs.MANIFEST).is_file() else "export it again"
         )
         raise BadInput(f"{folder} is no exported retriever, it has no {CONFIG}: {hint} (scripts/export.sh)")
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise BadInput(f"{folder / CONFIG} is of another kind of model: name a folder that scripts/export.sh wrote")
-    if config["version"] != VERSION:
-        raise BadInput(f"{folder} has version {config['version']} of its format, this program reads {VERSION}")
+    check_config(config, str(folder))
     missing = [part for part in (LANGUAGE_MODEL, INDEX) if not (folder / part).is_dir()]
     if missing:
         raise BadInput(f"{folder} lacks {missing[0]}/: copy the whole folder again")
-    gallery = read_gallery(folder / INDEX)
+    try:
+        gallery = read_gallery(folder / INDEX)
+    except BadInput as error:  # whose advice is for run folders
+        raise BadInput(MAKE_AGAIN.sub(": copy the whole folder again", str(error))) from None
     if gallery.codebooks_hash != config["codebooks"]:
         raise BadInput(f"{folder / INDEX} has vokens of another tokenizer than {CONFIG} says: copy the folder again")
     return gallery, Source(folder / LANGUAGE_MODEL, float(config["share"]), None, config["card"])
+
+
+def check_config(config: Any, place: str) -> None:
+    """Refuse what is no configuration of an exported folder, or of a later program's."""
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise BadInput(f"{place}: its {CONFIG} is of another kind of model: name what scripts/export.sh wrote")
+    if config["version"] != VERSION:
+        raise BadInput(f"{place} has version {config['version']} of its format, this program reads {VERSION}")
 
 
 def write_exported(
@@ -102,10 +121,12 @@ def write_exported(
     results: Results | None = None,
     include_pictures: bool = False,
     overwrite: bool = False,
+    hub_name: str | None = None,
 ) -> Path:
     """Write the folder.
 
     Args:
+        hub_name: under which its card speaks of it, where it is put on the hub.
         results: what the card says of figures, for a retriever that was not exported before.
         overwrite: replace a folder that was exported before, pictures added to it since included.
 
@@ -128,15 +149,25 @@ def write_exported(
         write_clip(part / CLIP, gallery)
         write_rqvae(part / RQVAE, gallery)
         write_index(part / INDEX, gallery, include_pictures=include_pictures)
+        wheel = write_package(part / PACKAGE, source.model.parent / PACKAGE if source.trained is None else None)
+        place = None if wheel is None else package_place(wheel.name, folder.name, hub_name)
+        name = hub_name or folder.name
+        shown = card.render(told, gallery, name=name, with_pictures=include_pictures, package=place)
         with replacing(part / README) as path:
-            text = card.render(told, gallery, name=folder.name, with_pictures=include_pictures)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(str(shown), encoding="utf-8")
         config = {"format": FORMAT, "version": VERSION, "share": source.share, "codebooks": gallery.codebooks_hash}
         write_json(part / CONFIG, {**config, "commit": runs.current_commit(), "card": told})
         put_in_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def package_place(wheel: str, folder: str, hub_name: str | None) -> str:
+    """Where pip finds the package of an exported folder: in the folder beside it, or on the hub."""
+    if hub_name is None:
+        return f"{folder}/{PACKAGE}/{wheel}"
+    return hf_hub_url(hub_name, f"{PACKAGE}/{wheel}")
 
 
 def refuse_used(folder: Path, *, overwrite: bool) -> None:
@@ -171,7 +202,7 @@ def write_clip(folder: Path, gallery: Gallery) -> None:
     """
     from models.clip import CONFIG_NAME, WEIGHTS_NAME, load_recorded, save_clip  # a search by codes needs no open_clip
 
-    gallery.check_clip(AGAIN)
+    gallery.check_clip(rebuild(gallery, AGAIN))
     name = gallery.clip[0]
     if Path(name).is_dir() and (Path(name) / WEIGHTS_NAME).is_file():
         folder.mkdir()
@@ -189,7 +220,7 @@ def write_clip(folder: Path, gallery: Gallery) -> None:
 
 def write_rqvae(folder: Path, gallery: Gallery) -> None:
     """Write the tokenizer of a gallery as a run folder."""
-    manifest = runs.read_manifest(gallery.check_rqvae(AGAIN), "RQ-VAE.train")
+    manifest = runs.read_manifest(gallery.check_rqvae(rebuild(gallery, AGAIN)), "RQ-VAE.train")
     RqVae.from_pretrained(manifest.folder).save_pretrained(folder)
     write_manifest(folder, manifest, manifest.facts)
 
@@ -275,7 +306,7 @@ def put_in_place(part: Path, folder: Path) -> None:
         return
     if (folder / CONFIG).is_file():
         (folder / CONFIG).replace(folder / REPLACED)
-    for name in (LANGUAGE_MODEL, CLIP, RQVAE, INDEX, EXPORTED_PICTURES):
+    for name in (LANGUAGE_MODEL, CLIP, RQVAE, INDEX, EXPORTED_PICTURES, PACKAGE):
         shutil.rmtree(folder / name, ignore_errors=True)
         if (part / name).is_dir():
             (part / name).rename(folder / name)
@@ -284,18 +315,9 @@ def put_in_place(part: Path, folder: Path) -> None:
     (folder / REPLACED).unlink(missing_ok=True)
 
 
-def fetch_folder(name: str) -> Path:
-    """The exported folder of that name ("owner/name") on the Hugging Face Hub, fetched once.
-
-    Raises:
-        BadInput: it is not there, or there is no way to it.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:  # the hub's client and what it stands on raise many kinds
-        raise BadInput(f"{name} is neither a folder nor fetched from the Hugging Face Hub: {_line(error)}") from None
+def not_fetched(name: str) -> str:
+    """The beginning of a line about a name that leads nowhere."""
+    return f"{name} is neither a folder nor fetched from the Hugging Face Hub"
 
 
 def check_hub_name(name: str) -> None:
@@ -304,25 +326,43 @@ def check_hub_name(name: str) -> None:
         raise BadInput(f"{name!r} is no name on the Hugging Face Hub: write owner/name")
 
 
+@contextmanager
+def hub_errors(what: str, *others: type[Exception]) -> Iterator[None]:
+    """One line for whatever the hub's client, and what it stands on, raise.
+
+    Args:
+        what: has not come about, as the beginning of the line.
+        others: errors that are not the hub's.
+
+    Raises:
+        BadInput: something was raised.
+    """
+    try:
+        yield
+    except BadInput:
+        raise
+    except others:
+        raise
+    except Exception as error:
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BadInput(f"{what}: {line}") from None
+
+
 def push_folder(folder: Path, name: str, *, private: bool) -> str:
     """Put an exported folder on the Hugging Face Hub as "owner/name"; returns its address.
 
     Raises:
         BadInput: the name is none, or the hub refuses it.
     """
-    from huggingface_hub import HfApi
-
     check_hub_name(name)
-    try:
+    with hub_errors(f"{folder} is written, but the Hugging Face Hub does not take {name}"):
         api = HfApi()
         address = str(api.create_repo(name, private=private, exist_ok=True))
         api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message="Retriever", ignore_patterns=[".lock", "**/.lock"]
+            repo_id=name,
+            folder_path=folder,
+            commit_message="Retriever",
+            ignore_patterns=NOT_UPLOADED,
+            delete_patterns=REPLACED_THERE,
         )
-    except Exception as error:  # the hub's client and what it stands on raise many kinds
-        raise BadInput(f"{folder} is written, but the Hugging Face Hub does not take {name}: {_line(error)}") from None
     return address
-
-
-def _line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

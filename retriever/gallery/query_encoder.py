@@ -11,6 +11,7 @@ from models.compute import pick_dtype
 from tools.errors import BadInput
 from tools.features import Floats, Rows, normalized
 
+from .advice import rebuild
 from .gallery import Gallery
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ def load_encoder(gallery: Gallery, precision: Arithmetic, device: torch.device) 
     Raises:
         BadInput: the model has changed since, or cannot be loaded.
     """
-    advice = (
-        "search with --no-guided --no-rerank, or run scripts/14_build_index.sh --overwrite and add again what was added"
-    )
+    advice = f"search with --no-guided --no-rerank, or {rebuild(gallery)}"
     gallery.check_clip(advice)
     dtype = pick_dtype("auto" if precision == "int8" else precision, device)
     try:

@@ -13,7 +13,7 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -36,15 +36,15 @@ from .query_texts import check_queries
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SearchOptions, RetrieverOptions):
-    """What is searched, and with what words."""
+class QueryOptions(SearchOptions):
+    """What is searched for, and how the answers are shown."""
 
     queries: tyro.conf.Positional[tuple[str, ...]]
     """Texts to search for; none: read from standard input, one per line."""
     picture: Path | None = None
     """A picture to search by, in the place of words: of the index, or any other."""
-    sheet: Path
-    """PNG to draw the answers to; with --json none is drawn."""
+    sheet: Path | None = None
+    """PNG to draw the answers to; by default, and with --json, none is drawn."""
     json: bool = False
     """Print one JSON object per query on standard output, and nothing else (docs/search.md)."""
     beams: int | None = None
@@ -80,6 +80,11 @@ class Config(SearchOptions, RetrieverOptions):
                 raise BadInput(f"{name} is a cosine, -1 to 1, not {cosine}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config(QueryOptions, RetrieverOptions):
+    """What is searched, and for what."""
+
+
 class Answer(NamedTuple):
     """What one query found."""
 
@@ -99,7 +104,7 @@ class Answer(NamedTuple):
         return f'"{shortened(self.query)}"' if self.query is not None else printable(str(self.picture))
 
 
-def find(retriever: Retriever, query: str | None, config: Config) -> Answer:
+def find(retriever: Retriever, query: str | None, config: QueryOptions) -> Answer:
     """Pictures of the index as it is now, best first.
 
     Args:
@@ -130,7 +135,7 @@ def find(retriever: Retriever, query: str | None, config: Config) -> Answer:
     return Answer(query, config.picture, found, notes, len(retriever), time.monotonic() - began)
 
 
-def lines(answer: Answer, how: str, config: Config) -> Iterator[str]:
+def lines(answer: Answer, how: str, config: QueryOptions) -> Iterator[str]:
     """An answer for people."""
     similar = any(one.similarity is not None for one in answer.found)
     columns = "; the third column is the similarity" if similar else ""
@@ -175,7 +180,7 @@ def fields(one: Found) -> dict[str, Any]:
     }
 
 
-def how(retriever: Retriever, config: Config) -> str:
+def how(retriever: Retriever, config: QueryOptions) -> str:
     """What is said of the order behind an answer's time."""
     if config.picture is not None:
         return f", by {'features' if retriever.gallery.keeps_features else 'vokens'}"
@@ -199,27 +204,35 @@ def typed_queries() -> Iterable[str]:
 
 
 def main(config: Config) -> None:
+    def load() -> Retriever:
+        return Retriever.from_runs(
+            index=config.index,
+            retriever=config.retriever,
+            weights=config.weights,
+            device=config.device,
+            precision=config.precision,
+            scoring=config.scoring,
+        )
+
+    answer_all(config, load)
+
+
+def answer_all(config: QueryOptions, load: Callable[[], Retriever]) -> None:
+    """Load a retriever and answer every query on standard output, where JSON stands alone."""
     if not config.json:
-        search(config, sys.stdout)
+        search(config, load, sys.stdout)
         return
     printed = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # whatever is told on the way
-        search(config, printed)
+        search(config, load, printed)
 
 
-def search(config: Config, printed: TextIO) -> None:
+def search(config: QueryOptions, load: Callable[[], Retriever], printed: TextIO) -> None:
     """Answer every query on a stream."""
     check_queries(config.queries)
     if config.picture is not None:
         read_picture(config.picture)  # before anything is loaded
-    retriever = Retriever.from_runs(
-        index=config.index,
-        retriever=config.retriever,
-        weights=config.weights,
-        device=config.device,
-        precision=config.precision,
-        scoring=config.scoring,
-    )
+    retriever = load()
     sheet: list[SheetRow] = []
     given: Iterable[str | None] = [None] if config.picture is not None else config.queries or typed_queries()
     for query in given:
@@ -241,7 +254,7 @@ def search(config: Config, printed: TextIO) -> None:
             print(each)
         row = SheetRow(query or f"like {config.picture}", [one.file for one in answer.found], None)
         sheet = [*sheet, row] if config.queries else [row]
-    if sheet:
+    if sheet and config.sheet is not None:
         config.sheet.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(config.sheet, sheet, title=f"{len(retriever):,} pictures", columns=config.keep)
         print(f"drawn: {config.sheet}")

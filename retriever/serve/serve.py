@@ -41,17 +41,9 @@ MOST_PROCESSES, LONGEST_STOP = 64, 3600
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SearchOptions):
-    """What is served, and where."""
+class ServerOptions(SearchOptions):
+    """Where it is served."""
 
-    index: Path | None = None
-    """Run folder of retriever.gallery.build."""
-    retriever: Path | None = None
-    """Run folder of retriever.train or retriever.train_stage2."""
-    weights: Path | None = None
-    """Run folder of reranker.test, passed over while there is none."""
-    folder: Path | None = None
-    """In the place of these: a folder that retriever.gallery.export wrote."""
     uploads: Path | None = None
     """Folder for pictures that are inserted; by default "uploads" beside the index."""
     host: str = "127.0.0.1"
@@ -72,9 +64,6 @@ class Config(SearchOptions):
     """Seconds in which requests that are under way are finished when the server is told to stop."""
 
     def __post_init__(self) -> None:
-        runs = (self.index, self.retriever)
-        if (self.folder is None) == (None in runs) or (self.folder is not None and any((*runs, self.weights))):
-            raise BadInput("give --index and --retriever, or --folder")
         if not is_loopback(self.host) and not self.allow_network:
             raise BadInput(
                 f"--host {self.host} lets other machines search, insert and remove, without a login: add "
@@ -86,6 +75,26 @@ class Config(SearchOptions):
             raise BadInput(
                 f"--processes is a number from 1 to {MOST_PROCESSES}, --stop-seconds one from 0 to {LONGEST_STOP}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ServerOptions):
+    """What is served, and where."""
+
+    index: Path | None = None
+    """Run folder of retriever.gallery.build."""
+    retriever: Path | None = None
+    """Run folder of retriever.train or retriever.train_stage2."""
+    weights: Path | None = None
+    """Run folder of reranker.test, passed over while there is none."""
+    folder: Path | None = None
+    """In the place of these: a folder that retriever.gallery.export wrote."""
+
+    def __post_init__(self) -> None:
+        runs = (self.index, self.retriever)
+        if (self.folder is None) == (None in runs) or (self.folder is not None and any((*runs, self.weights))):
+            raise BadInput("give --index and --retriever, or --folder")
+        super().__post_init__()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -112,7 +121,9 @@ def listen(host: str, port: int) -> socket.socket:
 def load(config: Config) -> Retriever:
     """The retriever that the configuration names."""
     if config.folder is not None:
-        return Retriever.load(config.folder, device=config.device, precision=config.precision)
+        return Retriever.from_pretrained(
+            config.folder, device=config.device, precision=config.precision, scoring=config.scoring
+        )
     assert config.index is not None, "checked with the configuration"
     assert config.retriever is not None, "checked with the configuration"
     return Retriever.from_runs(
@@ -125,31 +136,31 @@ def load(config: Config) -> Retriever:
     )
 
 
-def address(config: Config, taken: socket.socket) -> str:
+def address(config: ServerOptions, taken: socket.socket) -> str:
     """What to open in a browser."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{taken.getsockname()[1]}"
 
 
-def load_service(config: Config) -> Service:
-    """The service that the configuration names, ready for the first query."""
-    retriever = load(config)
+def load_service(config: ServerOptions, load: Callable[[], Retriever]) -> Service:
+    """The service of a retriever, ready for the first query."""
+    retriever = load()
     retriever.search(["warm up"])  # nobody's first query waits for what is loaded only then
     uploads = config.uploads or retriever.gallery.folder.parent / UPLOADS
     return Service(retriever, uploads=uploads, batch=config.batch, waiting=config.waiting)
 
 
-def make_life_app(config: Config, life: Life) -> App:
+def make_life_app(config: ServerOptions, life: Life) -> App:
     return make_app(life, names=frozenset(config.names), any_address=config.allow_network)
 
 
-def make_process_app(config: Config, shared: Shared) -> App:
+def make_process_app(config: ServerOptions, load: Callable[[], Retriever], shared: Shared) -> App:
     """The application of one server process of several, made in that process."""
     quiet_libraries()
     tqdm.set_lock(threading.RLock())  # its own is known to all processes, and this one is ended without taking it down
     end_with_supervisor()
     life = Life(
-        partial(load_service, config),
+        partial(load_service, config, load),
         loaded=shared.has_loaded,
         failed=shared.has_failed,
         siblings=shared,
@@ -173,7 +184,9 @@ def settings(app: App | Callable[[], App], **options: Any) -> uvicorn.Config:
     )
 
 
-def serve_alone(config: Config, taken: socket.socket, ready: Callable[[int], None]) -> None:
+def serve_alone(
+    config: ServerOptions, load: Callable[[], Retriever], taken: socket.socket, ready: Callable[[int], None]
+) -> None:
     """Serve from this process until it is told to stop.
 
     Raises:
@@ -186,7 +199,7 @@ def serve_alone(config: Config, taken: socket.socket, ready: Callable[[int], Non
         signal.raise_signal(signal.SIGTERM)
 
     life = Life(
-        partial(load_service, config),
+        partial(load_service, config, load),
         loaded=lambda service: ready(len(service.retriever)),
         failed=failed,
         stop_seconds=config.stop_seconds,
@@ -202,7 +215,9 @@ def serve_alone(config: Config, taken: socket.socket, ready: Callable[[int], Non
         raise failures[0]
 
 
-def serve_in_processes(config: Config, taken: socket.socket, ready: Callable[[int], None]) -> None:
+def serve_in_processes(
+    config: ServerOptions, load: Callable[[], Retriever], taken: socket.socket, ready: Callable[[int], None]
+) -> None:
     """Serve from several processes until this one is told to stop.
 
     Raises:
@@ -211,7 +226,7 @@ def serve_in_processes(config: Config, taken: socket.socket, ready: Callable[[in
     shared = Shared.among(config.processes)
     with shared_numbers(config.processes):
         options = settings(
-            partial(make_process_app, config, shared),
+            partial(make_process_app, config, load, shared),
             factory=True,
             workers=config.processes,
             timeout_worker_healthcheck=HEALTH_SECONDS,
@@ -225,6 +240,15 @@ def serve_in_processes(config: Config, taken: socket.socket, ready: Callable[[in
 
 
 def main(config: Config) -> None:
+    serve(config, partial(load, config))
+
+
+def serve(config: ServerOptions, load: Callable[[], Retriever]) -> None:
+    """Take the port, load a retriever and answer until the process is stopped.
+
+    Args:
+        load: called in each server process, to which it is sent.
+    """
     taken = listen(config.host, config.port)
     with taken:
         place = address(config, taken)
@@ -234,6 +258,6 @@ def main(config: Config) -> None:
         def ready(pictures: int) -> None:
             print(f"{pictures:,} pictures: {place} (Ctrl-C stops)", flush=True)
 
-        (serve_alone if config.processes == 1 else serve_in_processes)(config, taken, ready)
+        (serve_alone if config.processes == 1 else serve_in_processes)(config, load, taken, ready)
         turn_away(taken)
     print("stopped")

@@ -26,8 +26,17 @@ GRACE_SECONDS = 2.0  # in which a launcher ends a process that has only lost ano
 TAKES_MEMORY = ("batch_size", "pairs", "search_batch", "memory", "beams", "workers")  # options that say how much
 
 
-def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, shares_work: bool = False) -> None:
-    """Parse the command line into `config_type` and call `main` with it.
+def run_command(
+    main: Callable[[ConfigT], None],
+    config_type: type[ConfigT],
+    *,
+    shares_work: bool = False,
+    program: str | None = None,
+) -> None:
+    """Parse the command line into `config_type` and call `main` with it. The help begins with main's module docstring.
+
+    Args:
+        program: how the command is typed; by default `python -m` and its module.
 
     Of several processes (`accelerate launch`, `torchrun`) the main one alone runs it, unless it `shares_work`; the
     others then print nothing but errors.
@@ -55,7 +64,7 @@ def run_command(main: Callable[[ConfigT], None], config_type: type[ConfigT], *, 
         sys.argv[1:] = typed_here(config_type, sys.argv[1:])
         put_own_options_first(config_type)
         description = help_text(f"{sys.modules[main.__module__].__doc__ or ''}\n\n{verbosity.HELP}")
-        config = tyro.cli(config_type, prog=command_line(), description=description)
+        config = tyro.cli(config_type, prog=program or command_line(), description=description)
         check_numbers(config)
         main(of_trial(config))
     except BadInput as error:

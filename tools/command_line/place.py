@@ -31,6 +31,11 @@ NameOrPath = Annotated[str, NAME_OR_PATH]
 Kind = Literal["path", "name or path", "switch", "other"]
 
 
+def in_checkout() -> bool:
+    """Whether this code is the repository's, and no installed package's."""
+    return (ROOT / "scripts").is_dir()
+
+
 def user_folder() -> Path:
     """The folder in which the user typed the command; the current folder where no script said so."""
     _, folder = _typed()
@@ -82,8 +87,15 @@ def with_commands(message: str) -> str:
     """A message that names scripts, with what the user types to start them in their place.
 
     The variables that the user set stand before a script, unless the message has others there. Where the user stands
-    elsewhere than in the repository's root, a script is a whole path.
+    elsewhere than in the repository's root, a script is a whole path. An installed package has no scripts, and the
+    message says where they are.
     """
+    if not in_checkout():
+        return (
+            f"{message} (scripts/ is part of the repository, not of this package)"
+            if SCRIPT.search(message)
+            else message
+        )
     at_root = user_folder().resolve() == ROOT.resolve()
     settings = _assigned(_settings()[1])
 
