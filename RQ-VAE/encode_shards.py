@@ -1,0 +1,400 @@
+"""Encode and tokenize a large collection: pictures in tar or parquet shards, on this machine or on a cluster.
+
+In:  the feature folder and the `RQ-VAE.train` folder of a finished chain, and the address of the shards
+     (tools/stored_pictures.py). Captions in them are not read.
+Out: for each shard a table of codes (tools/code_tables.py), in `<output>/tables` or elsewhere; `shards.jsonl`, the heads
+     of all tables; `bad.jsonl` {"shard", "key", "reason"}, the pictures without codes; `codebooks.npy`.
+     Collisions stay: to resolve them, one must know all codes.
+Command: python -m RQ-VAE.encode_shards --features DIR --rqvae DIR --source "s3://bucket/train-{0000..0999}.tar"
+         --output DIR
+"""
+
+import hashlib
+import json
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.compute import pick_device
+from models.options import DeviceOptions
+from models.picture_codes import PictureCoder
+from models.rqvae import RqVae
+from tools import code_tables, runs
+from tools.cluster import Places, spread
+from tools.code_tables import Head, Tables
+from tools.command_line.commands import run_command
+from tools.command_line.options import RunOptions
+from tools.command_line.place import NameOrPath
+from tools.errors import BadInput
+from tools.features import HEADS, TOWERS, encoder_of, normalized, refuse_other_encoder
+from tools.files import write_array, write_json_lines
+from tools.logs import progress
+from tools.pictures import picture_in
+from tools.stored_pictures import Columns, Reading, Shard, StoredPicture, TornShardError, find_shards
+from tools.texts import plural, printable
+from tools.vokens import VokenSpace
+
+COMMAND = "RQ-VAE.encode_shards"
+TABLES, SHARDS, BAD = "tables", "shards.jsonl", "bad.jsonl"
+NAMED = 10  # shards that could not be encoded, in lines of their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, DeviceOptions):
+    """Which shards, by which models, and where."""
+
+    features: Path
+    """Feature folder whose two-tower model encodes the pictures, in the precision that it was made with."""
+    rqvae: Path
+    """Run folder of RQ-VAE.train, the tokenizer."""
+    source: NameOrPath
+    """A shard, a folder of shards, or a pattern with *, ? or braces: a path, or another address that fsspec opens."""
+    tables: NameOrPath | None = None
+    """Folder or address for the tables of codes; by default `tables` in the output folder. All workers must reach it."""
+    keep_features: bool = False
+    """Store the pictures' features too, 2 bytes per number, by which search reorders what it finds."""
+    accept_torn: bool = False
+    """Take what can be read of a damaged shard, and finish without the rest."""
+    image_column: str | None = None
+    """Column of pictures in parquet shards; by default the one that holds bytes."""
+    key_column: str | None = None
+    """Column of keys in parquet shards; by default `key` or `__key__`, else the row's number."""
+    batch_size: int = 64
+    """Pictures per batch of a worker."""
+    cluster: str | None = None
+    """Address of a Ray cluster, or "auto" for the one that this machine belongs to; by default workers are processes of
+    this machine."""
+    workers: int | None = None
+    """Worker processes; by default one for each GPU, or else for each core. 0: this process alone, without Ray."""
+    threads: int | None = None
+    """Threads of each worker that decode pictures and, without a GPU, compute; by default 1, or with GPUs an equal
+    share of the cores."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.threads or 1) < 1 or (self.workers or 0) < 0:
+            raise BadInput("`batch_size` and `threads` must be at least 1, `workers` at least 0")
+        if self.workers == 0 and self.cluster is not None:
+            raise BadInput("`workers` 0 works in this process alone: leave `cluster` out")
+
+
+class ShardEncoder:
+    """Encodes shards one by one, in one process.
+
+    Args:
+        made_by: `Head.made_by` of the tables.
+        space: levels, codebook size and sharing, as `VokenSpace` has them.
+        keep_features, batch_size, columns: as in `Config`.
+        accept_torn: write the table of a damaged shard.
+        device: None for a GPU of its own where the worker has one, else the CPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        features: str,
+        rqvae: str,
+        tables: str,
+        made_by: str,
+        space: Sequence[Any],
+        keep_features: bool,
+        accept_torn: bool,
+        columns: Sequence[str | None],
+        batch_size: int,
+        device: str | None,
+        gpu: bool,
+        threads: int,
+    ) -> None:
+        torch.set_num_threads(threads)
+        made = runs.read_manifest(Path(features), TOWERS, HEADS)
+        place = pick_device(device or ("cuda" if gpu else "cpu"))
+        tokenizer = RqVae.from_pretrained(Path(rqvae))
+        self.coder = PictureCoder(made.facts, tokenizer, heads_apart=made.command == HEADS, device=place)
+        self.tables, self.made_by, self.space = Tables(tables), made_by, VokenSpace(*space)
+        self.width = tokenizer.config.features if keep_features else None
+        self.accept_torn, self.columns, self.batch_size = accept_torn, Columns(*columns), batch_size
+        self.threads = threads
+
+    def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Write the table of one shard; what is said of it goes to the driver.
+
+        Args:
+            job: a `Shard`.
+        """
+        began, worked = time.monotonic(), time.process_time()
+        shard = Shard(**job)
+        reading = Reading(shard, self.columns)
+        collected = Collected(shard)
+        try:
+            for pictures, pixels in batches(reading.pictures(), self._pixels, self.batch_size, self.threads):
+                collected.add(pictures, None if pixels is None else self.coder.code(pixels))
+            if not collected.pictures:
+                raise TornShardError(f"shard without pictures (members end in {_endings(reading.others)})")
+        except TornShardError as error:
+            if not self.accept_torn:
+                return {"shard": shard.name, "torn": str(error), "others": {}, "cpu": time.process_time() - worked}
+            collected.pictures.append(StoredPicture("", "", b"", str(error)))
+        table, head = collected.table(self.space, self.width, self.made_by)
+        self.tables.write(table, head)
+        return {
+            "shard": shard.name,
+            "torn": "",
+            "others": dict(reading.others),
+            "seconds": time.monotonic() - began,
+            "cpu": time.process_time() - worked,
+        }
+
+    def _pixels(self, picture: StoredPicture) -> Tensor | None:
+        """A picture as the tower reads it; None, and its problem said, where there is none."""
+        if picture.problem:
+            return None
+        decoded = picture_in(picture.content)
+        picture.content, picture.problem = b"", decoded.reason
+        return None if decoded.picture is None else self.coder.clip.preprocess(decoded.picture)
+
+
+class Collected:
+    """The pictures of a shard that have been encoded so far, with or without a problem."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self.pictures: list[StoredPicture] = []
+        self.codes: list[Any] = []
+        self.features: list[Any] = []
+
+    def add(self, pictures: list[StoredPicture], coded: Any) -> None:
+        """Take pictures, and codes and features of those that have no problem, in their order."""
+        self.pictures += pictures
+        if coded is not None:
+            self.codes.append(coded.codes.numpy())
+            self.features.append(normalized(coded.features.numpy()).astype(np.float16))
+
+    def table(self, space: VokenSpace, width: int | None, made_by: str) -> tuple[Any, Head]:
+        """The shard's table, and what it says of itself."""
+        import pyarrow
+
+        kinds = code_tables.schema(space, width)
+        there = np.array([not picture.problem for picture in self.pictures], dtype=bool)
+        name, count = self.shard.name, int(there.sum())
+        codes = np.concatenate([np.zeros((0, space.levels), dtype=np.int64), *self.codes])
+        columns: dict[str, Any] = {
+            "id": [f"{name}/{picture.key}" for picture in self.pictures],
+            "key": [picture.key for picture in self.pictures],
+            "shard": [name] * len(there),
+            "file": [picture.file for picture in self.pictures],
+            "codes": code_tables.lists(codes, there, kinds.field("codes").type),
+        }
+        if width is not None:
+            features = np.concatenate([np.zeros((0, width), dtype=np.float16), *self.features])
+            columns["features"] = code_tables.lists(features, there, kinds.field("features").type)
+        columns["problem"] = [picture.problem or None for picture in self.pictures]
+        head = Head(name, self.shard.address, self.shard.size, made_by, count, len(there) - count)
+        return pyarrow.table(columns, schema=kinds), head
+
+
+def batches(
+    pictures: Iterator[StoredPicture],
+    pixels_of: Callable[[StoredPicture], Tensor | None],
+    size: int,
+    threads: int,
+) -> Iterator[tuple[list[StoredPicture], Tensor | None]]:
+    """Pictures in their order, with the pixels (batch, 3, height, width) of those that have any; mostly `size` of them.
+
+    Reading goes on in a thread and decoding in others while the caller computes, at most two batches ahead.
+    """
+    waiting: list[StoredPicture] = []
+    pixels: list[Tensor] = []
+    for picture, decoded in ahead(pictures, pixels_of, 2 * size, threads):
+        waiting.append(picture)
+        if decoded is not None:
+            pixels.append(decoded)
+        if len(pixels) == size:
+            yield waiting, torch.stack(pixels)
+            waiting, pixels = [], []
+    if waiting:
+        yield waiting, torch.stack(pixels) if pixels else None
+
+
+def ahead(
+    items: Iterator[Any], function: Callable[[Any], Any], most: int, threads: int
+) -> Iterator[tuple[Any, Any]]:
+    """Items in their order, each with what the function makes of it in one of several threads.
+
+    Args:
+        items: are taken in a thread of their own; what that raises is raised here, behind the items before it.
+        most: items that are taken before they are asked for.
+    """
+    found: queue.Queue[tuple[Any, Future[Any] | None]] = queue.Queue(most)
+    stopped = threading.Event()
+
+    def take() -> None:
+        last: Any = None
+        try:
+            for item in items:
+                if stopped.is_set():
+                    return
+                found.put((item, pool.submit(function, item)))
+        except BaseException as error:
+            last = error
+        found.put((last, None))
+
+    with ThreadPoolExecutor(threads) as pool:
+        taking = threading.Thread(target=take, daemon=True)
+        taking.start()
+        try:
+            while True:
+                item, future = found.get()
+                if future is None:
+                    break
+                yield item, future.result()
+            if item is not None:
+                raise item
+        finally:
+            stopped.set()
+            while taking.is_alive():  # it may wait for room
+                try:
+                    found.get(timeout=0.05)
+                except queue.Empty:
+                    continue
+
+
+def main(config: Config) -> None:
+    made = runs.read_manifest(config.features, TOWERS, HEADS)
+    rqvae = runs.read_manifest(config.rqvae, "RQ-VAE.train")
+    refuse_other_encoder(made, rqvae)
+    shards = find_shards(config.source)
+    listing = _hash([shard._asdict() for shard in shards])
+    runs.reopen(config.output, COMMAND, unless={"listing": listing})
+    run = runs.begin(COMMAND, config, inputs={"features": config.features, "rqvae": config.rqvae})
+    if run is None:
+        return
+    tables = Tables(config.tables or str(run.folder / TABLES))
+    made_by = _hash([encoder_of(made), made.facts.get("precision"), runs.fingerprint(config.rqvae)])
+    left = missing(tables, shards, made_by, config)
+    say_done(len(shards) - len(left), len(shards))
+    began = time.monotonic()
+    arguments = {
+        **{name: str(getattr(config, name)) for name in ("features", "rqvae")},
+        **{name: getattr(config, name) for name in ("keep_features", "accept_torn", "batch_size", "device")},
+        "tables": tables.address,
+        "made_by": made_by,
+        "space": VokenSpace(**{name: rqvae.facts[name] for name in VokenSpace._fields}),
+        "columns": [config.image_column, config.key_column],
+    }
+    results = progress(encode(left, arguments, config), "encoding", total=len(left), unit="shard")
+    said = {result["shard"]: result for result in results}
+    run.note_time()
+    refuse_failed(left, said, config)
+    heads = [head for shard in shards if (head := tables.head(shard.name)) is not None]
+    write_lists(run.folder, tables, heads)
+    write_array(run.folder / "codebooks.npy", RqVae.from_pretrained(config.rqvae).quantizer.codebooks.detach().numpy())
+    pictures, problems = code_tables.total(heads), sum(head.problems for head in heads)
+    run.finish(
+        facts={
+            **{name: rqvae.facts[name] for name in VokenSpace._fields},
+            "tables": config.tables or TABLES,
+            "width": RqVae.from_pretrained(config.rqvae).config.features if config.keep_features else None,
+            "listing": listing,
+            "grows": True,
+            "pictures": pictures,
+        },
+        metrics={"bad_pictures": problems},
+    )
+    tell(config, heads, said.values(), seconds=time.monotonic() - began)
+
+
+def encode(left: Sequence[Shard], arguments: dict[str, Any], config: Config) -> Iterator[dict[str, Any]]:
+    """What the workers say of each shard that is left, in any order; nothing of one that killed its worker each time."""
+    jobs = [shard._asdict() for shard in left]
+    if not jobs:
+        return
+    if config.workers == 0:
+        gpu = pick_device(config.device).type == "cuda"
+        encoder = ShardEncoder(**arguments, gpu=gpu, threads=config.threads or torch.get_num_threads())
+        yield from map(encoder, jobs)
+        return
+    gpu_wanted = None if config.device is None else config.device.startswith("cuda")
+    yield from spread(ShardEncoder, arguments, jobs, Places(config.cluster, config.workers, config.threads, gpu_wanted))
+
+
+def missing(tables: Tables, shards: Sequence[Shard], made_by: str, config: Config) -> list[Shard]:
+    """Shards that have no table yet, or one of another content.
+
+    Raises:
+        BadInput: there are tables that other models made.
+    """
+    left = []
+    for shard in shards:
+        head = None if config.overwrite else tables.head(shard.name)
+        if head is not None and head.made_by != made_by:
+            raise BadInput(
+                f"{tables.path(shard.name)} was made by other models: name another folder or address with `tables`"
+            )
+        if head is None or (head.address, head.size) != (shard.address, shard.size):
+            left.append(shard)
+    return left
+
+
+def refuse_failed(left: Sequence[Shard], said: dict[str, dict[str, Any]], config: Config) -> None:
+    """Name the shards that have no table.
+
+    Raises:
+        BadInput: there are some.
+    """
+    died = "its worker died each time it was tried"
+    failed = {shard: said[shard.name]["torn"] if shard.name in said else died for shard in left}
+    failed = {shard: reason for shard, reason in failed.items() if reason}
+    for shard, reason in list(failed.items())[:NAMED]:
+        print(printable(f"not encoded: {shard.address}: {reason}"))
+    if failed:
+        torn = "" if died in failed.values() else ", or take what can be read of them with --accept-torn"
+        raise BadInput(
+            f"{len(failed):,} of {len(left):,} shards could not be encoded, and the others are done: mend or remove "
+            f"them{torn}; the same command then goes on"
+        )
+
+
+def write_lists(folder: Path, tables: Tables, heads: Sequence[Head]) -> None:
+    """Write which tables there are, and which pictures have no codes."""
+    write_json_lines(folder / SHARDS, (head._asdict() for head in heads))
+    bad = (problem for head in heads if head.problems for problem in tables.problems(head.shard))
+    write_json_lines(folder / BAD, (problem._asdict() for problem in bad))
+
+
+def say_done(done: int, count: int) -> None:
+    if done:
+        print(f"{done:,} of {plural(count, 'shard')} are encoded already")
+
+
+def tell(config: Config, heads: Sequence[Head], said: Iterable[dict[str, Any]], *, seconds: float) -> None:
+    """The summary."""
+    bad, pictures = sum(head.problems for head in heads), code_tables.total(heads)
+    others: Counter[str] = Counter()
+    for result in said:
+        others.update(result["others"])
+    if others:
+        print(f"members that are not pictures: {_endings(others)}")
+    if bad:
+        print(f"{plural(bad, 'picture')} without codes, with shard, key and reason in {config.output / BAD}")
+    print(f"{plural(pictures, 'picture')} of {plural(len(heads), 'shard')} have codes ({seconds:.0f} s) -> {config.output}")
+
+
+def _endings(others: Counter[str]) -> str:
+    return printable(", ".join(f"{ending} × {count:,}" for ending, count in others.most_common(NAMED))) or "nothing"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
