@@ -2,8 +2,8 @@
 
 In:  the feature folder and the `RQ-VAE.train` folder of a finished chain, and the address of the shards
      (tools/stored_pictures.py). Captions in them are not read.
-Out: for each shard a table of codes (tools/code_tables.py), in `<output>/tables` or elsewhere; `shards.jsonl`, the heads
-     of all tables; `bad.jsonl` {"shard", "key", "reason"}, the pictures without codes; `codebooks.npy`.
+Out: for each shard a table of codes (tools/code_tables.py), in `<output>/tables` or elsewhere; `shards.jsonl`, the
+     heads of all tables; `bad.jsonl` {"shard", "key", "reason"}, the pictures without codes; `codebooks.npy`.
      Collisions stay: to resolve them, one must know all codes.
 Command: python -m RQ-VAE.encode_shards --features DIR --rqvae DIR --source "s3://bucket/train-{0000..0999}.tar"
          --output DIR
@@ -11,12 +11,9 @@ Command: python -m RQ-VAE.encode_shards --features DIR --rqvae DIR --source "s3:
 
 import hashlib
 import json
-import queue
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +27,10 @@ from models.options import DeviceOptions
 from models.picture_codes import PictureCoder
 from models.rqvae import RqVae
 from tools import code_tables, runs
+from tools.ahead import ahead
 from tools.cluster import Places, spread
 from tools.code_tables import Head, Tables
+from tools.command_line.command_names import script_of
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
 from tools.command_line.place import NameOrPath
@@ -60,7 +59,7 @@ class Config(RunOptions, DeviceOptions):
     source: NameOrPath
     """A shard, a folder of shards, or a pattern with *, ? or braces: a path, or another address that fsspec opens."""
     tables: NameOrPath | None = None
-    """Folder or address for the tables of codes; by default `tables` in the output folder. All workers must reach it."""
+    """Folder or address for the tables of codes, which all workers reach; by default `tables` in the output folder."""
     keep_features: bool = False
     """Store the pictures' features too, 2 bytes per number, by which search reorders what it finds."""
     accept_torn: bool = False
@@ -224,53 +223,14 @@ def batches(
         yield waiting, torch.stack(pixels) if pixels else None
 
 
-def ahead(
-    items: Iterator[Any], function: Callable[[Any], Any], most: int, threads: int
-) -> Iterator[tuple[Any, Any]]:
-    """Items in their order, each with what the function makes of it in one of several threads.
-
-    Args:
-        items: are taken in a thread of their own; what that raises is raised here, behind the items before it.
-        most: items that are taken before they are asked for.
-    """
-    found: queue.Queue[tuple[Any, Future[Any] | None]] = queue.Queue(most)
-    stopped = threading.Event()
-
-    def take() -> None:
-        last: Any = None
-        try:
-            for item in items:
-                if stopped.is_set():
-                    return
-                found.put((item, pool.submit(function, item)))
-        except BaseException as error:
-            last = error
-        found.put((last, None))
-
-    with ThreadPoolExecutor(threads) as pool:
-        taking = threading.Thread(target=take, daemon=True)
-        taking.start()
-        try:
-            while True:
-                item, future = found.get()
-                if future is None:
-                    break
-                yield item, future.result()
-            if item is not None:
-                raise item
-        finally:
-            stopped.set()
-            while taking.is_alive():  # it may wait for room
-                try:
-                    found.get(timeout=0.05)
-                except queue.Empty:
-                    continue
-
-
 def main(config: Config) -> None:
     made = runs.read_manifest(config.features, TOWERS, HEADS)
     rqvae = runs.read_manifest(config.rqvae, "RQ-VAE.train")
     refuse_other_encoder(made, rqvae)
+    if made.facts["layer"] != "embedding":
+        raise BadInput(
+            f"{config.features} holds {made.facts['layer']} features: run {script_of(HEADS)}, and name its folder"
+        )
     shards = find_shards(config.source)
     listing = _hash([shard._asdict() for shard in shards])
     runs.reopen(config.output, COMMAND, unless={"listing": listing})
@@ -313,7 +273,7 @@ def main(config: Config) -> None:
 
 
 def encode(left: Sequence[Shard], arguments: dict[str, Any], config: Config) -> Iterator[dict[str, Any]]:
-    """What the workers say of each shard that is left, in any order; nothing of one that killed its worker each time."""
+    """What the workers say of each shard, in any order; nothing of one whose worker died each time."""
     jobs = [shard._asdict() for shard in left]
     if not jobs:
         return
@@ -385,7 +345,8 @@ def tell(config: Config, heads: Sequence[Head], said: Iterable[dict[str, Any]], 
         print(f"members that are not pictures: {_endings(others)}")
     if bad:
         print(f"{plural(bad, 'picture')} without codes, with shard, key and reason in {config.output / BAD}")
-    print(f"{plural(pictures, 'picture')} of {plural(len(heads), 'shard')} have codes ({seconds:.0f} s) -> {config.output}")
+    shards = plural(len(heads), "shard")
+    print(f"{plural(pictures, 'picture')} of {shards} have codes ({seconds:.0f} s) -> {config.output}")
 
 
 def _endings(others: Counter[str]) -> str:

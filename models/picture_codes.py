@@ -29,9 +29,7 @@ class PictureCoder:
             on what it gave. Else the whole model has that precision.
     """
 
-    def __init__(
-        self, facts: Mapping[str, Any], tokenizer: RqVae, *, heads_apart: bool, device: torch.device
-    ) -> None:
+    def __init__(self, facts: Mapping[str, Any], tokenizer: RqVae, *, heads_apart: bool, device: torch.device) -> None:
         clip = load_recorded(facts)
         self.head: nn.Module = detach_heads(clip).image.eval().to(device) if heads_apart else nn.Identity()
         del clip.model.text

@@ -5,7 +5,9 @@ and gives what it was at to another one. This module alone knows Ray, which need
 """
 
 import json
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,11 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import BadInput
+from .picture_formats import install_command
 
 ROOT = Path(__file__).parents[1]
 RETRIES = 3  # of a job whose worker died
 STORE_BYTES = 128 << 20  # of shared memory on one machine: jobs and results are a few bytes
-INSTALL = "pip install -r requirements-cluster.txt"
+PINS = "-r requirements-cluster.txt"
 
 
 class Worker(Protocol):
@@ -56,6 +59,9 @@ def spread(
         BadInput: Ray is not installed, the cluster does not answer, or it has too little for one worker.
     """
     ray = _started(places)
+    warnings.filterwarnings(
+        "ignore", message=".*ray_remote_args.*"
+    )  # no other argument says how often a job is retried
     try:
         count, threads, gpu = _sizes(places, ray.cluster_resources(), len(jobs))
         context = ray.data.DataContext.get_current()
@@ -92,18 +98,24 @@ class _Doing:
 def _started(places: Places) -> Any:
     """Ray, connected to its cluster, or started on this machine."""
     if find_spec("ray") is None:
-        raise BadInput(f"Ray is not installed: {INSTALL}; or set `workers` to 0 to work in this process alone")
+        raise BadInput(
+            f"Ray is not installed: {install_command(PINS)}; or set `workers` to 0 to work in this process alone"
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns at every start
+    if places.address is None:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # its servers then listen on 127.0.0.1 alone
+    logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
     import ray.data
 
-    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say of a lost worker is said by its caller
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     if places.address is None:
         cores = len(os.sched_getaffinity(0))
         wanted = (places.workers or 1) * (places.threads or 1)
         options |= {"num_cpus": max(cores, wanted), "include_dashboard": False, "object_store_memory": STORE_BYTES}
-        options["_node_ip_address"] = "127.0.0.1"
     try:
         ray.init(places.address or "local", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -8,9 +8,9 @@ codes     list of `levels` int16, or int32 where the codebooks are larger; null 
 features  list of `width` float16, the normalised feature; where features are kept
 problem   text, why a picture has no codes; null where it has. A row without a key speaks of the shard
 
-A table holds every picture of its shard, also those that cannot be used, and appears in one step: where it is, its shard
-is done. Its file's metadata say of which shard it is, and what made it. The folder of the tables may be any address
-that fsspec opens.
+A table holds every picture of its shard, also those that cannot be used. It appears in one step: a shard that has a
+table is done. Its file's metadata say of which shard it is, and what made it. The folder of the tables may be any
+address that fsspec opens.
 """
 
 import json
@@ -98,7 +98,7 @@ def lists(values: NDArray[Any], there: NDArray[np.bool_], kind: Any) -> Any:
         values: (of those that are there, length)
         there: (rows,) whether a row has a list; the others are null.
     """
-    filled = np.zeros((len(there), kind.list_size), dtype=kind.value_type.to_pandas_dtype())
+    filled = np.zeros((len(there), kind.list_size), dtype=values.dtype)
     filled[there] = values
     flat = pyarrow.array(filled.reshape(-1), type=kind.value_type)
     return pyarrow.FixedSizeListArray.from_arrays(flat, type=kind, mask=pyarrow.array(~there))

@@ -42,7 +42,7 @@ KINDS = {"command": str} | dict.fromkeys(("config", "inputs", "outputs", "facts"
 CHECKSUM = "checksum"  # of the manifest's other values
 VERIFY_VARIABLE = "VERIFY"  # "off": files are not compared with their manifest's hashes
 RUNTIME_FIELDS = frozenset(  # these do not change what is computed: a run may go on with others
-    {"output", "overwrite", "workers", "device", "threads", "cluster"}
+    {"output", "overwrite", "workers", "device", "threads", "cluster", "accept_torn"}
     | {"api_key_variable", "requests_per_minute", "parallel", "retries", "skip_refused"}
 )
 

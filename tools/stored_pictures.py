@@ -75,7 +75,7 @@ class Reading:
     """
 
     shard: Shard
-    columns: Columns = Columns()
+    columns: Columns
     others: Counter[str] = field(default_factory=Counter)
 
     def pictures(self) -> Iterator[StoredPicture]:
@@ -216,7 +216,9 @@ def _columns(schema: Any, wanted: Columns) -> tuple[str, str | None]:
     holding = [field.name for field in schema if _holds_pictures(field.type)]
     if wanted.image is None and len(holding) != 1:
         found = ", ".join(holding) or "none"
-        raise TornShardError(f"parquet shard whose column of pictures is not known (name it; those with bytes: {found})")
+        raise TornShardError(
+            f"parquet shard whose column of pictures is not known (name it; those with bytes: {found})"
+        )
     key = wanted.key or next((name for name in KEY_COLUMNS if name in schema.names), None)
     return wanted.image or holding[0], key
 
