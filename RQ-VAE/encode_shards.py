@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from tools.command_line.options import RunOptions
 from tools.command_line.place import NameOrPath
 from tools.errors import BadInput
 from tools.features import HEADS, TOWERS, encoder_of, normalized, refuse_other_encoder
-from tools.files import write_array, write_json_lines
+from tools.files import remove_torn, write_array, write_json_lines
 from tools.logs import progress
 from tools.pictures import picture_in
 from tools.stored_pictures import Columns, Reading, Shard, StoredPicture, TornShardError, find_shards
@@ -129,7 +129,7 @@ class ShardEncoder:
         Args:
             job: a `Shard`.
         """
-        began, worked = time.monotonic(), time.process_time()
+        worked = time.process_time()
         shard = Shard(**job)
         reading = Reading(shard, self.columns)
         collected = Collected(shard)
@@ -148,7 +148,6 @@ class ShardEncoder:
             "shard": shard.name,
             "torn": "",
             "others": dict(reading.others),
-            "seconds": time.monotonic() - began,
             "cpu": time.process_time() - worked,
         }
 
@@ -209,67 +208,80 @@ def batches(
     """Pictures in their order, with the pixels (batch, 3, height, width) of those that have any; mostly `size` of them.
 
     Reading goes on in a thread and decoding in others while the caller computes, at most two batches ahead.
+
+    Raises:
+        TornShardError: as the pictures do, behind the last of them.
     """
     waiting: list[StoredPicture] = []
     pixels: list[Tensor] = []
-    for picture, decoded in ahead(pictures, pixels_of, 2 * size, threads):
-        waiting.append(picture)
-        if decoded is not None:
-            pixels.append(decoded)
-        if len(pixels) == size:
-            yield waiting, torch.stack(pixels)
-            waiting, pixels = [], []
+    torn: TornShardError | None = None
+    try:
+        for picture, decoded in ahead(pictures, pixels_of, 2 * size, threads):
+            waiting.append(picture)
+            if decoded is not None:
+                pixels.append(decoded)
+            if len(pixels) == size:
+                yield waiting, torch.stack(pixels)
+                waiting, pixels = [], []
+    except TornShardError as error:
+        torn = error
     if waiting:
         yield waiting, torch.stack(pixels) if pixels else None
+    if torn is not None:
+        raise torn
 
 
 def main(config: Config) -> None:
-    made = runs.read_manifest(config.features, TOWERS, HEADS)
-    rqvae = runs.read_manifest(config.rqvae, "RQ-VAE.train")
-    refuse_other_encoder(made, rqvae)
-    if made.facts["layer"] != "embedding":
-        raise BadInput(
-            f"{config.features} holds {made.facts['layer']} features: run {script_of(HEADS)}, and name its folder"
-        )
+    made, rqvae = read_models(config)
     shards = find_shards(config.source)
     listing = _hash([shard._asdict() for shard in shards])
     runs.reopen(config.output, COMMAND, unless={"listing": listing})
     run = runs.begin(COMMAND, config, inputs={"features": config.features, "rqvae": config.rqvae})
     if run is None:
         return
+    space = {name: rqvae.facts[name] for name in VokenSpace._fields}
     tables = Tables(config.tables or str(run.folder / TABLES))
-    made_by = _hash([encoder_of(made), made.facts.get("precision"), runs.fingerprint(config.rqvae)])
+    made_by = _hash([encoder_of(made), made.facts["precision"], runs.fingerprint(config.rqvae), config.keep_features])
     left = missing(tables, shards, made_by, config)
-    say_done(len(shards) - len(left), len(shards))
-    began = time.monotonic()
     arguments = {
         **{name: str(getattr(config, name)) for name in ("features", "rqvae")},
         **{name: getattr(config, name) for name in ("keep_features", "accept_torn", "batch_size", "device")},
         "tables": tables.address,
         "made_by": made_by,
-        "space": VokenSpace(**{name: rqvae.facts[name] for name in VokenSpace._fields}),
+        "space": list(space.values()),
         "columns": [config.image_column, config.key_column],
     }
-    results = progress(encode(left, arguments, config), "encoding", total=len(left), unit="shard")
-    said = {result["shard"]: result for result in results}
-    run.note_time()
-    refuse_failed(left, said, config)
+    said = {
+        each["shard"]: each
+        for each in progress(encode(left, arguments, config), "encoding", total=len(left), unit="shard")
+    }
+    refuse_failed(left, said)
+    remove_torn(run.folder)  # what a worker that was killed left
     heads = [head for shard in shards if (head := tables.head(shard.name)) is not None]
     write_lists(run.folder, tables, heads)
-    write_array(run.folder / "codebooks.npy", RqVae.from_pretrained(config.rqvae).quantizer.codebooks.detach().numpy())
-    pictures, problems = code_tables.total(heads), sum(head.problems for head in heads)
+    model = RqVae.from_pretrained(config.rqvae)
+    write_array(run.folder / "codebooks.npy", model.quantizer.codebooks.detach().numpy())
+    pictures, bad = code_tables.total(heads), sum(head.problems for head in heads)
+    places = {"tables": config.tables or TABLES, "width": model.config.features if config.keep_features else None}
     run.finish(
-        facts={
-            **{name: rqvae.facts[name] for name in VokenSpace._fields},
-            "tables": config.tables or TABLES,
-            "width": RqVae.from_pretrained(config.rqvae).config.features if config.keep_features else None,
-            "listing": listing,
-            "grows": True,
-            "pictures": pictures,
-        },
-        metrics={"bad_pictures": problems},
+        facts={**space, **places, "listing": listing, "grows": True, "pictures": pictures},
+        metrics={"bad_pictures": bad},
     )
-    tell(config, heads, said.values(), seconds=time.monotonic() - began)
+    tell(config, heads, said.values())
+
+
+def read_models(config: Config) -> tuple[runs.Manifest, runs.Manifest]:
+    """The manifests of the features and of the tokenizer.
+
+    Raises:
+        BadInput: they are not finished, or do not belong together.
+    """
+    made = runs.read_manifest(config.features, TOWERS, HEADS)
+    rqvae = runs.read_manifest(config.rqvae, "RQ-VAE.train")
+    refuse_other_encoder(made, rqvae)
+    if made.facts["layer"] != "embedding":
+        raise BadInput(f"{config.features} holds {made.facts['layer']} features: name the folder of {script_of(HEADS)}")
+    return made, rqvae
 
 
 def encode(left: Sequence[Shard], arguments: dict[str, Any], config: Config) -> Iterator[dict[str, Any]]:
@@ -292,19 +304,22 @@ def missing(tables: Tables, shards: Sequence[Shard], made_by: str, config: Confi
     Raises:
         BadInput: there are tables that other models made.
     """
-    left = []
+    left: list[Shard] = []
     for shard in shards:
         head = None if config.overwrite else tables.head(shard.name)
         if head is not None and head.made_by != made_by:
             raise BadInput(
-                f"{tables.path(shard.name)} was made by other models: name another folder or address with `tables`"
+                f"{tables.path(shard.name)} was made by other models, or with other options: name another folder or "
+                "address with `tables`"
             )
         if head is None or (head.address, head.size) != (shard.address, shard.size):
             left.append(shard)
+    if done := len(shards) - len(left):
+        print(f"{done:,} of {plural(len(shards), 'shard')} are encoded already")
     return left
 
 
-def refuse_failed(left: Sequence[Shard], said: dict[str, dict[str, Any]], config: Config) -> None:
+def refuse_failed(left: Sequence[Shard], said: dict[str, dict[str, Any]]) -> None:
     """Name the shards that have no table.
 
     Raises:
@@ -330,12 +345,7 @@ def write_lists(folder: Path, tables: Tables, heads: Sequence[Head]) -> None:
     write_json_lines(folder / BAD, (problem._asdict() for problem in bad))
 
 
-def say_done(done: int, count: int) -> None:
-    if done:
-        print(f"{done:,} of {plural(count, 'shard')} are encoded already")
-
-
-def tell(config: Config, heads: Sequence[Head], said: Iterable[dict[str, Any]], *, seconds: float) -> None:
+def tell(config: Config, heads: Sequence[Head], said: Collection[dict[str, Any]]) -> None:
     """The summary."""
     bad, pictures = sum(head.problems for head in heads), code_tables.total(heads)
     others: Counter[str] = Counter()
@@ -345,8 +355,9 @@ def tell(config: Config, heads: Sequence[Head], said: Iterable[dict[str, Any]], 
         print(f"members that are not pictures: {_endings(others)}")
     if bad:
         print(f"{plural(bad, 'picture')} without codes, with shard, key and reason in {config.output / BAD}")
-    shards = plural(len(heads), "shard")
-    print(f"{plural(pictures, 'picture')} of {shards} have codes ({seconds:.0f} s) -> {config.output}")
+    shards, seconds = plural(len(heads), "shard"), sum(result["cpu"] for result in said)
+    work = f"; {plural(len(said), 'shard')} took {seconds:,.0f} s of the workers' CPUs" if said else ""
+    print(f"{plural(pictures, 'picture')} of {shards} have codes{work} -> {config.output}")
 
 
 def _endings(others: Counter[str]) -> str:

@@ -68,11 +68,12 @@ def spread(
         context.max_errored_blocks = -1  # what has no result is known by that
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        # A job that waits at a worker would be charged with its death: so each worker has the one it does.
         rows = [{"job": json.dumps(job)} for job in jobs]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _Doing,
             fn_constructor_args=[worker, {**arguments, "gpu": gpu, "threads": threads}, str(Path.cwd())],
-            compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
             num_cpus=threads,
             num_gpus=1 if gpu else 0,
             max_restarts=-1,

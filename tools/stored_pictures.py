@@ -94,7 +94,7 @@ class Reading:
             raise TornShardError(f"shard cannot be read to its end ({reason})") from None
 
     def _of_tar(self, file: IO[bytes]) -> Iterator[StoredPicture]:
-        with tarfile.open(fileobj=file, mode="r|*") as archive:
+        with tarfile.open(fileobj=file, mode="r:*") as archive:
             for member in archive:
                 if not member.isdir() and (picture := self._member(archive, member)) is not None:
                     yield picture
@@ -216,9 +216,7 @@ def _columns(schema: Any, wanted: Columns) -> tuple[str, str | None]:
     holding = [field.name for field in schema if _holds_pictures(field.type)]
     if wanted.image is None and len(holding) != 1:
         found = ", ".join(holding) or "none"
-        raise TornShardError(
-            f"parquet shard whose column of pictures is not known (name it; those with bytes: {found})"
-        )
+        raise TornShardError(f"parquet shard: name its column of pictures with --image-column (of bytes: {found})")
     key = wanted.key or next((name for name in KEY_COLUMNS if name in schema.names), None)
     return wanted.image or holding[0], key
 
