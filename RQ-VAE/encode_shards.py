@@ -124,15 +124,27 @@ class ShardEncoder:
         self.threads = threads
 
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Write the table of one shard; what is said of it goes to the driver.
+        """Write the table of one shard.
 
         Args:
             job: a `Shard`.
+
+        Returns:
+            Its name; why it failed, or nothing; members that are not pictures, by ending; seconds of CPU.
         """
-        worked = time.process_time()
-        shard = Shard(**job)
-        reading = Reading(shard, self.columns)
-        collected = Collected(shard)
+        worked, failed = time.process_time(), ""
+        reading = Reading(Shard(**job), self.columns)
+        try:
+            self._encode(reading)
+        except TornShardError as error:
+            failed = str(error)
+        except OSError as error:
+            failed = f"its table cannot be written: {error.strerror or error}"
+        cpu = time.process_time() - worked
+        return {"shard": reading.shard.name, "failed": failed, "others": dict(reading.others), "cpu": cpu}
+
+    def _encode(self, reading: Reading) -> None:
+        collected = Collected(reading.shard)
         try:
             for pictures, pixels in batches(reading.pictures(), self._pixels, self.batch_size, self.threads):
                 collected.add(pictures, None if pixels is None else self.coder.code(pixels))
@@ -140,16 +152,10 @@ class ShardEncoder:
                 raise TornShardError(f"shard without pictures (members end in {_endings(reading.others)})")
         except TornShardError as error:
             if not self.accept_torn:
-                return {"shard": shard.name, "torn": str(error), "others": {}, "cpu": time.process_time() - worked}
+                raise
             collected.pictures.append(StoredPicture("", "", b"", str(error)))
         table, head = collected.table(self.space, self.width, self.made_by)
         self.tables.write(table, head)
-        return {
-            "shard": shard.name,
-            "torn": "",
-            "others": dict(reading.others),
-            "cpu": time.process_time() - worked,
-        }
 
     def _pixels(self, picture: StoredPicture) -> Tensor | None:
         """A picture as the tower reads it; None, and its problem said, where there is none."""
@@ -325,8 +331,8 @@ def refuse_failed(left: Sequence[Shard], said: dict[str, dict[str, Any]]) -> Non
     Raises:
         BadInput: there are some.
     """
-    died = "its worker died each time it was tried"
-    failed = {shard: said[shard.name]["torn"] if shard.name in said else died for shard in left}
+    died = "its worker died, or failed, each time it was tried"
+    failed = {shard: said[shard.name]["failed"] if shard.name in said else died for shard in left}
     failed = {shard: reason for shard, reason in failed.items() if reason}
     for shard, reason in list(failed.items())[:NAMED]:
         print(printable(f"not encoded: {shard.address}: {reason}"))

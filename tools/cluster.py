@@ -81,6 +81,11 @@ def spread(
         )
         for row in done.iter_rows():
             yield json.loads(row["result"])
+    except ray.exceptions.RayError as error:
+        said = str(error).strip().rpartition("\n")[2]
+        raise BadInput(
+            f"Ray's workers do not start, or the cluster has gone ({said}); the same command resumes"
+        ) from None
     finally:
         ray.shutdown()
 
