@@ -45,6 +45,7 @@ from tools.vokens import VokenSpace
 
 COMMAND = "RQ-VAE.encode_shards"
 TABLES, SHARDS, BAD = "tables", "shards.jsonl", "bad.jsonl"
+MODEL_FACTS = ("model", "pretrained", "activation", "precision")
 NAMED = 10  # shards that could not be encoded, in lines of their own
 
 
@@ -84,23 +85,29 @@ class Config(RunOptions, DeviceOptions):
             raise BadInput("`batch_size` and `threads` must be at least 1, `workers` at least 0")
         if self.workers == 0 and self.cluster is not None:
             raise BadInput("`workers` 0 works in this process alone: leave `cluster` out")
+        if self.workers != 0 and ":" in (self.device or ""):
+            raise BadInput(
+                f"`device` {self.device}: each worker gets a GPU of its own: write cuda, or set `workers` to 0"
+            )
 
 
 class ShardEncoder:
     """Encodes shards one by one, in one process.
 
     Args:
+        facts, heads_apart: of the feature folder, as `PictureCoder` takes them; workers need not check its files.
         made_by: `Head.made_by` of the tables.
         space: levels, codebook size and sharing, as `VokenSpace` has them.
         keep_features, batch_size, columns: as in `Config`.
         accept_torn: write the table of a damaged shard.
-        device: None for a GPU of its own where the worker has one, else the CPU.
+        device: None for the GPU where the worker has one, else the CPU.
     """
 
     def __init__(
         self,
         *,
-        features: str,
+        facts: dict[str, Any],
+        heads_apart: bool,
         rqvae: str,
         tables: str,
         made_by: str,
@@ -114,10 +121,9 @@ class ShardEncoder:
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        made = runs.read_manifest(Path(features), TOWERS, HEADS)
         place = pick_device(device or ("cuda" if gpu else "cpu"))
         tokenizer = RqVae.from_pretrained(Path(rqvae))
-        self.coder = PictureCoder(made.facts, tokenizer, heads_apart=made.command == HEADS, device=place)
+        self.coder = PictureCoder(facts, tokenizer, heads_apart=heads_apart, device=place)
         self.tables, self.made_by, self.space = Tables(tables), made_by, VokenSpace(*space)
         self.width = tokenizer.config.features if keep_features else None
         self.accept_torn, self.columns, self.batch_size = accept_torn, Columns(*columns), batch_size
@@ -250,7 +256,9 @@ def main(config: Config) -> None:
     made_by = _hash([encoder_of(made), made.facts["precision"], runs.fingerprint(config.rqvae), config.keep_features])
     left = missing(tables, shards, made_by, config)
     arguments = {
-        **{name: str(getattr(config, name)) for name in ("features", "rqvae")},
+        "facts": {name: made.facts[name] for name in MODEL_FACTS if name in made.facts},
+        "heads_apart": made.command == HEADS,
+        "rqvae": str(config.rqvae),
         **{name: getattr(config, name) for name in ("keep_features", "accept_torn", "batch_size", "device")},
         "tables": tables.address,
         "made_by": made_by,

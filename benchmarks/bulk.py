@@ -2,12 +2,13 @@
 
 In:  the emoji sample's captions, features and tokenizer.
 Out: `benchmarks/results/bulk.json`.
-Command: python -m benchmarks.bulk --pictures 2048 --rounds 2
+Command: python -m benchmarks.bulk --pictures 1024 --rounds 2
 
-The plain loop is that of RQ-VAE.prepare_emb on picture files, then the head and the tokenizer, with as many threads of
-torch and as many reading processes as bulk encoding has workers. Bulk encoding reads tar shards of the same pictures
-with workers of one thread each. Seconds on the clock count from the first batch or shard on: loading models and
-starting Ray are the row `start`. Seconds of CPU are those of all processes that read, decode and compute.
+The plain loop is that of RQ-VAE.prepare_emb on picture files, then the head and the tokenizer. It runs in one process
+with as many threads of torch and as many reading processes as bulk encoding has workers, and in as many processes with
+one thread and one reading process each. Bulk encoding reads tar shards of the same pictures with workers of one thread.
+Seconds count from the first batch or shard on; what comes before, loading models and starting Ray, is `start`. Seconds
+of CPU are those of all processes that read, decode and compute.
 """
 
 import io
@@ -15,8 +16,10 @@ import resource
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,7 +60,7 @@ class Config:
     """Feature folder whose model encodes."""
     rqvae: Path = SAMPLE / "05_train_rqvae"
     """Run folder of RQ-VAE.train."""
-    pictures: int = 2048
+    pictures: int = 1024
     """Pictures of a round, the first of the captions."""
     shard: int = 128
     """Pictures of a shard."""
@@ -92,42 +95,71 @@ def pack(files: list[Path], folder: Path, size: int) -> None:
                 archive.addfile(member, io.BytesIO(content))
 
 
-def plain(files: list[Path], config: Config, folder: Path) -> dict[str, Any]:
-    """Codes, and seconds, of the plain loop."""
-    torch.set_num_threads(config.workers)
-    began = time.time()
+def plain(files: list[Path], threads: int, config: Config, folder: Path) -> dict[str, Any]:
+    """Codes of the plain loop in this process, and when it began and ended.
+
+    Args:
+        threads: of torch; as many processes read pictures.
+    """
+    torch.set_num_threads(threads)
     made = runs.read_manifest(config.features, TOWERS, HEADS)
     tokenizer = RqVae.from_pretrained(config.rqvae)
     coder = PictureCoder(made.facts, tokenizer, heads_apart=made.command == HEADS, device=torch.device("cpu"))
     pictures = Pictures([str(file) for file in files], coder.clip.preprocess)
     rows = np.arange(len(files))
     parts = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    start, cpu = time.time(), seconds_of_cpu()
+    began, cpu = time.time(), seconds_of_cpu()
     with torch.inference_mode():
         blocks = prepare_emb.encode(
-            folder, pictures, parts, lambda pixels: coder.code(pixels).codes.float(), workers=config.workers
+            folder, pictures, parts, lambda pixels: coder.code(pixels).codes.float(), workers=threads
         )
     codes = np.concatenate([np.load(block) for block in blocks]).astype(np.int64)
-    return {"codes": codes, "start": start - began, "clock": time.time() - start, "cpu": seconds_of_cpu() - cpu}
+    return {"codes": codes, "began": began, "ended": time.time(), "cpu": seconds_of_cpu() - cpu}
+
+
+def plain_processes(count: int, threads: int, files: list[Path], config: Config, folder: Path) -> dict[str, Any]:
+    """Codes, and seconds, of the plain loop in so many new processes, each with its part of the files."""
+    asked, share = time.time(), -(-len(files) // count)
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        starts = range(0, len(files), share)
+        waiting = [
+            pool.submit(plain, files[start : start + share], threads, config, folder / str(start)) for start in starts
+        ]
+        said = [each.result() for each in waiting]
+    return summed(said, [each["codes"] for each in said], asked)
+
+
+def summed(said: list[dict[str, Any]], codes: list[Any], asked: float) -> dict[str, Any]:
+    """Of processes that began and ended at these times: codes, and seconds until the first began, and of all work."""
+    began, ended = min(each["began"] for each in said), max(each["ended"] for each in said)
+    cpu = sum(each["cpu"] for each in said)
+    return {"codes": np.concatenate(codes), "start": began - asked, "clock": ended - began, "cpu": cpu}
 
 
 def bulk(shards: Path, config: Config, folder: Path) -> dict[str, Any]:
     """Codes, and seconds, of bulk encoding."""
-    began = time.time()
-    facts = runs.read_manifest(config.rqvae, "RQ-VAE.train").facts
+    asked = time.time()
+    made, space = (
+        runs.read_manifest(config.features, TOWERS, HEADS),
+        runs.read_manifest(config.rqvae, "RQ-VAE.train").facts,
+    )
     arguments = {
-        **{"features": str(config.features), "rqvae": str(config.rqvae), "tables": str(folder), "made_by": ""},
-        **{"space": [facts[name] for name in VokenSpace._fields], "keep_features": False, "accept_torn": False},
+        **{
+            "facts": made.facts,
+            "heads_apart": made.command == HEADS,
+            "rqvae": str(config.rqvae),
+            "tables": str(folder),
+            "made_by": "",
+        },
+        **{"space": [space[name] for name in VokenSpace._fields], "keep_features": False, "accept_torn": False},
         **{"columns": [None, None], "batch_size": BATCH, "device": "cpu"},
     }
     found = find_shards(str(shards))
     jobs = [shard._asdict() for shard in found]
     said = list(spread(Timed, arguments, jobs, Places(workers=config.workers, threads=1, gpu=False)))
-    start, end = min(each["began"] for each in said), max(each["ended"] for each in said)
     tables = Tables(str(folder))
     codes = [block.codes for shard in found for block in tables.blocks(shard.name, features=False)]
-    cpu = sum(each["cpu"] for each in said)
-    return {"codes": np.concatenate(codes), "start": start - began, "clock": end - start, "cpu": cpu}
+    return summed(said, codes, asked)
 
 
 def seconds_of_cpu() -> float:
@@ -139,30 +171,42 @@ def seconds_of_cpu() -> float:
 def main(config: Config) -> None:
     captions = read_captions(config.captions)
     files = [captions.images / record.file for record in captions.records[: config.pictures]]
-    found: dict[str, list[dict[str, Any]]] = {"plain loop": [], "bulk": []}
-    with tempfile.TemporaryDirectory() as work:
-        shards = Path(work) / "shards"
-        shards.mkdir()
-        pack(files, shards, config.shard)
+    threaded, processes, bulky = (
+        f"{way} {config.workers}" for way in ("plain, threads", "plain, processes", "bulk, workers")
+    )
+    found: dict[str, list[dict[str, Any]]] = {threaded: [], processes: [], bulky: []}
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        (work / "shards").mkdir()
+        pack(files, work / "shards", config.shard)
         for number in range(config.rounds):
-            found["plain loop"].append(plain(files, config, Path(work) / f"plain-{number}"))
-            found["bulk"].append(bulk(shards, config, Path(work) / f"bulk-{number}"))
-    wanted = found["plain loop"][0]["codes"]
-    rows = []
-    for name, each in found.items():
-        times = {kind: median(one[kind] for one in each) for kind in ("start", "clock", "cpu")}
-        other = int((each[0]["codes"] != wanted).any(axis=1).sum())
-        rates = {f"pictures_per_{kind}_second": len(files) / times[kind] for kind in ("clock", "cpu")}
-        rows.append({"way": name, "start_seconds": times["start"], **rates, "other_codes": other})
-    ratios = {
-        kind: rows[1][f"pictures_per_{kind}_second"] / rows[0][f"pictures_per_{kind}_second"]
-        for kind in ("clock", "cpu")
-    }
+            found[threaded].append(plain_processes(1, config.workers, files, config, work / f"threads-{number}"))
+            found[processes].append(plain_processes(config.workers, 1, files, config, work / f"plain-{number}"))
+            found[bulky].append(bulk(work / "shards", config, work / f"bulk-{number}"))
+    rows = [row(name, each, found[threaded][0]["codes"]) for name, each in found.items()]
     print(table(rows))
-    print("bulk / plain loop: " + ", ".join(f"{value:.2f} by {kind}" for kind, value in ratios.items()))
+    ratios = {
+        f"{kind}, against {name}": rows[2][kind] / next(each[kind] for each in rows if each["way"] == name)
+        for name in (threaded, processes)
+        for kind in ("pictures/second", "pictures/CPU second")
+    }
+    for kind, ratio in ratios.items():
+        print(f"bulk encoding has {ratio:.2f} x the {kind}")
     config.output.mkdir(parents=True, exist_ok=True)
     sizes = {"pictures": len(files), "shard": config.shard, "workers": config.workers, "rounds": config.rounds}
     write_json(config.output / "bulk.json", {"machine": machine(), **sizes, "rows": rows, "ratios": ratios})
+
+
+def row(name: str, rounds: list[dict[str, Any]], wanted: Any) -> dict[str, Any]:
+    """Medians over the rounds, and how many pictures got other codes than `wanted` (pictures, levels)."""
+    times = {kind: median(each[kind] for each in rounds) for kind in ("start", "clock", "cpu")}
+    return {
+        "way": name,
+        "start, s": times["start"],
+        "pictures/second": len(wanted) / times["clock"],
+        "pictures/CPU second": len(wanted) / times["cpu"],
+        "other codes": int((rounds[0]["codes"] != wanted).any(axis=1).sum()),
+    }
 
 
 if __name__ == "__main__":

@@ -286,10 +286,30 @@ def test_features_of_the_tower_are_refused(chain: Chain, tmp_path: Path) -> None
         encode_shards.main(config)
 
 
+def test_a_worker_takes_no_numbered_gpu(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="each worker gets a GPU of its own: write cuda"):
+        config_of(chain, tmp_path, tmp_path / "out", workers=None, device="cuda:1")
+
+
 def test_without_ray_a_line_says_what_to_do(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.cluster.find_spec", lambda name: None)
     config = config_of(chain, packed(chain, tmp_path / "shards"), tmp_path / "out", workers=2)
     with pytest.raises(BadInput, match=r"Ray is not installed: .*pip install.*requirements-cluster\.txt; or set"):
+        encode_shards.main(config)
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:9", r"`cluster` 127\.0\.0\.1:9: no Ray cluster answers there \("),
+        ("ray://host:10001", r"is no address of a Ray cluster: write HOST:PORT, or auto"),
+        ("host", r"is no address of a Ray cluster"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_refused(chain: Chain, tmp_path: Path, address: str, said: str) -> None:
+    config = config_of(chain, packed(chain, tmp_path / "shards"), tmp_path / "out", workers=None, cluster=address)
+    with pytest.raises(BadInput, match=said):
         encode_shards.main(config)
 
 

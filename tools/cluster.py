@@ -7,6 +7,7 @@ and gives what it was at to another one. This module alone knows Ray, which need
 import json
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .errors import BadInput
 from .picture_formats import install_command
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 20.0  # seconds until a cluster must answer
 RETRIES = 3  # of a job whose worker died
 STORE_BYTES = 128 << 20  # of shared memory on one machine: jobs and results are a few bytes
 PINS = "-r requirements-cluster.txt"
@@ -107,6 +109,9 @@ def _started(places: Places) -> Any:
         raise BadInput(
             f"Ray is not installed: {install_command(PINS)}; or set `workers` to 0 to work in this process alone"
         )
+    if places.address is not None:
+        _refuse_silent(places.address)
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray shows the cluster no token, and is turned away
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns at every start
     if places.address is None:
@@ -126,8 +131,30 @@ def _started(places: Places) -> Any:
         ray.init(places.address or "local", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         said = str(error).partition("\n")[0]
-        raise BadInput(f"`cluster` {places.address or 'on this machine'}: Ray does not start ({said})") from None
+        if places.address is None:
+            raise BadInput(f"Ray does not start on this machine ({said}): set `workers` to 0 to do without") from None
+        raise BadInput(
+            f"`cluster` {places.address}: Ray cannot join it ({said}): put the cluster's token into ~/.ray/auth_token, "
+            "or, where it asks for none, set RAY_AUTH_MODE=disabled"
+        ) from None
     return ray
+
+
+def _refuse_silent(address: str) -> None:
+    """Refuse an address where nobody answers, which Ray would try for minutes.
+
+    Raises:
+        BadInput: it is one, or is neither "auto" nor a host with a port.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise BadInput(f"`cluster` {address} is no address of a Ray cluster: write HOST:PORT, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except OSError as error:
+        raise BadInput(f"`cluster` {address}: no Ray cluster answers there ({error.strerror or error})") from None
 
 
 def _sizes(places: Places, there: dict[str, float], jobs: int) -> tuple[int, int, bool]:
