@@ -12,6 +12,7 @@ of CPU are those of all processes that read, decode and compute.
 """
 
 import io
+import os
 import resource
 import tarfile
 import tempfile
@@ -48,6 +49,7 @@ encode_shards: Any = import_module("RQ-VAE.encode_shards")
 prepare_emb: Any = import_module("RQ-VAE.prepare_emb")
 SAMPLE = Path("RQ-VAE/output/emoji")
 BATCH = 64
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}  # as scripts/env.sh has it
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def seconds_of_cpu() -> float:
 
 
 def main(config: Config) -> None:
+    os.environ.update(ALLOCATOR)  # for the processes that are started
     captions = read_captions(config.captions)
     files = [captions.images / record.file for record in captions.records[: config.pictures]]
     threaded, processes, bulky = (
