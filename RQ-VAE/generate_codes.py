@@ -22,7 +22,7 @@ from tools.captions import SPLITS
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
 from tools.errors import BadInput
-from tools.features import encoder_of, read_features
+from tools.features import read_features, refuse_other_encoder
 from tools.files import write_array, write_json
 from tools.logs import Tracker
 from tools.tokenizer_report import TokenizerReport, make_report
@@ -62,11 +62,7 @@ class FixedCodes(nn.Module):
 def main(config: Config) -> None:
     features = read_features(config.features)
     rqvae = runs.read_manifest(config.rqvae, "RQ-VAE.train")
-    if rqvae.facts.get("encoder", encoder_of(features.manifest)) != encoder_of(features.manifest):
-        raise BadInput(
-            f"{config.rqvae} was trained on features of another two-tower model than those of {config.features} "
-            f"({features.manifest.facts['model']}): encode the pictures with that model (scripts/03_prepare_emb.sh)"
-        )
+    refuse_other_encoder(features.manifest, rqvae)
     run = runs.begin("RQ-VAE.generate_codes", config, inputs={"features": config.features, "rqvae": config.rqvae})
     if run is None:
         return

@@ -68,6 +68,15 @@ def test_condas_python_is_one_that_the_pins_know() -> None:
 
 
 def test_requirements_are_exact() -> None:
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-cluster.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text().splitlines():
             assert re.match(r"#|-r requirements.txt$|[A-Za-z0-9_.-]+==[^ ;]+( ;.*)?$", line), f"{name}: {line}"
+
+
+def test_the_pins_of_the_cluster_have_the_extras_packages_and_move_no_other() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    extra = re.search(r"^cluster = \[(.*)\]", text, re.MULTILINE)
+    assert extra is not None
+    beside = pins(ROOT / "requirements-cluster.txt").keys()
+    assert {name.partition("[")[0] for name in re.findall(r'"([^"]+)"', extra[1])} <= beside
+    assert not beside & pins(ROOT / "requirements.txt").keys()

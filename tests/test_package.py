@@ -20,6 +20,7 @@ from setuptools.errors import SetupError
 
 from package import __main__ as command
 from package import build, search
+from package.__main__ import SERVER
 from retriever import Retriever
 from retriever.gallery.package import copy_sources
 from tests.hub import stand_in, variables

@@ -87,6 +87,23 @@ def encoder_of(manifest: Manifest) -> list[str | None]:
     return [*found, "quick_gelu"] if of_file and manifest.facts.get("activation") == "quick_gelu" else found
 
 
+def refuse_other_encoder(features: Manifest, rqvae: Manifest) -> None:
+    """Refuse features that a tokenizer was not trained on.
+
+    Args:
+        features, rqvae: of a finished feature folder, and of a finished tokenizer.
+
+    Raises:
+        BadInput: another two-tower model made them.
+    """
+    encoder = encoder_of(features)
+    if rqvae.facts.get("encoder", encoder) != encoder:
+        raise BadInput(
+            f"{rqvae.folder} was trained on features of another two-tower model than those of {features.folder} "
+            f"({features.facts['model']}): encode the pictures with that model ({script_of(TOWERS)})"
+        )
+
+
 def normalized(vectors: Floats) -> Floats:
     """Rows divided by their L2 norm; zero rows stay zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)

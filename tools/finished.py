@@ -25,6 +25,8 @@ def is_finished(command: str, arguments: list[str]) -> Path | None:
     folder = own_place(Path(arguments[(arguments.index("--output") + 1) % len(arguments)]))
     try:
         manifest = read_json(folder / runs.MANIFEST)
+        if manifest["facts"].get("grows"):  # the command itself looks whether there is more
+            return None
         runs.check_files(folder)
         same = (manifest["command"], manifest["arguments"], manifest["source"]) == (
             command,

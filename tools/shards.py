@@ -147,7 +147,7 @@ class Unpacking:
                 with tarfile.open(shard, "r:*") as archive:
                     for member in archive:
                         self._read(archive, member, samples, shard)
-                    if not _is_closed(archive):
+                    if not is_closed(archive):
                         samples["/"] = [Sample(shard.name, shard.name, problem=NOT_CLOSED)]  # no member's key
             except DAMAGES as error:
                 reason = str(error).partition("\n")[0].rstrip(":")
@@ -200,7 +200,7 @@ class Unpacking:
         return path.removesuffix(path[len(path) - len(ending) :])
 
 
-def _is_closed(archive: tarfile.TarFile) -> bool:
+def is_closed(archive: tarfile.TarFile) -> bool:
     """Whether an archive that was read to its end has tar's mark there; without it, something may be cut off.
 
     Raises:

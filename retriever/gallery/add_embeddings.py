@@ -39,7 +39,7 @@ from tools.features import Rows, normalized
 from tools.texts import clean, plural
 from tools.vokens import Codes
 
-from .add import AGAIN, Added, code, known_rows
+from .add import Added, again, code, known_rows
 from .by_picture import PictureEncoder, read_picture
 from .compact import BLOCK, stored_features
 from .contents import unknown
@@ -109,7 +109,7 @@ def check_model(gallery: Gallery, embeddings: Embeddings, config: Config) -> Non
             "features of one model. If they are the same model, name it as the index does: "
             f"--model {_typed(gallery.clip)}"
         )
-    tokenizer = RqVae.from_pretrained(gallery.check_rqvae(AGAIN)).config
+    tokenizer = RqVae.from_pretrained(gallery.check_rqvae(again(gallery))).config
     if not tokenizer.normalize:
         raise BadInput(
             f"{gallery.rqvae} reads the lengths of features (--no-normalize), and embeddings of clip-retrieval have "
