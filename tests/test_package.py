@@ -127,7 +127,7 @@ def test_the_wheel_has_one_package_its_licence_and_what_a_search_needs(wheel: Pa
     assert "avg = avg.__main__:main" in entry_points
     assert "License-Expression: CC-BY-NC-4.0\n" in metadata
     assert {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")} == {
-        "sample", "serve", "llama", "captions", "cluster",
+        "sample", "serve", "llama", "captions", "train", "cluster", "benchmarks",
     }  # fmt: skip
     assert {"avg/retriever/gallery/api.py", "avg/retriever/serve/page/index.html", "avg/py.typed"} <= set(names)
     assert not {"avg/build.py", "avg/stale.py", "avg/retriever/train.py", "avg/tools/fetch_emoji.py"} & set(names)
