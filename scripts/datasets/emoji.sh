@@ -43,6 +43,7 @@ TRAIN_HEADS=(
     --batch-size 1024
     --lr 1e-3
     --weight-decay 0.1
+    --image-dropout 0.3
 )
 FEATURES=$TOKENIZER/04_train_heads
 GENERATE_CODES=()
