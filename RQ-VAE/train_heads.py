@@ -53,6 +53,9 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
     """Share of the steps over which the learning rate rises; it then falls along a cosine."""
     temperature: float = 0.07
     """Temperature of the CLIP loss at the start; it is learned."""
+    image_dropout: float = 0.0
+    """Share of the image tower's values that training hides from the image head, drawn anew for each picture. Few
+    pictures are otherwise learned by heart."""
     validate_every: int = 10
 
     def __post_init__(self) -> None:
@@ -60,19 +63,22 @@ class Config(RunOptions, TrainingOptions, ValidationOptions):
         ValidationOptions.__post_init__(self)
         if self.epochs < 1 or self.batch_size < 2 or self.temperature <= 0:
             raise BadInput("--epochs must be at least 1, --batch-size at least 2, --temperature above 0")
+        if not 0 <= self.image_dropout < 1:
+            raise BadInput(f"--image-dropout must be at least 0 and below 1, not {self.image_dropout}")
 
 
 class TwoHeads(nn.Module):
     """The trainable part: two heads and the scale of the logits."""
 
-    def __init__(self, heads: Heads, temperature: float) -> None:
+    def __init__(self, heads: Heads, temperature: float, image_dropout: float = 0.0) -> None:
         super().__init__()
-        self.image, self.text = heads.image, heads.text
+        self.image, self.text, self.image_dropout = heads.image, heads.text, image_dropout
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
 
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         """Symmetric cross-entropy over the batch (Radford et al. 2021, figure 3); inputs (batch, tower width)."""
-        image, text = F.normalize(self.image(images), dim=1), F.normalize(self.text(texts), dim=1)
+        seen = F.dropout(images, self.image_dropout, self.training)
+        image, text = F.normalize(self.image(seen), dim=1), F.normalize(self.text(texts), dim=1)
         logits = image @ text.T * self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
         targets = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
@@ -132,7 +138,7 @@ def train(model: TwoHeads, features: Features, run: runs.Run, config: Config) ->
         Recall on val; empty without val captions.
     """
     steps = config.epochs * len(batches_of(features, config, 0))
-    stepper = Stepper(model, config, steps=steps, decay="cosine", seeded=False)
+    stepper = Stepper(model, config, steps=steps, decay="cosine")
     checkpoint = Checkpoint(run, stepper, epochs=config.epochs, points=config.epochs, patience=config.patience)
     checkpoint.resume()
     tracker = Tracker(run.folder, job="train_heads", config=run.started["config"])
@@ -184,7 +190,7 @@ def main(config: Config) -> None:
     clip = load_recorded(facts)
     if not clip.config:
         raise BadInput(f"{facts['model']}: heads can be saved for named models and folders: download it as a folder")
-    model = TwoHeads(detach_heads(clip), config.temperature).to(device)
+    model = TwoHeads(detach_heads(clip), config.temperature, config.image_dropout).to(device)
     figures = train(model, features, run, config)
     write_array(run.folder / IMAGES, apply_head(model.image, features.images, device))
     write_array(run.folder / TEXTS, apply_head(model.text, features.texts, device))

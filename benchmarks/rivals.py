@@ -6,8 +6,8 @@ Out: `benchmarks/results/rivals.json`, a row for each system and pool; rows of o
 Command: python -m benchmarks.rivals --pictures 1000000
 
 What would need more than `--memory` is not built, and its row says how much it needs. `recall` is the share of the
-exact ten that a search finds; these come from a scan of all vectors. Generation is timed with a T5-base of random weights,
-and its recall depends on the model: none is measured here.
+exact ten that a search finds; these come from a scan of all vectors. Generation is timed with a T5-base of random
+weights, and its recall depends on the model: none is measured here.
 """
 
 import math

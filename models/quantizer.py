@@ -5,6 +5,7 @@ may balance the assignment with Sinkhorn iterations (Cuturi 2013). Lee et al. 20
 of the scheme.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from .batches import rows_of_all
 
 COMMITMENT = 0.25  # weight of the commitment term, van den Oord et al. 2017, section 3.2
 SINKHORN_ITERATIONS = 10
+SMALLEST_SUM = 1e-25  # of a plan's row or column: entries that fp32 rounds to nothing are far below
 UNBALANCED_ITERATIONS = 5  # of k-means, before the balanced ones: they only spread the centres
 BLOCK = 8192
 
@@ -170,13 +172,35 @@ def balanced_plan(vectors: Tensor, book: Tensor, temperature: float) -> Tensor:
 
 
 def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
-    """Logarithm of the transport plan (rows, codes) whose rows and columns are equally full."""
+    """Logarithm of the transport plan (rows, codes) whose rows and columns are equally full.
+
+    After the first iteration the plan is scaled as it is: two products of a matrix and a vector for each iteration, in
+    place of two exponentials of the whole matrix. Where that leaves the range of its numbers, logarithms go on.
+    """
     log_plan = scores
-    rows, columns = scores.shape
-    for _ in range(iterations):
-        log_plan = log_plan - log_plan.logsumexp(dim=0, keepdim=True) - torch.log(torch.tensor(float(columns)))
-        log_plan = log_plan - log_plan.logsumexp(dim=1, keepdim=True) - torch.log(torch.tensor(float(rows)))
+    for iteration in range(iterations):
+        log_plan = _filled(_filled(log_plan, dim=0), dim=1)
+        if iteration == 0 and (scales := _scales(log_plan.exp(), iterations - 1)) is not None:
+            return log_plan + scales
     return log_plan
+
+
+def _filled(log_plan: Tensor, dim: int) -> Tensor:
+    """The plan with equal sums along a dimension, of 1 in all."""
+    return log_plan - log_plan.logsumexp(dim=dim, keepdim=True) - math.log(log_plan.shape[1 - dim])
+
+
+def _scales(plan: Tensor, iterations: int) -> Tensor | None:
+    """Logarithms (rows, codes) of what iterations multiply a plan by; None where its sums become too small to trust."""
+    rows, columns = plan.new_ones(len(plan)), plan.new_ones(plan.shape[1])
+    least = plan.new_tensor(torch.inf)
+    for _ in range(iterations):
+        of_columns = rows @ plan
+        columns = 1 / (plan.shape[1] * of_columns)
+        of_rows = plan @ columns
+        rows = 1 / (plan.shape[0] * of_rows)
+        least = torch.minimum(least, torch.minimum(of_columns.min(), of_rows.min()))
+    return None if least < SMALLEST_SUM else rows.log().unsqueeze(1) + columns.log()
 
 
 def kmeans(

@@ -49,6 +49,7 @@ def beam_search(
     levels: Sequence[SearchLevel],
     *,
     beams: int,
+    early_beams: int | None = None,
     scoring: Scoring = "full",
     score_end: bool = False,
     steering: Steering | None = None,
@@ -59,6 +60,7 @@ def beam_search(
         memory: what `writer.encode` gives for the queries.
         levels: the index on the writer's device (`index.to_device`).
         beams: candidates kept at each level, and leaves returned.
+        early_beams: candidates kept at the first half of the levels, where they are more than `beams`.
         scoring: the softmax: "full" or "voken", see `models.decoding.Head`.
         score_end: add the log-probability of the end token, one more decoder step; not with "voken".
         steering: the guide of these queries (`Guide.steer`), good for one search; None for the published search.
@@ -67,8 +69,8 @@ def beam_search(
         ValueError: the end token is asked for in a softmax that does not have it.
         FloatingPointError: the model gives no numbers (it overflows in this arithmetic).
     """
-    options: dict[str, Any] = {"beams": beams, "scoring": scoring, "score_end": score_end, "steering": steering}
-    found, broken = search_steps(writer, memory, levels, **options)
+    options: dict[str, Any] = {"beams": beams, "early_beams": early_beams, "scoring": scoring, "score_end": score_end}
+    found, broken = search_steps(writer, memory, levels, steering=steering, **options)
     refuse_broken(broken)
     return found
 
@@ -79,6 +81,7 @@ def search_steps(
     levels: Sequence[SearchLevel],
     *,
     beams: int,
+    early_beams: int | None = None,
     scoring: Scoring,
     score_end: bool,
     steering: Steering | None = None,
@@ -105,11 +108,12 @@ def search_steps(
         if steering is not None:
             log_probabilities = log_probabilities + steering.gains(number)
         candidates = children_of(nodes, scores, log_probabilities, level)
+        kept = max(beams, early_beams or 0) if number < len(levels) // 2 else beams
         if level.in_order:
-            chosen = best(candidates, beams)
+            chosen = best(candidates, kept)
         else:
             size = log_probabilities.shape[2]
-            chosen = best(candidates, beams, places.order(candidates, size))
+            chosen = best(candidates, kept, places.order(candidates, size))
             places.advance(chosen, size)
         nodes, scores, parents, codes = chosen
         if steering is not None:

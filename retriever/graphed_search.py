@@ -44,18 +44,24 @@ class GraphedSearch:
         levels: list[DeviceLevel],
         *,
         beams: int,
+        early_beams: int | None = None,
         scoring: Scoring = "full",
         score_end: bool = False,
         guide: Guide | None = None,
     ) -> None:
         """
         Args:
-            levels, beams, scoring, score_end: as in `beam_search`.
+            levels, beams, early_beams, scoring, score_end: as in `beam_search`.
             guide: on the writer's device, where one steers the search.
         """
         self.guide = guide
         self.writer, self.levels = writer, levels
-        self.beams, self.scoring, self.score_end = beams, scoring, score_end
+        self.options: dict[str, Any] = {
+            "beams": beams,
+            "early_beams": early_beams,
+            "scoring": scoring,
+            "score_end": score_end,
+        }
         self.encoders: OrderedDict[tuple[int, ...], Replay] = OrderedDict()
         self.searches: OrderedDict[tuple[int, ...], Replay] = OrderedDict()
         on_gpu = writer.lm.device.type == "cuda"
@@ -99,8 +105,8 @@ class GraphedSearch:
     def _search(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         *texts, states, mask = inputs
         steering = None if self.guide is None else self.guide.steer(texts[0])
-        options: dict[str, Any] = {"beams": self.beams, "scoring": self.scoring, "score_end": self.score_end}
-        found, broken = search_steps(self.writer, Memory(states, mask), self.levels, steering=steering, **options)
+        memory = Memory(states, mask)
+        found, broken = search_steps(self.writer, memory, self.levels, steering=steering, **self.options)
         return *found, broken
 
     def _replay(

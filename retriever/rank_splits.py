@@ -101,6 +101,7 @@ def rank(
         beams=beams,
         keep=beams,
         batch_size=config.batch_size,
+        early_beams=None if split == "train" else config.early_beams,
         scoring=config.scoring,
         score_end=config.score_end,
         guide=guide,

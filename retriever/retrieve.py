@@ -80,12 +80,17 @@ class ListOptions(SearchOptions):
     """Add the end token's log-probability to a score; published: yes."""
     guided: bool = True
     """Search with the guide that the retriever's training chose on val, where it chose one."""
+    early_beams: int | None = None
+    """Codes kept at the first half of the levels while a guide steers, where they are more than --beams: a guide knows
+    little of a picture before its last codes are written."""
     batch_size: int = 64
     """Queries per batch."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise BadInput("--batch-size must be at least 1")
+        if self.early_beams is not None and self.early_beams < 1:
+            raise BadInput("--early-beams must be at least 1")
         check_scoring(self.scoring, self.score_end)
 
 
@@ -139,6 +144,7 @@ def search_each(
     beams: int,
     keep: int,
     batch_size: int,
+    early_beams: int | None = None,
     scoring: Scoring = "full",
     score_end: bool = False,
     guide: Guide | None = None,
@@ -153,6 +159,7 @@ def search_each(
         the place of a query, and what was found for it; the rows in it are rows of all pictures.
 
     Args:
+        early_beams: as in `beam_search`, where a guide steers; a search without one narrows at once.
         guide: where one steers the search; on the writer's device.
         features: (queries, features) two-tower features of the texts, which a guide, or a slot of the model, reads.
         graphs: search as `GraphedSearch` does.
@@ -165,7 +172,8 @@ def search_each(
     levels = to_device(index, writer.lm.device)
     order = np.argsort(queries.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    options: dict[str, Any] = {"beams": beams, "scoring": scoring, "score_end": score_end}
+    early = None if guide is None else early_beams
+    options: dict[str, Any] = {"beams": beams, "early_beams": early, "scoring": scoring, "score_end": score_end}
     graphed = None
     if graphs:
         graphed = GraphedSearch(writer, levels, guide=guide, **options)
@@ -317,6 +325,7 @@ def main(config: Config) -> None:
             beams=config.beams,
             keep=config.keep,
             batch_size=config.batch_size,
+            early_beams=config.early_beams,
             scoring=config.scoring,
             score_end=config.score_end,
             guide=guide,

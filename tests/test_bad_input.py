@@ -406,6 +406,10 @@ HYPER_PARAMETERS = [
     case(rqvae_train, f"{XY} --batch-size 1", "--batch-size must be at least 2", id="batch of one"),
     case(rqvae_train, f"{XY} --dropout 1", "--epochs must not be negative, --dropout must be in [0, 1)",
          id="everything dropped"),
+    case(retrieve, "--dataset x --retriever y --output z --early-beams 0", "--early-beams must be at least 1",
+         id="early beams: none"),
+    case(train_heads, f"{XY} --image-dropout 1", "--image-dropout must be at least 0 and below 1, not 1.0",
+         id="all of a picture hidden"),
     case(rqvae_train, f"{XY} --hidden 64 0", "--hidden takes widths of at least 1", id="hidden width: zero"),
     case(rqvae_train, f"{XY} --kmeans-sample 0", "--kmeans-iterations, --revive-every and --alignment-weight must not "
          "be negative, --kmeans-sample must be at least 1", id="k-means of nothing"),

@@ -85,7 +85,14 @@ def search(writer: Table, rows: Sequence[Prefix], queries: int, **options: Any) 
 
 
 def naive(
-    writer: Table, rows: Sequence[Prefix], query: int, beams: int, scoring: str, *, score_end: bool
+    writer: Table,
+    rows: Sequence[Prefix],
+    query: int,
+    beams: int,
+    scoring: str,
+    *,
+    score_end: bool,
+    early_beams: int | None = None,
 ) -> list[tuple[float, Prefix]]:
     """Beam search over a set of sequences, one beam after the other; equal scores in the order of the codes."""
     levels = len(rows[0])
@@ -96,7 +103,8 @@ def naive(
             codes = sorted({row[level] for row in rows if row[:level] == prefix})
             values = writer.row(query, prefix, level, scoring)
             reached += [(score + values[code], (*prefix, code)) for code in codes]
-        found = sorted(reached, key=lambda each: (-each[0], each[1]))[:beams]
+        kept = early_beams if early_beams is not None and early_beams > beams and 2 * level + 1 < levels else beams
+        found = sorted(reached, key=lambda each: (-each[0], each[1]))[:kept]
     if score_end:
         ended = [(score + writer.end(query, prefix), prefix) for score, prefix in found]
         found = sorted(ended, key=lambda each: (-each[0], each[1]))
@@ -129,6 +137,14 @@ def test_equals_a_search_with_lists(
     rows: list[Prefix], queries: int, beams: int, grain: float, scoring: Scoring, score_end: bool
 ) -> None:
     assert_naive(Table(grain), rows, queries, beams=beams, scoring=scoring, score_end=score_end)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("early_beams", [1, 6, 100])
+def test_more_beams_at_the_first_half_of_the_levels(levels: int, early_beams: int) -> None:
+    rows = [tuple(row) for row in np.random.default_rng(0).integers(0, SIZE, size=(60, levels)).tolist()]
+    for score_end in (False, True):
+        assert_naive(Table(), rows, 2, beams=3, early_beams=early_beams, score_end=score_end)
 
 
 @pytest.mark.parametrize("levels", [1, 2])

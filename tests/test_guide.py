@@ -88,14 +88,15 @@ def test_scores_are_those_of_scoring_every_picture(make: Any, shared: bool, tmp_
         assert found.scores[query].numpy() == pytest.approx(np.sort(expected)[::-1], abs=1e-4)
 
 
-def test_graphs_find_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("early_beams", [None, 9])
+def test_graphs_find_the_same(early_beams: int | None, tmp_path: Path) -> None:
     space = VokenSpace(3, SIZE, shared=False)
     lm, codes = tiny_t5(tmp_path, space), np.random.default_rng(0).integers(0, SIZE, size=(40, 3))
     texts, levels, steers = torch.randn(3, FEATURES), to_device(build_index(codes), CPU), guide(tokenizer(), 7.0)
     writer = make_writer(lm)
     memory = writer.encode(lm.tokenize(QUERIES))
-    plain = beam_search(writer, memory, levels, beams=4, steering=steers.steer(texts))
-    graphed = GraphedSearch(writer, levels, beams=4, guide=steers)
+    plain = beam_search(writer, memory, levels, beams=4, early_beams=early_beams, steering=steers.steer(texts))
+    graphed = GraphedSearch(writer, levels, beams=4, early_beams=early_beams, guide=steers)
     found: Beams = graphed(graphed.encode(lm.tokenize(QUERIES)), texts)
     assert torch.equal(found.leaves, plain.leaves)
     assert torch.allclose(found.scores, plain.scores, atol=1e-4)
@@ -162,6 +163,11 @@ def test_both_searches_are_written_and_without_the_guide_it_is_the_published_one
     retrieve.main(retrieve.Config(retriever=guided, unguided=False, output=only, **options))
     assert set(read_manifest(only, "retriever.retrieve").metrics) == {"test" + GUIDED}
     assert (only / f"test{GUIDED}.jsonl").read_bytes() == (both / f"test{GUIDED}.jsonl").read_bytes()
+    wide = chain.root / "wide-early"
+    retrieve.main(retrieve.Config(retriever=guided, output=wide, early_beams=8, **{**options, "beams": 1}))
+    retrieve.main(retrieve.Config(retriever=guided, output=chain.root / "narrow", **{**options, "beams": 1}))
+    assert (wide / "test.jsonl").read_bytes() == (chain.root / "narrow/test.jsonl").read_bytes()
+    assert (wide / f"test{GUIDED}.jsonl").read_bytes() != (chain.root / f"narrow/test{GUIDED}.jsonl").read_bytes()
     lists, options = chain.root / "guided-lists", {**options, "train_beams": 4}
     del options["keep"]
     rank_splits.main(rank_splits.Config(retriever=guided, output=lists, **options))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from models import training
-from models.clip import Pictures, encode_images, encode_tokens, load_clip
+from models.clip import Heads, Pictures, encode_images, encode_tokens, load_clip
 from retriever import prepare, retrieve, train
 from retriever import test as final
 from retriever.data import Queries, RetrieverData
@@ -350,6 +350,36 @@ def test_killed_heads_end_with_the_same_features(chain: Chain, tmp_path: Path, m
     interrupted(monkeypatch, train_heads.main, config, train_heads, "batches_of", 20)
     assert np.allclose(np.load(tmp_path / "cut" / "images.npy"), np.load(chain.features / "images.npy"), atol=1e-5)
     assert (tmp_path / "cut" / "curves.jsonl").read_text() == (chain.features / "curves.jsonl").read_text()
+
+
+def test_killed_heads_hide_the_same_values_again(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(training, "MOST_SAVING", 1e9)
+    made = {}
+    for name in ("whole", "cut"):
+        folder = tmp_path / name
+        config = train_heads.Config(features=chain.towers, output=folder, epochs=8, image_dropout=0.3, device="cpu")
+        if name == "cut":
+            interrupted(monkeypatch, train_heads.main, config, train_heads, "batches_of", 5)
+        else:
+            train_heads.main(config)
+        made[name] = np.load(folder / "images.npy")
+    assert np.allclose(made["cut"], made["whole"], atol=1e-5)
+
+
+def test_a_share_of_the_image_towers_values_is_hidden_in_training_alone() -> None:
+    torch.manual_seed(0)
+    heads = Heads(torch.nn.Linear(64, 8), torch.nn.Linear(16, 8))
+    model = train_heads.TwoHeads(heads, temperature=0.07, image_dropout=0.5)
+    seen: list[torch.Tensor] = []
+    heads.image.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images, texts = torch.ones(100, 64), torch.randn(100, 16)
+    model.train()(images, texts)
+    model.eval()(images, texts)
+    hidden = (seen[0] == 0).float().mean().item()
+    assert 0.45 < hidden < 0.55
+    assert (seen[0][seen[0] != 0] == 2).all()  # the mean of a value stays
+    assert torch.equal(seen[1], images)
 
 
 def test_assembled_towers_run_through_prepare_emb(chain: Chain, tmp_path: Path) -> None:

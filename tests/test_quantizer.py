@@ -145,6 +145,21 @@ def test_sinkhorn_equals_scaling_by_hand(iterations: int) -> None:
     assert np.allclose(sinkhorn(scores, iterations).exp().numpy(), naive_sinkhorn(scores, iterations), atol=1e-6)
 
 
+@pytest.mark.parametrize("range_of_scores", [1.0, 10.0, 60.0])  # the last one is outside what fp32 can multiply
+def test_sinkhorn_equals_scaling_by_hand_over_wide_ranges(range_of_scores: float) -> None:
+    scores = range_of_scores * random(40, 8)
+    found, wanted = sinkhorn(scores, 10), naive_sinkhorn(scores, 10)
+    assert np.allclose(found.exp().numpy(), wanted, atol=1e-5)
+    assert np.isfinite(found.numpy()).all()
+
+
+def test_sinkhorn_goes_on_in_logarithms_where_sums_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = 10 * random(40, 8)
+    scaled = sinkhorn(scores, 10)
+    monkeypatch.setattr(module, "SMALLEST_SUM", math.inf)
+    assert torch.allclose(sinkhorn(scores, 10), scaled, atol=1e-3)
+
+
 def test_sinkhorn_fills_rows_and_columns_equally() -> None:
     plan = sinkhorn(random(12, 4), 100).exp()
     assert torch.allclose(plan.sum(dim=1), torch.full((12,), 1 / 12), atol=1e-6)

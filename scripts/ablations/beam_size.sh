@@ -2,4 +2,4 @@
 # Ablation: fewer or more beams: bash scripts/ablations/beam_size.sh 1 5 20 50 100
 ABLATION=
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/stages.sh"
-for beams in "${@:-1}"; do row "beam size $beams" --beams "$beams"; done
+for beams in "${@:-1}"; do row "beam size $beams" --beams "$beams" --early-beams "$beams"; done

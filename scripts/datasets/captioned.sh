@@ -60,7 +60,7 @@ if [ "$MODELS" = hub ]; then
     HEADS=03_prepare_emb
     CLIP=(--model ViT-L-14-336 --pretrained openai --batch-size 256 --workers 8)
     FEATURES=$TOKENIZER/03_prepare_emb
-    TRAIN_RQVAE+=(--width 768 --hidden 1024 512) # of t5-base
+    TRAIN_RQVAE+=(--width 768 --hidden 1024 512 --codebook-size 1024) # the width of t5-base; as published
     TRAIN_RETRIEVER+=(--kind seq2seq --language-model t5-base --precision bf16 --compile gpu)
     HF_HUB_OFFLINE="$OFFLINE"
 fi

@@ -43,6 +43,7 @@ TRAIN_HEADS=(
     --batch-size 1024
     --lr 1e-3
     --weight-decay 0.1
+    --image-dropout 0.3
 )
 FEATURES=$TOKENIZER/04_train_heads
 GENERATE_CODES=()
@@ -51,7 +52,7 @@ TRAIN_RQVAE=(
     --width 256
     --hidden 512
     --levels 4
-    --codebook-size 1024
+    --codebook-size 2048
     --alignment contrastive
     --alignment-weight 0.3
     --kmeans-iterations 15
@@ -139,6 +140,7 @@ RANK=(
     --pools test
     --train-beams 20
     --beams 30
+    --early-beams 50
     --train-per-picture 1
 )
 TRAIN_RERANKER=(
