@@ -38,7 +38,7 @@ from tools.code_tables import Tables
 from tools.command_line.commands import run_command
 from tools.errors import BadInput
 from tools.features import HEADS, TOWERS
-from tools.files import write_json
+from tools.files import read_array, write_json
 from tools.logs import table
 from tools.stored_pictures import find_shards
 from tools.vokens import VokenSpace
@@ -115,7 +115,7 @@ def plain(files: list[Path], threads: int, config: Config, folder: Path) -> dict
         blocks = prepare_emb.encode(
             folder, pictures, parts, lambda pixels: coder.code(pixels).codes.float(), workers=threads
         )
-    codes = np.concatenate([np.load(block) for block in blocks]).astype(np.int64)
+    codes = np.concatenate([read_array(block) for block in blocks]).astype(np.int64)
     return {"codes": codes, "began": began, "ended": time.time(), "cpu": seconds_of_cpu() - cpu}
 
 

@@ -1,6 +1,7 @@
 """The search page's server in operation: its health, its metrics, how it stops, and several processes of it."""
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -439,6 +440,9 @@ def test_a_stop_is_bounded(
                 assert lost.result(300).status_code >= 500
 
     monkeypatch.setattr(serve, "CLOSING_SECONDS", 1)
+    monkeypatch.setattr(
+        logging.getLogger(Life.__module__), "disabled", False
+    )  # as a library that an earlier test used may have left it
     config = serve.Config(
         index=folder, retriever=retriever, port=0, stop_seconds=0.2, device="cpu", precision="fp32"
     )  # fmt: skip
