@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from retriever.gallery import build as build_index
-from retriever.gallery.compact import CENTROIDS, stored_features, train_codec
+from retriever.gallery.compact import CENTROIDS, Stored, stored_features, train_codec
 from retriever.gallery.contents import unknown
 from retriever.gallery.gallery import read_gallery
 from retriever.gallery.merge import merge_all
@@ -17,12 +17,12 @@ from retriever.gallery.segments import Block
 from tests.chain import Chain
 from tests.folders import small_index
 from tools.errors import BadInput
-from tools.features import normalized
+from tools.features import Floats, normalized
 
 WIDTH, PARTS = 16, 4
 
 
-def drawn(count: int, seed: int) -> np.ndarray:
+def drawn(count: int, seed: int) -> Floats:
     generator = np.random.default_rng(seed)
     return (generator.normal(size=(count, 4)) @ generator.normal(size=(4, WIDTH))).astype(np.float32)
 
@@ -49,7 +49,7 @@ def test_more_bytes_are_nearer() -> None:
     assert near[-1] > 0.999
 
 
-def block(features: np.ndarray, first: int, stored: np.ndarray) -> Block:
+def block(features: Floats, first: int, stored: Stored) -> Block:
     codes = np.random.default_rng(first).integers(0, 5, size=(len(features), 3)).astype(np.int16)
     pictures = [Picture(f"{first + row}.png", f"photos/{first + row}.png") for row in range(len(features))]
     return Block(codes, pictures, stored, unknown(len(features)))

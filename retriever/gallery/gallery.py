@@ -299,14 +299,14 @@ def _in_order(rows: Rows, places: list[Rows], found: list[NDArray[Any]]) -> NDAr
 def _rows_behind(segment: Segment, prefixes: Codes) -> Rows:
     """Rows of the gallery whose pictures in this segment have one of the prefixes (any number, levels - 1)."""
     if segment.index is not None:
-        nodes = np.zeros(len(prefixes), dtype=np.int64)
+        nodes: Rows = np.zeros(len(prefixes), dtype=np.int64)
         for level, column in zip(segment.index.levels[:-1], prefixes.T, strict=True):
             nodes = find_children(level, nodes, column.astype(np.int64))
         offsets = segment.index.levels[-1].offsets
         known = nodes[nodes != NONE]
         leaves, _ = spread(offsets.at(known), offsets.at(known + 1))
         return segment.index.expand(leaves)[0]
-    rows = np.arange(len(segment))
+    rows: Rows = np.arange(len(segment))
     for number, column in enumerate(prefixes.T):
         rows = rows[np.isin(segment.codes[rows, number], column)]
     wanted = {prefix.tobytes() for prefix in prefixes.astype(np.int64)}

@@ -74,7 +74,7 @@ def merge(gallery: Gallery, start: int, end: int) -> None:
     """
     merged = gallery.segments[start:end]
     first, last = merged[0].first, merged[-1].first + len(merged[-1])
-    rows = np.arange(first, last)
+    rows: Rows = np.arange(first, last)
     rows = rows[gallery.stays(rows)]
     shape = shape_of(gallery, len(rows))
     gone = still_gone(merged, {segment.number for segment in gallery.segments[:start]})
