@@ -266,3 +266,22 @@ def test_a_failed_merge_leaves_the_change(tmp_path: Path, monkeypatch: pytest.Mo
     change(folder, [], called(["c"]))
     assert "the change is made, but its segments were not merged: no space is left" in capsys.readouterr().out
     assert_holds(read_gallery(folder), called(["a", "b", "c"]))
+
+
+def test_codes_that_come_may_be_larger_than_all_before(tmp_path: Path) -> None:
+    pictures = called(list("abcdefghijklm"))
+    folder = small_index(tmp_path / "index", block_of(pictures))
+    large = Known("n", (40_000, *pictures[0].codes[1:]), pictures[0].feature)
+    with changing(folder) as gallery:
+        replace_pictures(
+            gallery,
+            removed=np.empty(0, dtype=np.int64),
+            added=block_of([large._replace(codes=(0,) * LEVELS)])._replace(codes=np.array([large.codes])),
+            source="test",
+        )
+    expected = [list(picture.codes) for picture in [*pictures, large]]
+    assert len(read_gallery(folder).segments) == 2
+    assert read_gallery(folder).read_codes().tolist() == expected
+    change(folder, ["a"], called(["o"]))
+    merge_all(folder)
+    assert read_gallery(folder).read_codes()[:-1].tolist() == expected[1:]

@@ -290,7 +290,7 @@ def _in_order(rows: Rows, places: list[Rows], found: list[NDArray[Any]]) -> NDAr
     """What was found at places among the rows, put together."""
     if len(found) == 1:
         return found[0]
-    whole = np.empty((len(rows), *found[0].shape[1:]), dtype=found[0].dtype)
+    whole = np.empty((len(rows), *found[0].shape[1:]), dtype=np.result_type(*found))  # the largest codes may be new
     for place, part in zip(places, found, strict=True):
         whole[place] = part
     return whole

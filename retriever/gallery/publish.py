@@ -19,7 +19,7 @@ from tools.features import Rows
 
 from .gallery import EARLIER, FOLDERS, SEGMENTS, Folder, Gallery, read_gallery, read_index_manifest, segments_of
 from .pictures import Gone
-from .segments import KINDS, Block, Shape, number_of, write_segment
+from .segments import KINDS, Block, Shape, kind_of, number_of, write_segment
 
 VERSION = "version-{:06d}"
 HISTORY = 100  # changes that the manifest remembers
@@ -72,7 +72,7 @@ def replace_pictures(
     count = 0 if added is None else len(added.codes)
     blocks = iter([] if added is None else [added])
     files = write_segment(
-        gallery.folder, next_number(gallery), shape_of(gallery, count), blocks, gone=gone_in(gallery, removed)
+        gallery.folder, next_number(gallery), shape_of(gallery, count, added), blocks, gone=gone_in(gallery, removed)
     )
     total = len(gallery) + count - len(removed)
     places = list(dict.fromkeys([*gallery.folders, *folders]))
@@ -91,11 +91,12 @@ def next_number(gallery: Gallery) -> int:
     return number_of(gallery.facts["version"]) + 1
 
 
-def shape_of(gallery: Gallery, pictures: int) -> Shape:
-    """Of a segment of a gallery."""
+def shape_of(gallery: Gallery, pictures: int, added: Block | None = None) -> Shape:
+    """Of a segment of a gallery, whose codes are those of other segments or of new pictures."""
     first = gallery.segments[0]
     width = None if first.features is None else first.features.shape[1]
-    return Shape(pictures, first.codes.shape[1], first.codes.dtype, width, first.codec)
+    kinds = [segment.codes.dtype for segment in gallery.segments] + ([] if added is None else [kind_of(added.codes)])
+    return Shape(pictures, first.codes.shape[1], np.result_type(*kinds), width, first.codec)
 
 
 def gone_in(gallery: Gallery, rows: Rows) -> list[Gone]:

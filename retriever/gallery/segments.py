@@ -61,8 +61,12 @@ class Shape(NamedTuple):
 
 def shape_of_all(block: Block, codec: Codec | None = None) -> Shape:
     """Of a segment that is one block."""
-    kind = np.int16 if int(block.codes.max()) < 2**15 else np.int32
-    return Shape(len(block.codes), block.codes.shape[1], kind, _width(block.features), codec)
+    return Shape(len(block.codes), block.codes.shape[1], kind_of(block.codes), _width(block.features), codec)
+
+
+def kind_of(codes: Codes) -> Any:
+    """The smallest type that holds codes (at least one picture, levels)."""
+    return np.int16 if int(codes.max()) < 2**15 else np.int32
 
 
 def _width(features: Stored | None) -> int | None:

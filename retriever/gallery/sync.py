@@ -152,7 +152,7 @@ def written(gallery: Gallery, targets: Sequence[Target], contents: Contents, rem
     held = np.array([-1 if each.row is None else each.row for each in targets], dtype=np.int64)
     moved, new = np.flatnonzero(held >= 0), np.flatnonzero(held < 0)
     known = gallery.read_codes(held[moved])
-    codes = np.empty((len(targets), known.shape[1]), dtype=known.dtype)
+    codes = np.empty((len(targets), known.shape[1]), dtype=np.int32)
     codes[moved] = known
     features = None
     if gallery.keeps_features:
