@@ -285,3 +285,11 @@ def test_codes_that_come_may_be_larger_than_all_before(tmp_path: Path) -> None:
     change(folder, ["a"], called(["o"]))
     merge_all(folder)
     assert read_gallery(folder).read_codes()[:-1].tolist() == expected[1:]
+
+
+def test_no_picture_has_a_name_that_is_not_unicode(tmp_path: Path) -> None:
+    gallery = read_gallery(small_index(tmp_path / "index", block_of(called(["a"]))))
+    for name in ("\udce9", "photos/\udce9"):
+        assert gallery.row(name) is None
+        assert not gallery.with_files([name]) | gallery.below(name)
+    assert len(gallery.with_images(["\udce9", "a"])) == 1

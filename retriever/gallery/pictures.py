@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tools.command_line.failures import AGAIN, NOT_WRITTEN
 from tools.errors import BadInput
 from tools.features import Rows
+from tools.texts import is_unicode
 
 from .contents import Contents, unknown
 
@@ -148,6 +149,8 @@ class SqliteStore:
         return self._with("file", files)
 
     def below(self, folder: str) -> list[tuple[int, Picture]]:
+        if not is_unicode(folder):
+            return []
         if folder:
             bounds = (folder, folder[:-1] + chr(ord(folder[-1]) + 1))
             found = self._ask("SELECT row, image, file FROM pictures WHERE file >= ? AND file < ?", *bounds)
@@ -170,7 +173,7 @@ class SqliteStore:
 
     def _with(self, column: str, names: Sequence[str]) -> list[tuple[int, Picture]]:
         found = []
-        for some in chunks(names):
+        for some in chunks([name for name in names if is_unicode(name)]):
             query = f"SELECT row, image, file FROM pictures WHERE {column} IN ({places(some)})"
             found += [(row, Picture(image, file)) for row, image, file in self._ask(query, *some)]
         return found
