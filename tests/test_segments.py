@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -293,3 +294,20 @@ def test_no_picture_has_a_name_that_is_not_unicode(tmp_path: Path) -> None:
         assert gallery.row(name) is None
         assert not gallery.with_files([name]) | gallery.below(name)
     assert len(gallery.with_images(["\udce9", "a"])) == 1
+
+
+def test_a_file_that_lacks_pictures_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files are not compared with their hashes."""
+    folder = small_index(tmp_path / "index", block_of(called(["a", "b", "c"])))
+    store = sqlite3.connect(folder / "segment-000000" / "pictures.sqlite", isolation_level=None)
+    store.execute("DELETE FROM pictures WHERE row = 1")
+    store.close()
+    monkeypatch.setenv("VERIFY", "off")
+    gallery = read_gallery(folder)
+    for read in (
+        lambda: list(gallery.pictures()),
+        lambda: gallery.picture(1),
+        lambda: gallery.read_contents(gallery.rows),
+    ):
+        with pytest.raises(BadInput, match="is damaged, it lacks 1 pictures: build the index again"):
+            read()

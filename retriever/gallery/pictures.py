@@ -134,13 +134,14 @@ class SqliteStore:
         return self._length
 
     def picture(self, row: int) -> Picture:
-        [found] = self._ask("SELECT image, file FROM pictures WHERE row = ?", row)
+        [found] = self._whole(1, "SELECT image, file FROM pictures WHERE row = ?", row)
         return Picture(*found)
 
     def pictures(self) -> Iterator[Picture]:
         for start in range(0, len(self), BLOCK):
             query = "SELECT image, file FROM pictures WHERE row >= ? AND row < ? ORDER BY row"
-            yield from itertools.starmap(Picture, self._ask(query, start, start + BLOCK))
+            count = min(BLOCK, len(self) - start)
+            yield from itertools.starmap(Picture, self._whole(count, query, start, start + BLOCK))
 
     def with_images(self, images: Sequence[str]) -> list[tuple[int, Picture]]:
         return self._with("image", images)
@@ -162,7 +163,7 @@ class SqliteStore:
         found: dict[int, tuple[Any, ...]] = {}
         for some in chunks(rows.tolist()):
             query = f"SELECT row, size, mtime, ctime, hash FROM pictures WHERE row IN ({places(some)})"
-            found |= {row: tuple(content) for row, *content in self._ask(query, *some)}
+            found |= {row: tuple(content) for row, *content in self._whole(len(set(some)), query, *some)}
         records = unknown(len(rows))
         for place, row in enumerate(rows.tolist()):
             records[place] = found[row]
@@ -176,6 +177,13 @@ class SqliteStore:
         for some in chunks([name for name in names if is_unicode(name)]):
             query = f"SELECT row, image, file FROM pictures WHERE {column} IN ({places(some)})"
             found += [(row, Picture(image, file)) for row, image, file in self._ask(query, *some)]
+        return found
+
+    def _whole(self, count: int, query: str, *values: Any) -> list[Any]:
+        """The answer to a question for so many rows of this segment."""
+        found = self._ask(query, *values)
+        if len(found) != count:
+            raise BadInput(f"{self.path} is damaged, it lacks {count - len(found)} pictures: build the index again")
         return found
 
     def _ask(self, query: str, *values: Any) -> list[Any]:
