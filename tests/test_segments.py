@@ -1,5 +1,6 @@
 """Changes of the index as segments: any life of it, killed at any moment, is that of one list of pictures."""
 
+import gc
 import os
 import random
 import signal
@@ -311,3 +312,16 @@ def test_a_file_that_lacks_pictures_is_named(tmp_path: Path, monkeypatch: pytest
     ):
         with pytest.raises(BadInput, match="is damaged, it lacks 1 pictures: build the index again"):
             read()
+
+
+def test_versions_let_go_of_their_files_at_once(tmp_path: Path) -> None:
+    """Whether or not the garbage collector runs."""
+    folder = small_index(tmp_path / "index", block_of(called(list("abcdefghijklm"))))
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        for number in range(5):
+            change(folder, [], called([str(number)]))
+        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    finally:
+        gc.enable()

@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -125,6 +126,7 @@ class SqliteStore:
             self._file = sqlite3.connect(place, uri=True, check_same_thread=False)
         except sqlite3.OperationalError as error:
             raise BadInput(f"{path} does not open ({error}): build the index again") from None
+        weakref.finalize(self, self._file.close)  # at once: it is in a circle with its statements
         [(last,)] = self._ask("SELECT max(row) FROM pictures")
         self._length = 0 if last is None else last + 1
         removed = itertools.groupby(self._ask("SELECT segment, row FROM removed"), key=lambda each: each[0])
