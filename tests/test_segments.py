@@ -255,18 +255,21 @@ def test_everything_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeypatc
     assert names[-3].startswith(".manifest.json")
 
 
-def test_a_failed_merge_leaves_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+@pytest.mark.parametrize("error", [BadInput("no space is left"), OSError(24, "Too many open files"), MemoryError("no")])
+def test_a_failed_merge_leaves_the_change(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     folder = small_index(tmp_path / "index", block_of(called(["a", "b"])))
     write = segments.write_segment
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         if options.get("tree"):
-            raise BadInput("no space is left")
+            raise error
         return write(*arguments, **options)
 
     monkeypatch.setattr(merge, "write_segment", refuse)
     change(folder, [], called(["c"]))
-    assert "the change is made, but its segments were not merged: no space is left" in capsys.readouterr().out
+    assert f"the change is made, but its segments were not merged: {error}" in capsys.readouterr().out
     assert_holds(read_gallery(folder), called(["a", "b", "c"]))
 
 

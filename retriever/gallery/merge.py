@@ -47,8 +47,8 @@ def tidy(folder: Path) -> None:
     try:
         while (found := due(list(segments_of(read_index_manifest(folder).facts).values()))) is not None:
             merge(read_gallery(folder), *found)
-    except BadInput as error:
-        print(f"the change is made, but its segments were not merged: {error}")
+    except (BadInput, OSError, MemoryError) as error:  # too many open files, say
+        print(f"the change is made, but its segments were not merged: {str(error) or type(error).__name__}")
 
 
 def due(weights: Sequence[int]) -> tuple[int, int] | None:
