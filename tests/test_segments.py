@@ -29,6 +29,7 @@ from tests.folders import small_index
 from tests.test_beam import CPU, SIZE
 from tests.test_overlay import LEVELS, lists
 from tools import files
+from tools.command_line.failures import AGAIN
 from tools.errors import BadInput
 from tools.files import read_json
 
@@ -255,9 +256,16 @@ def test_everything_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeypatc
     assert names[-3].startswith(".manifest.json")
 
 
-@pytest.mark.parametrize("error", [BadInput("no space is left"), OSError(24, "Too many open files"), MemoryError("no")])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (BadInput(f"no space is left, {AGAIN}"), "no space is left"),
+        (OSError(24, "Too many open files"), "[Errno 24] Too many open files"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
 def test_a_failed_merge_leaves_the_change(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     folder = small_index(tmp_path / "index", block_of(called(["a", "b"])))
     write = segments.write_segment
@@ -269,7 +277,8 @@ def test_a_failed_merge_leaves_the_change(
 
     monkeypatch.setattr(merge, "write_segment", refuse)
     change(folder, [], called(["c"]))
-    assert f"the change is made, but its segments were not merged: {error}" in capsys.readouterr().out
+    line = f"the change is made, but its segments were not merged: {told}; the next change tries it again\n"
+    assert capsys.readouterr().out == line
     assert_holds(read_gallery(folder), called(["a", "b", "c"]))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.command_line.commands import run_command
+from tools.command_line.failures import AGAIN
 from tools.errors import BadInput
 from tools.features import Rows
 from tools.texts import plural
@@ -48,7 +49,8 @@ def tidy(folder: Path) -> None:
         while (found := due(list(segments_of(read_index_manifest(folder).facts).values()))) is not None:
             merge(read_gallery(folder), *found)
     except (BadInput, OSError, MemoryError) as error:  # too many open files, say
-        print(f"the change is made, but its segments were not merged: {str(error) or type(error).__name__}")
+        reason = (str(error) or type(error).__name__).removesuffix(f", {AGAIN}")
+        print(f"the change is made, but its segments were not merged: {reason}; the next change tries it again")
 
 
 def due(weights: Sequence[int]) -> tuple[int, int] | None:
