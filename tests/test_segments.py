@@ -337,3 +337,23 @@ def test_versions_let_go_of_their_files_at_once(tmp_path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     finally:
         gc.enable()
+
+
+def test_a_change_removes_nothing_but_segments(tmp_path: Path) -> None:
+    """A copy of one that somebody put beside it is no segment."""
+    folder = small_index(tmp_path / "index", block_of(called(["a"])))
+    copies = [folder / name for name in ("segment-000000.bak", "version-before")]
+    for copy in copies:
+        copy.mkdir()
+    for torn in (".segment-000004", "segment-000005", "version-0000006"):
+        (folder / torn).mkdir()
+    change(folder, [], called(["b"]))
+    names = {path.name for path in folder.iterdir()} - {path.name for path in copies}
+    assert all(copy.is_dir() for copy in copies)
+    assert names == {
+        "manifest.json",
+        ".lock",
+        *read_gallery(folder).facts["segments"],
+        "segment-000000",
+        "segment-000001",
+    }

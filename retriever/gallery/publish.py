@@ -19,7 +19,7 @@ from tools.features import Rows
 
 from .gallery import EARLIER, FOLDERS, SEGMENTS, Folder, Gallery, read_gallery, read_index_manifest, segments_of
 from .pictures import Gone
-from .segments import KINDS, Block, Shape, kind_of, number_of, write_segment
+from .segments import NAMES, Block, Shape, kind_of, number_of, write_segment
 
 VERSION = "version-{:06d}"
 HISTORY = 100  # changes that the manifest remembers
@@ -151,5 +151,5 @@ def clear(folder: Path) -> None:
 
 def _remove(folder: Path, kept: set[str]) -> None:
     for path in list(folder.iterdir()):
-        if path.name.removeprefix(".").startswith(KINDS) and path.name not in kept:
+        if NAMES.fullmatch(path.name) and path.name not in kept:
             shutil.rmtree(path)

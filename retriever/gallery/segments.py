@@ -10,6 +10,7 @@ segment-000007/
 A segment is written under another name, forced to the disk, and renamed: there is none that is not whole.
 """
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ from .pictures import STORE, Gone, LineStore, Picture, SqliteStore, Store, write
 
 CODES, FEATURES, CODEC = "codes.npy", "features.npy", "centroids.npy"
 SEGMENT = "segment-{:06d}"
-KINDS = ("segment-", "version-")  # versions: whole galleries of an earlier program, each of which is one segment
+NAMES = re.compile(  # of segments, also of unfinished ones
+    r"\.?(segment|version)-\d{6,}"  # versions: whole galleries of an earlier program, each of which is one segment
+)
 AGAIN = "build the index again"
 
 
