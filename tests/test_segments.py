@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import resource
 import signal
 import sqlite3
 import time
@@ -21,7 +22,7 @@ from retriever.gallery.contents import CONTENT
 from retriever.gallery.gallery import Gallery, read_gallery
 from retriever.gallery.merge import merge_all
 from retriever.gallery.overlay import overlay_to_device
-from retriever.gallery.pictures import Picture
+from retriever.gallery.pictures import Picture, SqliteStore
 from retriever.gallery.publish import changing, replace_pictures
 from retriever.gallery.segments import Block
 from retriever.index import build_index, to_device
@@ -357,3 +358,14 @@ def test_a_change_removes_nothing_but_segments(tmp_path: Path) -> None:
         "segment-000000",
         "segment-000001",
     }
+
+
+def test_too_few_handles_are_no_damage(tmp_path: Path) -> None:
+    folder = small_index(tmp_path / "index", block_of(called(["a", "b", "c"])))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            SqliteStore(folder / "segment-000000" / "pictures.sqlite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -123,8 +123,9 @@ class SqliteStore:
         self.path, self._turn = path, threading.Lock()
         place = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
         try:
+            path.open("rb").close()  # SQLite does not tell what keeps it from opening a file
             self._file = sqlite3.connect(place, uri=True, check_same_thread=False)
-        except sqlite3.OperationalError as error:
+        except (FileNotFoundError, sqlite3.OperationalError) as error:
             raise BadInput(f"{path} does not open ({error}): build the index again") from None
         weakref.finalize(self, self._file.close)  # at once: it is in a circle with its statements
         [(last,)] = self._ask("SELECT max(row) FROM pictures")
