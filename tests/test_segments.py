@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from retriever.gallery import merge, segments
 from retriever.gallery.compact import stored_features
-from retriever.gallery.contents import CONTENT
+from retriever.gallery.contents import CONTENT, unknown
 from retriever.gallery.gallery import Gallery, read_gallery
 from retriever.gallery.merge import merge_all
 from retriever.gallery.overlay import overlay_to_device
-from retriever.gallery.pictures import Picture, SqliteStore
+from retriever.gallery.pictures import Picture, SqliteStore, write_store
 from retriever.gallery.publish import changing, replace_pictures
 from retriever.gallery.segments import Block
 from retriever.index import build_index, to_device
@@ -369,3 +369,18 @@ def test_too_few_handles_are_no_damage(tmp_path: Path) -> None:
             SqliteStore(folder / "segment-000000" / "pictures.sqlite")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_full_disk_may_be_the_one_on_which_sqlite_sorts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQLITE_TMPDIR", "/somewhere")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(
+            BadInput, match=r"is the disk full\? \(.*; SQLite sorts in /somewhere, which needs space, too"
+        ):
+            write_store(
+                tmp_path / "pictures.sqlite", ((Picture(str(row), "x" * 100), unknown(1)[0]) for row in range(999))
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

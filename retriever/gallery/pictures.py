@@ -108,7 +108,9 @@ def write_store(path: Path, pictures: Iterable[tuple[Picture, Contents]], *, gon
                 store.execute(statement)
     except sqlite3.OperationalError as error:
         if any(word in str(error) for word in NOT_WRITABLE):
-            raise BadInput(f"{path} cannot be written: {NOT_WRITTEN} ({error}), {AGAIN}") from error
+            sorted_in = os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"
+            reason = f"{NOT_WRITTEN} ({error}; SQLite sorts in {sorted_in}, which needs space, too)"
+            raise BadInput(f"{path} cannot be written: {reason}, {AGAIN}") from error
         raise
 
 
