@@ -228,7 +228,8 @@ def main(config: Config) -> None:
             config.output.mkdir(parents=True, exist_ok=True)
             write_json(path, {"rows": sorted(rows, key=lambda row: row["pictures"])})
             print({"pictures": pool, **found}, flush=True)
-    print(table([{key: row.get(key, "") for key in rows[0] if key not in ("command", "machine")} for row in rows]))
+    columns = dict.fromkeys(key for row in rows for key in row if key not in ("command", "machine"))
+    print(table([{key: row.get(key, "") for key in columns} for row in rows]))
 
 
 if __name__ == "__main__":
