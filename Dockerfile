@@ -1,7 +1,7 @@
 # The repository with its pinned Python packages, for a machine with an NVIDIA GPU or without one:
 #   docker build -t avg .
-#   docker run --gpus all --shm-size 8g -v "$PWD/work:/work" avg        # the emoji sample; results in ./work
-#   docker run --gpus all --shm-size 8g -v "$PWD/work:/work" -v ~/photos:/photos -e DATASET=folder -e PICTURES=/photos avg
+#   docker run --gpus all --shm-size 8g -v "$PWD/results:/volume" avg        # the emoji sample; results in ./results
+#   docker run --gpus all --shm-size 8g -v "$PWD/results:/volume" -v ~/photos:/photos -e DATASET=folder -e PICTURES=/photos avg
 # The base has CUDA's compiler and headers, which torch.compile and DeepSpeed ask for; torch brings its own libraries,
 # which need driver 580 or newer. For older drivers: --build-arg TORCH_BACKEND=cu126
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
@@ -25,12 +25,12 @@ RUN if [ -n "$TORCH_BACKEND" ]; then export TORCH_BACKEND; else unset TORCH_BACK
 COPY . .
 
 # What the stages write goes to a volume, so that a container may be thrown away.
-RUN mkdir -p /work/data /work/rqvae /work/retriever /work/reranker \
-    && ln -sfn /work/data RQ-VAE/data \
-    && ln -sfn /work/rqvae RQ-VAE/output \
-    && ln -sfn /work/retriever retriever/output \
-    && ln -sfn /work/reranker reranker/output
-VOLUME /work
+RUN mkdir -p /volume/data /volume/rqvae /volume/retriever /volume/reranker \
+    && ln -sfn /volume/data RQ-VAE/data \
+    && ln -sfn /volume/rqvae RQ-VAE/output \
+    && ln -sfn /volume/retriever retriever/output \
+    && ln -sfn /volume/reranker reranker/output
+VOLUME /volume
 ENV PATH=/avg/.venv/bin:$PATH
 EXPOSE 7860
-CMD ["bash", "-c", "mkdir -p /work/data /work/rqvae /work/retriever /work/reranker && exec bash scripts/quickstart.sh"]
+CMD ["bash", "-c", "mkdir -p /volume/data /volume/rqvae /volume/retriever /volume/reranker && exec bash scripts/quickstart.sh"]
