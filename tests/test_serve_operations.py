@@ -36,6 +36,7 @@ from retriever.serve.uploads import Upload, store
 from retriever.serve.web import make_app
 from tests.pages import make_service
 from tools import runs
+from tools.command_line.commands import quiet_libraries
 from tools.errors import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -439,6 +440,7 @@ def test_a_stop_is_bounded(
             with suppress(httpx.HTTPError):
                 assert lost.result(300).status_code >= 500
 
+    quiet_libraries()  # as the command does, and its own warnings are seen all the same
     monkeypatch.setattr(serve, "CLOSING_SECONDS", 1)
     monkeypatch.setattr(
         logging.getLogger(Life.__module__), "disabled", False

@@ -125,6 +125,10 @@ def _refuse(line: str) -> NoReturn:
     sys.exit(EXIT_BAD_INPUT)
 
 
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def quiet_libraries() -> None:
     """Keep library chatter that no user of these commands can act on off the screen, unless it is asked for."""
     warnings.filterwarnings("ignore", message=".*nested tensors.*")
@@ -133,6 +137,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="CUDA initialization.*")  # which models.compute says in one line
     if verbosity.is_verbose():
         return
-    for name in ("open_clip", "transformers", "httpx", "root"):
+    for name in ("open_clip", "transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().addFilter(_is_error)  # of what a library logs by no name; its level would be that of our own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
