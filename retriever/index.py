@@ -6,7 +6,8 @@ the code of each; the child at position p of a level is node p of the next. The 
 and a leaf expands to the pictures that have its codes.
 
 A node costs 2 bytes for its code (4 for codebooks above 32,768) and, above the last level, 1 or 2 for where its
-children begin (`Offsets`). The map to pictures is 4 bytes a picture, and 1 a leaf where pictures share codes.
+children begin (`Offsets`). The map to pictures is 4 bytes a picture. Where pictures share codes it also has 1 byte a
+leaf, or 4 for each picture behind another one with its codes, whichever is less.
 """
 
 from pathlib import Path
@@ -28,6 +29,7 @@ BLOCK_BITS = 6  # 64 offsets share a base
 WIDEST_BLOCK = 1 << 20  # nodes whose children are counted at once
 CODES, BASES, DELTAS = "level{}_codes.npy", "level{}_bases.npy", "level{}_deltas.npy"
 PICTURES, LEAF_BASES, LEAF_DELTAS = "pictures.npy", "leaf_bases.npy", "leaf_deltas.npy"
+LEAF_REPEATS = "leaf_repeats.npy"
 
 
 class Offsets(NamedTuple):
@@ -58,6 +60,27 @@ def pack_offsets(numbers: Ints) -> Offsets:
     bases = excess[:: 1 << BLOCK_BITS].copy()
     deltas = excess - np.repeat(bases, 1 << BLOCK_BITS)[: len(excess)]
     return Offsets(bases, deltas.astype(smallest_type(int(deltas.max()))))
+
+
+class Repeats(NamedTuple):
+    """Where the pictures of each leaf begin, if few leaves have more than one."""
+
+    leaves: Ints
+    """(pictures - leaves,) ascending: a leaf as often as it has pictures behind its first"""
+
+    @property
+    def nbytes(self) -> int:
+        return self.leaves.nbytes
+
+    def at(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Where the pictures of the leaves at positions (any shape) begin."""
+        wide = np.asarray(positions, dtype=np.int64)
+        return wide + np.searchsorted(self.leaves, wide.astype(np.int32))  # of another type, the leaves would be copied
+
+
+def are_few(repeats: int, leaves: int) -> bool:
+    """Whether `Repeats` take fewer bytes than `Offsets`."""
+    return 4 * repeats < leaves
 
 
 def smallest_type(most: int) -> "np.dtype[np.integer]":
@@ -98,7 +121,7 @@ class VokenIndex(NamedTuple):
     levels: list[Level]
     pictures: Ints
     """(pictures,) rows of the pool grouped by leaf, ascending within a leaf: the order inside a collision"""
-    leaf_offsets: Offsets | None
+    leaf_offsets: Offsets | Repeats | None
     """(leaves + 1) of them, where a leaf's pictures begin in `pictures`; None where each leaf has one"""
 
     @property
@@ -169,7 +192,12 @@ def build_sorted(codes: Codes, pictures: NDArray[np.integer]) -> VokenIndex:
         offsets = np.append(ranks[starts] - 1, np.int32(len(below)))
         levels.append(Level(pack_offsets(offsets), column[below].astype(small)))
         starts = below
-    leaf_offsets = None if len(starts) == len(codes) else pack_offsets(np.append(starts, np.int32(len(codes))))
+    leaf_offsets: Offsets | Repeats | None = None
+    if are_few(len(codes) - len(starts), len(starts)):
+        repeats = ranks[~fresh] - 1
+        leaf_offsets = Repeats(repeats) if len(repeats) else None
+    else:
+        leaf_offsets = pack_offsets(np.append(starts, np.int32(len(codes))))
     return VokenIndex(levels, pictures.astype(np.int32), leaf_offsets)
 
 
@@ -180,7 +208,9 @@ def save_index(folder: Path, index: VokenIndex) -> None:
         write_array(folder / BASES.format(number), level.offsets.bases)
         write_array(folder / DELTAS.format(number), level.offsets.deltas)
     write_array(folder / PICTURES, index.pictures)
-    if index.leaf_offsets is not None:
+    if isinstance(index.leaf_offsets, Repeats):
+        write_array(folder / LEAF_REPEATS, index.leaf_offsets.leaves)
+    elif index.leaf_offsets is not None:
         write_array(folder / LEAF_BASES, index.leaf_offsets.bases)
         write_array(folder / LEAF_DELTAS, index.leaf_offsets.deltas)
 
@@ -198,17 +228,19 @@ def load_index(folder: Path, levels: int) -> VokenIndex:
         )
         for number in range(levels)
     ]
-    leaf_offsets = None
-    if (folder / LEAF_BASES).is_file():
+    leaf_offsets: Offsets | Repeats | None = None
+    if (folder / LEAF_REPEATS).is_file():
+        leaf_offsets = Repeats(read_array(folder / LEAF_REPEATS))
+    elif (folder / LEAF_BASES).is_file():
         leaf_offsets = Offsets(read_array(folder / LEAF_BASES), read_array(folder / LEAF_DELTAS))
     index = VokenIndex(found, read_array(folder / PICTURES), leaf_offsets)
     nodes = 1
     for number, level in enumerate(found):
         _check_offsets(folder, f"level {number}", level.offsets, nodes, len(level.codes))
         nodes = len(level.codes)
-    if leaf_offsets is not None:
+    if isinstance(leaf_offsets, Offsets):
         _check_offsets(folder, "the leaves", leaf_offsets, nodes, len(index.pictures))
-    elif nodes != len(index.pictures):
+    elif not _fit(leaf_offsets, nodes, len(index.pictures)):
         raise BadInput(f"{folder}: {nodes} leaves, {len(index.pictures)} pictures: build the index again")
     return index
 
@@ -218,6 +250,14 @@ def _check_offsets(folder: Path, name: str, offsets: Offsets, nodes: int, childr
     blocks = (nodes >> BLOCK_BITS) + 1
     if (len(offsets.deltas), len(offsets.bases)) != (nodes + 1, blocks) or offsets.at(np.array(nodes)) != children:
         raise BadInput(f"{folder}: the arrays of {name} do not fit its neighbours': build the index again")
+
+
+def _fit(repeats: Repeats | None, leaves: int, pictures: int) -> bool:
+    """Whether the leaves, with their repeats, are as many as the pictures."""
+    if repeats is None:
+        return leaves == pictures
+    last = repeats.leaves[-1:]
+    return leaves + len(repeats.leaves) == pictures and bool((last < leaves).all())
 
 
 class Children(NamedTuple):

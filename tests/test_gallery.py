@@ -237,7 +237,7 @@ def test_unresolved_collisions_stay_and_list_the_older_picture_first(chain: Chai
         assert together == sorted(together)
         assert {old, copy} <= set(together)
     merge_all(folder)
-    assert "leaf_bases.npy" in {path.name for path in (folder / "segment-000002").iterdir()}
+    assert "leaf_repeats.npy" in {path.name for path in (folder / "segment-000002").iterdir()}
 
 
 def test_known_pictures_are_refused_replaced_or_left_out(

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from retriever import index as tree
-from retriever.index import Level, Offsets, VokenIndex, build_index, build_sorted, load_index, pack_offsets, save_index
+from retriever.index import (
+    Level,
+    Offsets,
+    Repeats,
+    VokenIndex,
+    build_index,
+    build_sorted,
+    load_index,
+    pack_offsets,
+    save_index,
+)
 from tools.errors import BadInput
 
 CODES = np.array([[2, 1], [0, 3], [2, 1], [2, 0], [0, 3]])  # prefixes 0: (0, 3); 2: (2, 0), (2, 1)
@@ -48,7 +58,7 @@ def test_the_arrays_by_hand() -> None:
     assert [level.codes.tolist() for level in index.levels] == [[0, 2], [3, 0, 1]]
     assert [level.widest for level in index.levels] == [2, 2]
     assert index.pictures.tolist() == [1, 4, 3, 0, 2]
-    assert index.leaf_offsets is not None
+    assert isinstance(index.leaf_offsets, Offsets)
     assert numbers(index.leaf_offsets) == [0, 2, 3, 5]
     assert index.leaves == 3
     rows, owners = index.expand(np.array([2, 0, 1, 2]))
@@ -64,6 +74,43 @@ def test_without_collisions_there_is_no_map_of_leaves() -> None:
     assert (rows.tolist(), owners.tolist()) == ([0, 1], [0, 1])
     assert rows.dtype == np.int64
     assert index.map_bytes == index.pictures.nbytes == 3 * 4
+
+
+FEW = np.array([[2, 1], [0, 3], [2, 1], [2, 0], [0, 4], [0, 5], [3, 0], [3, 1], [3, 2], [3, 3]])  # one code twice
+
+
+def test_few_collisions_take_bytes_of_their_own_alone(tmp_path: Path) -> None:
+    index = build_index(FEW)
+    assert isinstance(index.leaf_offsets, Repeats)
+    assert index.leaf_offsets.leaves.tolist() == [4]
+    assert index.map_bytes == 10 * 4 + 4
+    assert index.leaf_offsets.at(np.array([0, 4, 5, 9])).tolist() == [0, 4, 6, 10]
+    rows, owners = index.expand(np.array([5, 4, 3]))
+    assert (rows.tolist(), owners.tolist()) == ([6, 0, 2, 3], [0, 1, 1, 2])
+    save_index(tmp_path, index)
+    assert not (tmp_path / "leaf_bases.npy").exists()
+    loaded = load_index(tmp_path, 2)
+    assert [part.tolist() for part in loaded.expand(np.arange(9))] == [
+        part.tolist() for part in index.expand(np.arange(9))
+    ]
+
+
+@pytest.mark.parametrize("leaves", [[9], [4, 4], []])
+def test_repeats_of_other_leaves_are_refused(tmp_path: Path, leaves: list[int]) -> None:
+    save_index(tmp_path, build_index(FEW))
+    np.save(tmp_path / "leaf_repeats.npy", np.array(leaves, dtype=np.int32))
+    with pytest.raises(BadInput, match="9 leaves, 10 pictures: build the index again"):
+        load_index(tmp_path, 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=40))
+def test_both_forms_of_the_map_say_the_same(codes: list[int]) -> None:
+    starts = np.flatnonzero(np.diff(np.sort(codes), prepend=-1))
+    repeats = np.delete(np.cumsum(np.diff(np.sort(codes), prepend=-1) > 0) - 1, starts).astype(np.int32)
+    places = np.arange(len(starts) + 1)
+    offsets = pack_offsets(np.append(starts, len(codes)).astype(np.int32))
+    assert Repeats(repeats).at(places).tolist() == offsets.at(places).tolist()
 
 
 def test_bytes_are_those_of_the_arrays() -> None:
@@ -170,8 +217,8 @@ def test_an_index_is_saved_as_plain_arrays(tmp_path: Path) -> None:
     assert np.load(tmp_path / "pictures.npy").tolist() == [1, 4, 3, 0, 2]
     loaded = load_index(tmp_path, 2)
     assert walk(loaded) == walk(index)
-    assert loaded.leaf_offsets is not None
-    assert index.leaf_offsets is not None
+    assert isinstance(loaded.leaf_offsets, Offsets)
+    assert isinstance(index.leaf_offsets, Offsets)
     assert numbers(loaded.leaf_offsets) == numbers(index.leaf_offsets)
     parts = [*(part for level in loaded.levels for part in (*level.offsets, level.codes)), *loaded.leaf_offsets]
     assert all(isinstance(part.base, np.memmap) for part in [*parts, loaded.pictures])  # nothing is read into memory

@@ -26,9 +26,11 @@ from ..index import (
     DELTAS,
     LEAF_BASES,
     LEAF_DELTAS,
+    LEAF_REPEATS,
     MOST_PICTURES,
     PICTURES,
     Codes,
+    are_few,
     build_index,
     save_index,
     smallest_type,
@@ -156,6 +158,7 @@ class TreeFiles:
             OffsetsFile(folder / BASES.format(level), folder / DELTAS.format(level)) for level in range(levels)
         ]
         self.leaves = OffsetsFile(folder / LEAF_BASES, folder / LEAF_DELTAS)
+        self.repeats = ArrayFile(folder / LEAF_REPEATS, np.int32)
         self.pictures = ArrayFile(folder / PICTURES, np.int32)
         self.last: int | None = None
 
@@ -164,6 +167,7 @@ class TreeFiles:
         mask = (1 << self.bits) - 1
         nodes = np.array([self.last is None])  # whether a row begins a node of the level; first the root
         nodes = np.append(nodes, np.zeros(len(keys) - 1, dtype=bool))
+        leaves = self.codes[-1].length
         for level in range(self.levels):
             prefix = keys >> (self.bits * (self.levels - 1 - level))
             fresh = np.empty(len(keys), dtype=bool)
@@ -174,6 +178,7 @@ class TreeFiles:
             self.codes[level].append(prefix[fresh] & mask)
             nodes = fresh
         self.leaves.append(np.flatnonzero(nodes) + self.pictures.length)
+        self.repeats.append(children[~nodes].astype(np.int64) + (leaves - 1))
         self.pictures.append(rows)
         self.last = int(keys[-1])
 
@@ -183,10 +188,10 @@ class TreeFiles:
             offsets.append(np.array([codes.length]))
             offsets.close()
             codes.close()
-        shared = self.leaves.length != self.pictures.length
-        if shared:
-            self.leaves.append(np.array([self.pictures.length]))
-        self.leaves.close(keep=shared)
+        few = are_few(self.repeats.length, self.leaves.length)
+        self.leaves.append(np.array([self.pictures.length]))
+        self.leaves.close(keep=not few)
+        self.repeats.close(keep=few and self.repeats.length > 0)
         self.pictures.close()
 
 
@@ -202,13 +207,15 @@ class ArrayFile:
         self.file.write(np.ascontiguousarray(values.astype(self.kind, copy=False)).data)
         self.length += len(values)
 
-    def close(self) -> None:
-        """Write how many there are into the header, which has room for it."""
+    def close(self, *, keep: bool = True) -> None:
+        """Write how many there are into the header, which has room for it; or remove the file."""
         self.file.seek(0)
         self._header()
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
+        if not keep:
+            self.path.unlink()
 
     def _header(self) -> None:
         npy.write_array_header_1_0(
@@ -241,9 +248,7 @@ class OffsetsFile:
 
     def close(self, *, keep: bool = True) -> None:
         for file in (self.bases, self.deltas):
-            file.close()
-            if not keep:
-                file.path.unlink()
+            file.close(keep=keep)
 
 
 def widened(narrow: ArrayFile, kind: "np.dtype[Any]") -> ArrayFile:
