@@ -208,9 +208,8 @@ class Stepper:
             self.model.load_checkpoint(folder / state["shards"], **options)
         else:
             held = self.trainee.state_dict()
-            self.trainee.load_state_dict(
-                {name: sharding.parted(value, held[name]) for name, value in state["model"].items()}, strict=False
-            )
+            parts = {name: sharding.parted(value, held.get(name, value)) for name, value in state["model"].items()}
+            self.trainee.load_state_dict(parts, strict=False)
             self.optimizer.load_state_dict(sharding.parted_optimizer(state["optimizer"], self.optimizer))
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] and self.scaler.is_enabled():
