@@ -156,7 +156,7 @@ class Stepper:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Inside it `module` has all weights, which ZeRO-3 and FSDP keep in parts, in every process; it may be copied."""
+        """Inside it every process has all weights, which ZeRO-3 and FSDP keep in parts, and may copy the model."""
         if self.fsdp:
             with sharding.whole(self.module, self.model):
                 yield
@@ -187,13 +187,13 @@ class Stepper:
             self.model.save_checkpoint(shards, exclude_frozen_parameters=True)
             processes.wait()
             return {**state, "shards": shards.name}
-        named = dict(self.trainee.named_parameters(remove_duplicate=False))
-        once = {name for name, value in self.trainee.named_parameters() if value.requires_grad}  # tied weights, too
-        beside = tuple(f"{name}." for name, value in named.items() if not value.requires_grad)  # scales of 4-bit weights
+        every = dict(self.trainee.named_parameters(remove_duplicate=False))
+        left_out = every.keys() - self.trained().keys()  # what is frozen, and further names of tied weights
+        beside = tuple(f"{name}." for name in left_out)  # scales of weights in 4 bits
         weights = {
             name: value
             for name, value in self.trainee.state_dict().items()
-            if name in once or not (name in named or name.startswith(beside))
+            if name not in left_out and not name.startswith(beside)
         }
         return sharding.gathered({**state, "model": weights, "optimizer": self.optimizer.state_dict()})
 

@@ -34,8 +34,8 @@ from retriever.retrieve import search_queries
 from tests.chain import Chain, files_of
 from tests.test_pipeline import interrupted, retrieve_config
 from tests.test_processes import assert_same, start, train_anew
-from tests.test_sharding import train_in_parts
 from tests.test_seed_tokenizer import GOLDEN, golden_states
+from tests.test_sharding import train_in_parts
 from tests.tiny import batch_of, bert_folder, llama_folder
 from tools import prepare_captions, runs
 from tools.captions import read_captions
