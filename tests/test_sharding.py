@@ -21,7 +21,7 @@ from models.voken_lm import VokenLM
 from retriever import retrieve, train, train_stage2
 from retriever.data import read_data
 from tests.chain import Chain, encoder_decoder_config, files_of
-from tests.test_pipeline import PowerCut, cut_power_at, retrieve_config, t5_config
+from tests.test_pipeline import PowerCut, cut_power_at, t5_config
 from tests.test_processes import start
 from tests.test_training import llama_config, stage2_config
 from tests.tiny import tiny_llama, tiny_t5
@@ -115,7 +115,10 @@ def test_what_parts_have_trained_is_searched_with(chain: Chain, tmp_path: Path) 
     """In bf16, with adapters around weights of bf16; the recall on val is that of the training's own search."""
     config = llama_config(chain, tmp_path / "llama", precision="bf16", epochs=2)
     on_two(train.main, config, tmp_path / "log")
-    found = retrieve_config(chain, config.output, tmp_path / "found", split="val", pools=("val",), precision="bf16")
+    found = retrieve.Config(
+        dataset=chain.dataset, retriever=config.output, output=tmp_path / "found", split="val", pools=("val",),
+        beams=config.beams, precision="bf16", device="cpu",
+    )  # fmt: skip
     retrieve.main(found)
     lines = [row for _, row in read_json_lines(tmp_path / "found" / "val.jsonl")]
     recall = np.mean([row["image"] in row["ranked"][:1] for row in lines])
