@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
@@ -29,6 +29,8 @@ REFUSED = {  # variables of `accelerate launch`: what to do without them
     "FSDP_OFFLOAD_PARAMS": "train on more GPUs",
     "FSDP_ACTIVATION_CHECKPOINTING": "give the command `gradient_checkpointing`",
 }
+
+NOT_IN_PARTS = ("adafactor",)  # optimisers that sum over the rows of a weight, which torch does not do in parts
 
 
 def is_asked_for() -> bool:
@@ -50,6 +52,18 @@ def is_asked_for() -> bool:
     return True
 
 
+def check_optimizer(name: str) -> None:
+    """Refuse an optimiser that cannot work on parts of weights.
+
+    Raises:
+        BadInput: it is one of them.
+    """
+    if name.lower() in NOT_IN_PARTS:
+        raise BadInput(
+            f"FSDP does not train with `optimizer` {name}, which needs whole weights: take another, as adamw"
+        )
+
+
 @contextlib.contextmanager
 def unknown_to_accelerate() -> Iterator[None]:
     """Inside it accelerate is told of processes, but not of FSDP, which it knows on GPUs alone."""
@@ -61,7 +75,7 @@ def unknown_to_accelerate() -> Iterator[None]:
             os.environ[ASKS] = told
 
 
-def shard(module: nn.Module) -> FSDPModule:
+def shard(module: nn.Module) -> nn.Module:
     """A copy of a module with a part of the main process's weights, and its own code, in every process.
 
     Each layer is made whole while it computes; all else, such as embeddings and head, during the whole pass. All that
@@ -78,9 +92,9 @@ def shard(module: nn.Module) -> FSDPModule:
     keep = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
     for layer in dict.fromkeys(layers_of(copied)):
         fully_shard(layer, mesh=mesh, reshard_after_forward=not keep)
-    sharded = fully_shard(copied, mesh=mesh)
+    fully_shard(copied, mesh=mesh)
     _empty(module)
-    return sharded
+    return copied
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:

@@ -76,6 +76,8 @@ class Stepper:
         self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if sharer := "DeepSpeed" if self.deepspeed else "FSDP" if self.fsdp else None:
             check_sharing(sharer, module, self.dtype)
+        if self.fsdp:
+            sharding.check_optimizer(config.optimizer)
         if self.device.type == "cuda":
             fuse_norms(module)
         compile_module(module, large, self.device, shared_by=sharer)

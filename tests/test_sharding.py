@@ -1,5 +1,6 @@
 """FSDP2 on two CPU processes: the figures and weights of one process, saved models, resuming, and what is refused."""
 
+import copy
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from models import sharding, training
+from models.compute import OPTIMIZERS, make_optimizer
 from models.options import LargeModelOptions
 from models.stepper import check_sharing, compile_module
 from models.voken_lm import VokenLM
@@ -25,10 +27,10 @@ from tests.test_pipeline import PowerCut, cut_power_at, t5_config
 from tests.test_processes import start
 from tests.test_training import llama_config, stage2_config
 from tests.tiny import tiny_llama, tiny_t5
-from tools import runs
+from tools import processes, runs
 from tools.curves import read_curves
 from tools.errors import BadInput
-from tools.files import read_json, read_json_lines
+from tools.files import read_json, read_json_lines, write_json
 from tools.vokens import VokenSpace
 
 SPACE = VokenSpace(3, 5, shared=False)
@@ -44,7 +46,7 @@ def train_in_parts(main: Callable[[Any], None], config: Any) -> None:
     made: list[tuple[nn.Module, nn.Module]] = []
     real = sharding.shard
 
-    def shard(module: nn.Module) -> Any:
+    def shard(module: nn.Module) -> nn.Module:
         made.append((module, real(module)))
         return made[-1][1]
 
@@ -92,7 +94,7 @@ def test_parts_train_the_same_model(kind: str, chain: Chain, tmp_path: Path) -> 
     elif kind == "t5":
         build = partial(t5_config, chain, dropout=0.0, **settings)
     else:
-        adapters = {} if kind == "lora" else {"lora_rank": 0, "gradient_checkpointing": False}
+        adapters: dict[str, Any] = {} if kind == "lora" else {"lora_rank": 0, "gradient_checkpointing": False}
         build = partial(llama_config, chain, lora_dropout=0.0, **settings, **adapters)
     one, two = build(output=tmp_path / "one"), build(output=tmp_path / "two")
     module.main(one)
@@ -164,6 +166,43 @@ def test_layers_are_made_whole_one_by_one(tmp_path: Path) -> None:
     assert [type(layer).__name__ for layer in sharding.layers_of(t5)] == ["T5Block"] * 4
     assert [type(layer).__name__ for layer in sharding.layers_of(llama)] == ["LlamaDecoderLayer"] * 2
     assert list(sharding.layers_of(nn.ModuleDict({"x": nn.ModuleList([nn.ReLU()])}))) == []
+
+
+def try_optimizers(folder: Path) -> None:
+    """Write down how far each optimiser's weights in parts are from whole ones, with its state gathered in between."""
+    processes.connect()
+    torch.manual_seed(0)
+    inputs, net = torch.randn(8, 6), nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    apart: dict[str, float] = {}
+    useless = {*sharding.NOT_IN_PARTS, "muon", "sparseadam"}  # two refuse the whole net, too
+    for name in sorted(OPTIMIZERS.keys() - useless):
+        whole, parts = copy.deepcopy(net), copy.deepcopy(net)
+        sharded = sharding.shard(parts)
+        for module in (whole, sharded):
+            optimizer = make_optimizer(name, module, lr=0.01, weight_decay=0.01)
+            for step in range(3):
+                module(inputs).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if module is sharded and step == 1:
+                    state = processes.share(sharding.gathered(optimizer.state_dict()))
+                    optimizer = make_optimizer(name, module, lr=0.01, weight_decay=0.01)
+                    optimizer.load_state_dict(sharding.parted_optimizer(state, optimizer))
+        with sharding.whole(parts, sharded):
+            pairs = zip(whole.parameters(), parts.parameters(), strict=True)
+            apart[name] = max(float((one - other).abs().max()) for one, other in pairs)
+    if processes.is_main():
+        write_json(folder / "apart.json", apart)
+
+
+def test_optimizers_work_on_parts_and_their_state_is_whole(tmp_path: Path) -> None:
+    started = start(partial(try_optimizers, tmp_path), tmp_path / "log")
+    assert started.statuses() == [0, 0], started.log.read_text()
+    apart = read_json(tmp_path / "apart.json")
+    assert {"adamw", "adam", "sgd", "adagrad"} <= apart.keys()
+    assert max(apart.values()) < 1e-6
+    with pytest.raises(BadInput, match="FSDP does not train with `optimizer` Adafactor, which needs whole weights"):
+        sharding.check_optimizer("Adafactor")
 
 
 @pytest.fixture
