@@ -60,7 +60,7 @@ def check_optimizer(name: str) -> None:
     """
     if name.lower() in NOT_IN_PARTS:
         raise BadInput(
-            f"FSDP does not train with `optimizer` {name}, which needs whole weights: take another, as adamw"
+            f"FSDP does not train with `optimizer` {name}, which needs whole weights: take adamw, or another one"
         )
 
 

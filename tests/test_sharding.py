@@ -75,7 +75,7 @@ def on_two(main: Callable[[Any], None], config: Any, log: Path) -> None:
     assert started.statuses() == [0, 0], started.log.read_text()
 
 
-def losses_of(folder: Path) -> list[float]:
+def losses_of(folder: Path) -> list[float | None]:
     return [row["train/loss"] for row in read_curves(folder) if "train/loss" in row]
 
 
