@@ -1,4 +1,4 @@
-"""The only module that handles gradient accumulation, loss scaling, clipping, several processes and DeepSpeed.
+"""A step of the optimiser: gradient accumulation, loss scaling, clipping, several processes, DeepSpeed and FSDP2.
 
 stepper = Stepper(model, config, steps=100, decay="cosine", large=config)
 for batches in checkpoint.steps(...):
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tools import processes
 from tools.errors import BadInput
 
+from . import sharding
 from .batches import Batch, Part, part_of
 from .compute import make_optimizer, pick_dtype, warmup_share
 from .four_bits import holds_four_bits
@@ -46,9 +47,11 @@ class Stepper:
 
     Attributes:
         module: the model as it was built: to evaluate, to write, to look into.
-        model: `module` wrapped for several processes. Call this one in the loss.
+        trainee: what holds the weights that are trained: `module`, or with FSDP its copy in parts.
+        model: `trainee` wrapped for several processes. Call this one in the loss.
         device, dtype: where the model lies, and the arithmetic of its forward passes.
         deepspeed: DeepSpeed trains it, and may keep its weights in parts; see `whole_weights`.
+        fsdp: FSDP2 keeps its weights in parts, and each layer may run once in a forward pass.
 
     Raises:
         BadInput: the way in which `accelerate launch` shares the model is not one that this training supports.
@@ -68,29 +71,20 @@ class Stepper:
         self.module, self.seeded, self.large = module, seeded, large
         self.device = next(module.parameters()).device
         self.dtype = pick_dtype(large.precision, self.device)
-        buffers = any(isinstance(part, BATCH_NORM) for part in module.modules())  # others are the same everywhere
-        self.accelerator = Accelerator(
-            cpu=self.device.type == "cpu",
-            mixed_precision="no",
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=buffers, gradient_as_bucket_view=True)  # no second copy
-            ],
-        )
-        check_launch(self.accelerator.distributed_type)
+        self.fsdp = sharding.is_asked_for()
+        self.accelerator = make_accelerator(module, self.device)
         self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if self.deepspeed and self.dtype == torch.float16:  # its clipping takes the scaled gradients for the true ones
-            raise BadInput("DeepSpeed does not train with `precision` fp16: write bf16 or fp32")
-        if self.deepspeed and holds_four_bits(module):
-            raise BadInput(
-                "DeepSpeed does not share weights of `load_in_4bit`: leave it out, or train whole copies "
-                "(accelerate launch --multi_gpu)"
-            )
+        if sharer := "DeepSpeed" if self.deepspeed else "FSDP" if self.fsdp else None:
+            check_sharing(sharer, module, self.dtype)
+        if self.fsdp:
+            sharding.check_optimizer(config.optimizer)
         if self.device.type == "cuda":
             fuse_norms(module)
-        compile_module(module, large, self.device, deepspeed=self.deepspeed)
+        compile_module(module, large, self.device, shared_by=sharer)
+        self.trainee: Any = sharding.shard(module) if self.fsdp else module
         optimizer = make_optimizer(
             config.optimizer,
-            module,
+            self.trainee,
             lr=config.lr,
             weight_decay=config.weight_decay,
             fused=self.device.type == "cuda" and not self.deepspeed,
@@ -103,7 +97,10 @@ class Stepper:
             self._tell_deepspeed(config.batch_size)
         self.model: Any
         self.optimizer: Any
-        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        if self.fsdp:
+            self.model, self.optimizer = self.trainee, self.accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
 
     @property
     def rate(self) -> float:
@@ -121,6 +118,8 @@ class Stepper:
         Returns:
             mean loss over the batches and this process's part of them; a scalar on the model's device.
         """
+        if self.fsdp and self.model.training != self.module.training:
+            self.model.train(self.module.training)
         losses = []
         for batch in batches:
             if self.seeded:
@@ -130,7 +129,7 @@ class Stepper:
             raw = self.optimizer.optimizer  # the scaler looks inside it
             if self.large.max_grad_norm < float("inf"):
                 self.scaler.unscale_(raw)
-                nn.utils.clip_grad_norm_(self.module.parameters(), self.large.max_grad_norm)
+                nn.utils.clip_grad_norm_(self.trainee.parameters(), self.large.max_grad_norm)
             self.scaler.step(raw)
             self.scaler.update()
             self.optimizer.zero_grad()
@@ -142,9 +141,14 @@ class Stepper:
         means: Tensor = self.accelerator.reduce(values, "mean")
         return means
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether every process has a part of the state, so that saving takes all of them."""
+        return self.deepspeed or self.fsdp
+
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name."""
-        return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+        """The parameters that are trained, by name; with FSDP this process's parts of them."""
+        return {name: value for name, value in self.trainee.named_parameters() if value.requires_grad}
 
     def align(self) -> None:
         """Give every process the main one's weights, after they were written to."""
@@ -154,8 +158,11 @@ class Stepper:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Inside it every process has all weights, which DeepSpeed's ZeRO-3 keeps in parts, and may copy the model."""
-        if self._zero_stage == 3:
+        """Inside it every process has all weights, which ZeRO-3 and FSDP keep in parts, and may copy the model."""
+        if self.fsdp:
+            with sharding.whole(self.module, self.model):
+                yield
+        elif self._zero_stage == 3:
             import deepspeed
 
             with deepspeed.zero.unwrap_model_for_generation(self.model):  # its hooks, too, are off for the time
@@ -165,7 +172,8 @@ class Stepper:
 
     @property
     def layout(self) -> str:
-        """How the state is saved. DeepSpeed's files fit only the same ZeRO stage and number of processes."""
+        """How the state is saved. DeepSpeed's files fit only the same ZeRO stage and number of processes; FSDP's is
+        that of a whole model."""
         if not self.deepspeed:
             return "without DeepSpeed"
         return f"with DeepSpeed's ZeRO-{self._zero_stage} on {processes.count()} processes"
@@ -181,15 +189,15 @@ class Stepper:
             self.model.save_checkpoint(shards, exclude_frozen_parameters=True)
             processes.wait()
             return {**state, "shards": shards.name}
-        every = self.module.named_parameters(remove_duplicate=False)
-        frozen = {name for name, value in every if not value.requires_grad}
-        beside = tuple(f"{name}." for name in frozen)  # scales of weights in 4 bits
+        every = dict(self.trainee.named_parameters(remove_duplicate=False))
+        left_out = every.keys() - self.trained().keys()  # what is frozen, and further names of tied weights
+        beside = tuple(f"{name}." for name in left_out)  # scales of weights in 4 bits
         weights = {
             name: value
-            for name, value in self.module.state_dict().items()
-            if name not in frozen and not name.startswith(beside)
+            for name, value in self.trainee.state_dict().items()
+            if name not in left_out and not name.startswith(beside)
         }
-        return {**state, "model": weights, "optimizer": self.optimizer.state_dict()}
+        return sharding.gathered({**state, "model": weights, "optimizer": self.optimizer.state_dict()})
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:
         """Go on from what `state` gave.
@@ -201,8 +209,10 @@ class Stepper:
             options = {"load_module_strict": False, "load_lr_scheduler_states": False}
             self.model.load_checkpoint(folder / state["shards"], **options)
         else:
-            self.module.load_state_dict(state["model"], strict=False)
-            self.optimizer.load_state_dict(state["optimizer"])
+            held = self.trainee.state_dict()
+            parts = {name: sharding.parted(value, held.get(name, value)) for name, value in state["model"].items()}
+            self.trainee.load_state_dict(parts, strict=False)
+            self.optimizer.load_state_dict(sharding.parted_optimizer(state["optimizer"], self.optimizer))
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -212,13 +222,19 @@ class Stepper:
         pieces = part.pieces(self.large.at_once)
         losses = []
         for number, piece in enumerate(pieces):
-            complete = last and number + 1 == len(pieces)
-            self.accelerator.sync_gradients = complete
-            with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.model):
+            with self._gradients(complete=last and number + 1 == len(pieces)):
                 value = loss(piece) * piece.weight
                 self.accelerator.backward(self.scaler.scale(value / self.large.accumulate))
             losses.append(value.detach())
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _gradients(self, *, complete: bool) -> contextlib.AbstractContextManager[Any]:
+        """Inside it a backward pass adds to this process's gradients; behind the `complete` one they are all shared."""
+        self.accelerator.sync_gradients = complete
+        if self.fsdp:
+            self.model.set_requires_gradient_sync(complete)
+        shared = complete or self.fsdp
+        return contextlib.nullcontext() if shared else self.accelerator.no_sync(self.model)
 
     @property
     def _zero_stage(self) -> int:
@@ -237,15 +253,52 @@ class Stepper:
             settings["torch_autocast"] = {"enabled": True, "dtype": str(self.dtype), **exact}
 
 
-def compile_module(module: nn.Module, options: LargeModelOptions, device: torch.device, *, deepspeed: bool) -> None:
-    """Compile a model in place where that is asked for.
+def make_accelerator(module: nn.Module, device: torch.device) -> Accelerator:
+    """What shares a model between processes, as `accelerate launch` was told, but for FSDP.
 
     Raises:
-        BadInput: `compile` is "always" and DeepSpeed is in use.
+        BadInput: the way is not one that the stepper knows.
     """
-    if options.compile == "always" and deepspeed:
-        raise BadInput("`compile` is for whole models, DeepSpeed shares this one: leave one of the two out")
-    if options.compile == "always" or (options.compile == "gpu" and not deepspeed and gpu_compiles(device)):
+    buffers = any(isinstance(part, BATCH_NORM) for part in module.modules())  # others are the same everywhere
+    no_second_copy = DistributedDataParallelKwargs(broadcast_buffers=buffers, gradient_as_bucket_view=True)
+    with sharding.unknown_to_accelerate():
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[no_second_copy])
+    check_launch(accelerator.distributed_type)
+    return accelerator
+
+
+def check_sharing(sharer: str, module: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse what cannot be trained in parts.
+
+    Args:
+        sharer: what shares the model, as users know it.
+
+    Raises:
+        BadInput: the arithmetic is fp16, or some weights have 4 bits.
+    """
+    if dtype == torch.float16:  # DeepSpeed's clipping takes the scaled gradients for the true ones
+        raise BadInput(f"{sharer} does not train with `precision` fp16: write bf16 or fp32")
+    if holds_four_bits(module):
+        raise BadInput(
+            f"{sharer} does not share weights of `load_in_4bit`: leave it out, or train whole copies "
+            "(accelerate launch --multi_gpu)"
+        )
+
+
+def compile_module(
+    module: nn.Module, options: LargeModelOptions, device: torch.device, *, shared_by: str | None
+) -> None:
+    """Compile a model in place where that is asked for.
+
+    Args:
+        shared_by: what keeps the model in parts, as users know it; such a model is not compiled.
+
+    Raises:
+        BadInput: `compile` is "always" and the model is kept in parts.
+    """
+    if options.compile == "always" and shared_by:
+        raise BadInput(f"`compile` is for whole models, {shared_by} shares this one: leave one of the two out")
+    if options.compile == "always" or (options.compile == "gpu" and not shared_by and gpu_compiles(device)):
         module.compile(backend=COMPILER, dynamic=True)
 
 
@@ -270,10 +323,10 @@ def check_launch(kind: DistributedType) -> None:
     """Refuse ways of sharing a model that the stepper would take for whole copies, and save in parts.
 
     Raises:
-        BadInput: `accelerate launch` shares it by FSDP, Megatron or another way that is not known here.
+        BadInput: `accelerate launch` shares it by Megatron or another way that is not known here.
     """
     if kind not in SUPPORTED:
         raise BadInput(
             f"accelerate launch was told to share the model by {kind.value}, which is not supported: write "
-            "--multi_gpu for whole copies, or use DeepSpeed's ZeRO-3 for weights in parts (docs/scale.md)"
+            "--multi_gpu for whole copies, or use FSDP2 or DeepSpeed's ZeRO-3 for weights in parts (docs/scale.md)"
         )

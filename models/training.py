@@ -191,9 +191,9 @@ class Checkpoint:
         self._pause = max(SAVE_EVERY_SECONDS, (self._saved - began) / MOST_SAVING)
 
     def save_if_due(self) -> None:
-        """Save where it is time by the main process's clock; with DeepSpeed, saving takes all processes."""
+        """Save where it is time by the main process's clock; a state in parts takes all processes."""
         due = time.monotonic() - self._saved > self._pause
-        if processes.share(due) if self.stepper.deepspeed else due and processes.is_main():
+        if processes.share(due) if self.stepper.in_parts else due and processes.is_main():
             self.save()
 
     def resume(self) -> bool:

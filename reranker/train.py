@@ -181,6 +181,7 @@ class Training:
         epochs = config.epochs
         steps = epochs * -(-self.epoch_batches // config.accumulate)
         self.stepper = Stepper(scorer, config, steps=steps, decay="cosine", large=config)
+        self.share_pictures = not (config.gradient_checkpointing or self.stepper.fsdp)  # or layers run twice in a pass
         self.checkpoint = Checkpoint(run, self.stepper, epochs=epochs, points=steps, patience=config.patience)
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -206,7 +207,7 @@ class Training:
         queries = [self.queries[query] for query in part.rows]
         pairs = self.scorer.pairs(self.tokens[distinct], queries, torch.from_numpy(places.reshape(-1)), of_query)
         with autocast(self.device, self.stepper.dtype):
-            scores: Tensor = self.stepper.model(pairs, share_pictures=not self.config.gradient_checkpointing)
+            scores: Tensor = self.stepper.model(pairs, share_pictures=self.share_pictures)
         return listwise_loss(scores.view(groups.shape))
 
     def groups(self, part: Part) -> NDArray[np.int64]:

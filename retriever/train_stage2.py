@@ -117,14 +117,14 @@ class Stage2(Training):
         trained = [(value, value.detach().clone(), self.start[name]) for name, value in named]
         for share in self.config.mix:
             for value, new, start in trained:
-                value.data = torch.lerp(start, new, share)
+                value.data.copy_(torch.lerp(start, new, share))
             best = self.checkpoint.best
             mixed = self.validate()
             if self.checkpoint.best is not best:
                 self.checkpoint.best["new_share"] = share
             figures |= {f"{name} at {share:g}": recall for name, recall in mixed.items()}
         for value, new, _ in trained:
-            value.data = new
+            value.data.copy_(new)
         return figures
 
     def loss(self, part: Part) -> Tensor:

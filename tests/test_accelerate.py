@@ -9,7 +9,9 @@ import pytest
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+from models import sharding
 
 ROOT = Path(__file__).parent.parent
 FOLDER = "scripts/accelerate"
@@ -35,6 +37,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, launcher: str, file: str, *options
     ("file", "kind"),
     [
         ("parallel.yaml", DistributedType.MULTI_GPU),
+        ("fsdp2.yaml", DistributedType.FSDP),
         ("zero2.yaml", DistributedType.DEEPSPEED),
         ("zero3.yaml", DistributedType.DEEPSPEED),
     ],
@@ -48,13 +51,25 @@ def test_files_are_read(file: str, kind: DistributedType) -> None:
 
 
 def test_every_file_is_tested() -> None:
-    assert {path.stem for path in (ROOT / FOLDER).iterdir()} == {"parallel", "zero2", "zero3"}
+    assert {path.stem for path in (ROOT / FOLDER).iterdir()} == {"parallel", "fsdp2", "zero2", "zero3"}
 
 
 def test_parallel_launches_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = launched(monkeypatch, "multi_gpu_launcher", "parallel.yaml", "--num_processes", "2")
     assert (arguments.num_processes, arguments.mixed_precision) == (2, "no")
     assert arguments.training_script_args == ["--epochs", "1"]
+
+
+def test_fsdp_gets_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none of the settings that a training would not follow."""
+    arguments = launched(monkeypatch, "multi_gpu_launcher", "fsdp2.yaml", "--num_processes", "2")
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.setenv(name, value)
+    assert not sharding.is_asked_for()  # of one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sharding.is_asked_for()
+    assert arguments.mixed_precision == "no"
 
 
 def test_number_of_processes_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

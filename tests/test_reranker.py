@@ -35,6 +35,7 @@ from tests.chain import Chain, files_of
 from tests.test_pipeline import interrupted, retrieve_config
 from tests.test_processes import assert_same, start, train_anew
 from tests.test_seed_tokenizer import GOLDEN, golden_states
+from tests.test_sharding import train_in_parts
 from tests.tiny import batch_of, bert_folder, llama_folder
 from tools import prepare_captions, runs
 from tools.captions import read_captions
@@ -927,13 +928,16 @@ def test_tokens_lists_and_scores_on_two_processes(
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("shared", [train_anew, train_in_parts])
 @pytest.mark.parametrize("build", [train_config, lora_config])
-def test_training_on_two_processes(build: Callable[..., train.Config], stages: Stages, tmp_path: Path) -> None:
+def test_training_on_two_processes(
+    build: Callable[..., train.Config], shared: Callable[..., None], stages: Stages, tmp_path: Path
+) -> None:
     """The same global batches and negatives, so the same scores to rounding; 96 queries do not divide by 15 times 2."""
     settings: dict[str, Any] = {"batch_size": 15, "easing": 0.5, "lora_dropout": 0.0, "epochs": 2}
     one, two = build(stages, tmp_path / "one", **settings), build(stages, tmp_path / "two", **settings)
     train.main(one)
-    started = start(partial(train_anew, train.main, two), tmp_path / "log", anew=True)
+    started = start(partial(shared, train.main, two), tmp_path / "log", anew=True)
     assert started.statuses() == [0, 0], started.log.read_text()
     assert files_of(one.output) == files_of(two.output)
     metrics = [runs.read_manifest(config.output, "reranker.train").metrics for config in (one, two)]

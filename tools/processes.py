@@ -128,6 +128,7 @@ def _group() -> Any:
     import torch
     import torch.distributed as dist
 
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # or transformers reads no weights, but in one process
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     return dist.new_group(backend="gloo", timeout=PATIENCE)

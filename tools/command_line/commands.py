@@ -132,6 +132,7 @@ def _is_error(record: logging.LogRecord) -> bool:
 def quiet_libraries() -> None:
     """Keep library chatter that no user of these commands can act on off the screen, unless it is asked for."""
     warnings.filterwarnings("ignore", message=".*nested tensors.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view.*")  # nothing writes into it
     warnings.filterwarnings("ignore", message="Detected pickle protocol.*")  # of a file that is then refused
     warnings.filterwarnings("ignore", message=".*decompression bomb DOS attack.*")  # half of what would be refused
     warnings.filterwarnings("ignore", message="CUDA initialization.*")  # which models.compute says in one line

@@ -129,7 +129,7 @@ def check_memory(wanted: Need) -> Iterator[Finding]:
     if most <= card.memory:
         yield Finding(wanted.stage, what, OK, "")
         return
-    parts = "zero" in wanted.values.get("launch", "") or "deepspeed" in wanted.values.get("launch", "")
+    parts = any(way in wanted.values.get("launch", "") for way in ("zero", "deepspeed", "fsdp"))
     certain = least > card.memory and not parts
     yield Finding(wanted.stage, what, MISSING if certain else UNKNOWN, wanted.values.get("advice", "a larger GPU"))
 
