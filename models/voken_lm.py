@@ -20,6 +20,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    CLIPTextModel,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     GPT2Config,
@@ -53,6 +54,7 @@ from .weights import load_weights
 
 Kind = Literal["seq2seq", "encoder-decoder", "causal"]
 LOADERS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder-decoder": EncoderDecoderModel, "causal": AutoModelForCausalLM}
+CLIPS = ("clip", "clip_text_model")
 T5_FAMILY = ("t5", "mt5")  # decoders that models/decoding.py reads
 UNSEARCHABLE = ("bloom", "mpt", "gpt_neo")  # causal models whose positions do not come as ids
 SCALED_HEADS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
@@ -526,7 +528,7 @@ def build_encoder_decoder(
     have a standard deviation of about four.
 
     Args:
-        encoder: Hugging Face name or folder of an encoder such as BERT or MiniLM.
+        encoder: Hugging Face name or folder of an encoder such as BERT or MiniLM, or of a CLIP, whose text tower it is.
         codebooks: (books, codebook_size, width).
 
     Raises:
@@ -536,7 +538,10 @@ def build_encoder_decoder(
     if width % heads:
         raise BadInput(f"`decoder_heads` {heads} does not divide the codebooks' width {width}")
     try:
-        text_encoder = load_whole(AutoModel, encoder, add_pooling_layer=False, dtype=torch.float32)
+        if load_config(encoder).model_type in CLIPS:
+            text_encoder = load_whole(CLIPTextModel, encoder, dtype=torch.float32)
+        else:
+            text_encoder = load_whole(AutoModel, encoder, add_pooling_layer=False, dtype=torch.float32)
         tokenizer = load_tokenizer(encoder)
     except LOADING_ERRORS as error:
         raise cannot_load(encoder, error) from None

@@ -32,7 +32,8 @@ class Config(TrainingConfig, LoraOptions):
     """Model and training. Published values: T5-base on Flickr30k."""
 
     language_model: NameOrPath
-    """Hugging Face name or folder: a T5 (seq2seq), a text encoder (encoder-decoder), or a causal model."""
+    """Hugging Face name or folder: a T5 (seq2seq), a text encoder or a CLIP, whose text tower is read
+    (encoder-decoder), or a causal model."""
     kind: Kind = "seq2seq"
     """seq2seq: a pretrained sequence-to-sequence model, all of it trained; encoder-decoder: a frozen text encoder,
     its states computed once, and a new decoder as wide as the codebooks; causal: LLaMA 2, LLaMA 3 and the like behind

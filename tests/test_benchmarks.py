@@ -1,5 +1,9 @@
 """The benchmark: its arithmetic by hand, and one run of it all on models of a few thousand weights."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,12 +116,26 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "x.png").stat().st_size > 1000
 
 
-@pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models in place of those of real size."""
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder, and small models in place of those of real size."""
+    folder = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        replace_models(folder, monkeypatch)
+        yield folder
 
+
+@pytest.fixture(scope="module")
+def quick(small: Path) -> tuple[Path, str]:
+    """The output of the quick run, and what it printed."""
+    with redirect_stdout(StringIO()) as said:
+        bench.main(bench.Config(quick=True, output=small / "results", repeats=1, most_pictures=1000, sample=small))
+    return small / "results", said.getvalue()
+
+
+def replace_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def t5(dtype: torch.dtype = torch.float32) -> VokenLM:
-        lm = tiny_t5(tmp_path / "t5", SPACE)
+        lm = tiny_t5(folder / "t5", SPACE)
         lm.model.to(dtype)
         return lm
 
@@ -130,7 +148,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return shapes.encoder_decoder(layers, width=32)
 
     monkeypatch.setattr(bench, "t5_base", t5)
-    monkeypatch.setattr(bench, "llama", lambda: tiny_llama(tmp_path / "llama", SPACE))
+    monkeypatch.setattr(bench, "llama", lambda: tiny_llama(folder / "llama", SPACE))
     monkeypatch.setattr(bench, "encoder_decoder", decoder)
     monkeypatch.setattr(bench, "captions", lambda count, seed=0: [[4, 5, 1]] * count)
     monkeypatch.setattr(bench, "prompts", lambda count, length, seed=0: [[4, 5, 6, 7]] * count)
@@ -141,9 +159,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
 
-def test_the_quick_run_writes_every_ratio(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "results"
-    bench.main(bench.Config(quick=True, output=output, repeats=1, most_pictures=1000, sample=tmp_path))
+def test_the_quick_run_writes_every_ratio(quick: tuple[Path, str]) -> None:
+    output, said = quick
     written: dict[str, Any] = read_json(output / "search.json")
     assert set(written["ratios"]) >= RATIOS
     assert all(value > 0 for value in written["ratios"].values())
@@ -160,13 +177,13 @@ def test_the_quick_run_writes_every_ratio(small: None, tmp_path: Path, capsys: p
     )
     assert written["ratios"]["exact_vs_published"] == pytest.approx(published / exact, rel=1e-3)
     assert sorted(path.name for path in output.iterdir()) == ["search.json", "search.txt"]
-    assert "exact_vs_published" in capsys.readouterr().out
+    assert "exact_vs_published" in said
 
 
-def test_one_part_is_measured_again_and_the_others_stay(small: None, tmp_path: Path) -> None:
+def test_one_part_is_measured_again_and_the_others_stay(quick: tuple[Path, str], tmp_path: Path) -> None:
     output = tmp_path / "results"
+    shutil.copytree(quick[0], output)
     options: dict[str, Any] = {"output": output, "repeats": 1, "most_pictures": 1000, "sample": tmp_path}
-    bench.main(bench.Config(quick=True, **options))
     before = read_json(output / "search.json")
     bench.main(bench.Config(only=("pools",), **options))
     after = read_json(output / "search.json")

@@ -1,5 +1,6 @@
 """Language models with vokens: tokens, starts, losses, learning, saving."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPModel
 
 from models.batches import bucketed_batches
 from models.compute import make_optimizer
@@ -35,6 +37,7 @@ from tools.errors import BadInput
 from tools.vokens import VokenSpace
 
 SPACE = VokenSpace(3, 5, shared=False)
+clip_decoder = partial(tiny_encoder_decoder, clip=True)
 SHARED = VokenSpace(3, 5, shared=True)
 
 
@@ -69,7 +72,7 @@ def test_a_new_decoder_starts_from_the_scaled_codebooks(tmp_path: Path) -> None:
     assert rows.std() == pytest.approx(4 / 16**0.5, rel=1e-3)
 
 
-@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, tiny_llama])
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, clip_decoder, tiny_llama])
 def test_save_and_load_give_equal_logits(build: type, tmp_path: Path) -> None:
     lm: VokenLM = build(tmp_path / "base", SPACE)
     lm.save_pretrained(tmp_path / "saved")
@@ -83,7 +86,7 @@ def test_save_and_load_give_equal_logits(build: type, tmp_path: Path) -> None:
     assert torch.allclose(first, second, atol=1e-6)
 
 
-@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, tiny_llama])
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, clip_decoder, tiny_llama])
 def test_padding_is_masked(build: type, tmp_path: Path) -> None:
     lm: VokenLM = build(tmp_path, SPACE)
     codes = torch.tensor([[1, 2, 3]])
@@ -93,7 +96,7 @@ def test_padding_is_masked(build: type, tmp_path: Path) -> None:
     assert torch.allclose(alone[0], padded[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, tiny_llama])
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, clip_decoder, tiny_llama])
 def test_overfits_eight_pairs_and_moves_every_trainable_parameter(build: type, tmp_path: Path) -> None:
     lm: VokenLM = build(tmp_path, SPACE)
     before = {name: value.clone() for name, value in lm.named_parameters()}
@@ -115,7 +118,7 @@ def test_overfits_eight_pairs_and_moves_every_trainable_parameter(build: type, t
         assert torch.equal(value, before[name]) != value.requires_grad, name
 
 
-@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, tiny_llama])
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, clip_decoder, tiny_llama])
 def test_a_writer_gives_the_log_probabilities_of_a_forward_pass(build: type, tmp_path: Path) -> None:
     lm: VokenLM = build(tmp_path, SPACE)
     codes = torch.tensor([[1, 2, 3], [4, 0, 2]])
@@ -219,6 +222,17 @@ def test_bucketed_batches_hold_every_text_once_with_little_padding() -> None:
     ]
 
 
+def test_a_clips_text_tower_is_read_and_stays_as_it_was(tmp_path: Path) -> None:
+    lm = clip_decoder(tmp_path / "clip", SPACE)
+    tokens = lm.pad(lm.tokenize(["a red circle", "blue"]))
+    tower = CLIPModel.from_pretrained(tmp_path / "clip").text_model.eval()
+    with torch.inference_mode():
+        expected = tower(input_ids=tokens.ids, attention_mask=tokens.mask).last_hidden_state
+        assert torch.allclose(lm.read(tokens).states, expected, atol=1e-6)
+    assert not any(value.requires_grad for value in lm.model.get_encoder().parameters())
+    assert (lm.state_width, lm.most_tokens) == (32, 16)
+
+
 def test_models_that_do_not_fit_are_one_clear_line(tmp_path: Path) -> None:
     books = codebooks(SPACE, 24)
     with pytest.raises(BadInput, match=r"codebooks are 24 wide.*with a width of 16"):
@@ -264,7 +278,7 @@ def test_a_causal_models_vokens_are_as_long_as_its_words(tmp_path: Path) -> None
     assert losses.mean().item() < 2 * np.log(logits.shape[-1])
 
 
-@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, tiny_llama])
+@pytest.mark.parametrize("build", [tiny_t5, tiny_encoder_decoder, clip_decoder, tiny_llama])
 def test_more_padding_changes_nothing(build: Any, tmp_path: Path) -> None:
     lm = build(tmp_path, SPACE)
     tokens, codes = lm.tokenize(["a red circle", "blue"]), torch.zeros(2, SPACE.levels, dtype=torch.long)

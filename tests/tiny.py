@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -68,6 +70,22 @@ def bert_folder(folder: Path, width: int = 32) -> Path:
         initializer_range=0.3,
     )
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def hub_clip_folder(folder: Path, width: int = 32) -> Path:
+    """A CLIP of two towers with random weights, as transformers saves it."""
+    torch.manual_seed(0)
+    words = tokenizer(["[PAD]", "<|endoftext|>", "[UNK]", "<|startoftext|>"], end_only=False)
+    layers: dict[str, Any] = {"num_attention_heads": 2, "intermediate_size": 64}
+    text = {
+        "vocab_size": len(words), "hidden_size": width, "num_hidden_layers": 2, "max_position_embeddings": 32,
+        "bos_token_id": 3, "eos_token_id": 1, "pad_token_id": 0, "initializer_factor": 10.0,
+    }  # fmt: skip
+    vision = {"image_size": 32, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 1}
+    config = CLIPConfig(text_config={**layers, **text}, vision_config={**layers, **vision}, projection_dim=24)
+    CLIPModel(config).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
@@ -138,9 +156,9 @@ def tiny_llama(folder: Path, space: VokenSpace) -> VokenLM:
     return build_causal(str(folder), space=space, codebooks=codebooks(space, 16), max_source=16, prompt=prompt).eval()
 
 
-def tiny_encoder_decoder(folder: Path, space: VokenSpace) -> VokenLM:
-    """A frozen text encoder and a decoder, in eval mode."""
-    bert_folder(folder)
+def tiny_encoder_decoder(folder: Path, space: VokenSpace, *, clip: bool = False) -> VokenLM:
+    """A frozen text encoder, BERT's or CLIP's, and a decoder, in eval mode."""
+    (hub_clip_folder if clip else bert_folder)(folder)
     torch.manual_seed(0)
     return build_encoder_decoder(
         str(folder), space=space, codebooks=codebooks(space, 16), layers=2, heads=2, dropout=0.0, max_source=16
