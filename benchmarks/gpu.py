@@ -45,6 +45,7 @@ from .gpu_training import (
     train_reranker,
     train_rqvae,
     train_t5_base,
+    train_t5_compiled,
     train_t5_large,
 )
 from .timing import cpu
@@ -98,6 +99,7 @@ SECTIONS: dict[str, Section] = {  # in the order of what is wanted most
     "search-llama": search_llama,
     "training-rqvae": train_rqvae,
     "training-t5-large": train_t5_large,
+    "training-t5-compiled": train_t5_compiled,
 }
 
 

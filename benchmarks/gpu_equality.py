@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, get_args
 
 import numpy as np
@@ -10,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from models.arithmetic import Arithmetic
+from models.batches import Batch, Part
 from models.compute import DTYPES, autocast
 from models.decoding import make_writer
+from models.graphed_step import Inputs, Loss
 from models.norms import fuse_norms
 from models.rqvae import RqVae, RqVaeConfig
-from models.voken_lm import VokenLM
+from models.voken_lm import Tokens, VokenLM
 from retriever.beam import Beams, beam_search
 from retriever.graphed_search import GraphedSearch
 from retriever.index import VokenIndex, build_index, to_device
 from retriever.losses import Discriminative, Rivals, Targets, discriminative_loss, generative_loss, soft_targets
 
 from .codes import synthetic_codes
-from .gpu_figures import Goal, Report
+from .gpu_figures import Goal, Report, Skipped
 from .gpu_models import Sizes, captions, image_tokens, scorer, t5
 
 CPU = torch.device("cpu")
@@ -30,6 +33,7 @@ NEAR = Goal(0.05, least=False)  # of relative errors in bf16
 SHARED = Goal(0.8, least=True)  # of bf16's answers, those that float32 gives too; weights are random
 EQUAL_CODES = Goal(0.999, least=True)  # of pictures
 START_SPREAD = 0.5  # of embeddings: random models tell pictures apart
+GRAPHED_BATCH, GRAPHED_STEPS = 16, 8
 ROWS = 32  # of what the losses are computed on
 
 
@@ -42,6 +46,7 @@ def equality(sizes: Sizes, report: Report, *, graphs: bool) -> None:
         "quantizer": lambda: quantizer(sizes, report),
         "losses": lambda: losses(sizes, report),
         "training step": lambda: training_step(sizes, report),
+        "training by graphs": lambda: training_by_graphs(sizes, report),
         "reranker": lambda: reranker(sizes, report),
     }
     for what, check in checks.items():
@@ -199,6 +204,46 @@ def training_step(sizes: Sizes, report: Report) -> None:
             goal,
             precise=partial(loss, dtype=torch.float32),
         )
+
+
+def training_by_graphs(sizes: Sizes, report: Report) -> None:
+    """Losses of the same steps of T5-base with dropout and AdamW, by CUDA graphs and without, in two shapes."""
+    if find_spec("accelerate") is None:
+        raise Skipped("accelerate is not installed")
+    from models.options import LargeModelOptions, TrainingOptions
+    from models.stepper import Stepper
+
+    space = sizes.space
+    start = t5(sizes.t5_base, sizes, report.device, dropout=0.2).train()
+    token_ids = start.tokenize(captions(2 * GRAPHED_BATCH, sizes))
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(space.codebook_size, (len(token_ids), space.levels), generator=generator)
+    shares = torch.randn(*codes.shape, space.codebook_size, generator=generator).softmax(dim=-1)
+    options = TrainingOptions(epochs=1, batch_size=GRAPHED_BATCH, lr=1e-3, weight_decay=0.01, warmup=0.0)
+    large = LargeModelOptions(precision="fp32", max_grad_norm=1.0)
+    found: list[Tensor] = []
+    for graphs in (False, True):
+        lm = copy.deepcopy(start)
+        stepper = Stepper(lm, options, steps=GRAPHED_STEPS, decay="linear", large=large, graphs=graphs)
+
+        def read(part: Part, lm: VokenLM = lm) -> Inputs:
+            own = torch.from_numpy(part.rows)
+            targets = Targets(codes[own].to(lm.device), shares[own].to(lm.device))
+            return lm.pad([token_ids[row] for row in part.rows], multiple=8), targets
+
+        def loss_of(texts: Tokens, targets: Targets, lm: VokenLM = lm) -> Tensor:
+            return generative_loss(lm(texts, targets.codes), targets, lm, temperature=0.5, end=True)
+
+        rows = np.split(np.arange(len(token_ids)), 2)
+        steps = [Batch(rows[step % 2], 0, 0, step) for step in range(GRAPHED_STEPS)]
+        found.append(torch.stack([stepper.step(Loss(read, loss_of), [batch]).cpu() for batch in steps]))
+        if stepper.graphed is not None:
+            for failure in stepper.graphed.failures:
+                report.say("training by graphs", f"failed: nothing was recorded: {failure}", trace=failure)
+            report.add("training by graphs: shapes that have one", len(stepper.graphed.recorded), "")
+    worst = float(((found[1] - found[0]) / found[0]).abs().max())
+    note = f"{found[0][0]:.3f} at first, {found[0][-1]:.3f} after {GRAPHED_STEPS} steps"
+    report.add("training by graphs, fp32: losses", worst, "relative error", goal=SAME, note=note)
 
 
 def reranker(sizes: Sizes, report: Report) -> None:

@@ -47,6 +47,20 @@ def record(
     return graph, result
 
 
+class GraphMemory:
+    """Memory and stream that the graphs of one device share; see `record`. Without a GPU there are none.
+
+    Attributes:
+        pool: a handle of the memory, or None.
+        stream: None, or what all of them are recorded on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.pool: Any = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+
+
 class Replay:
     """A function of tensors for inputs of one shape, without gradients.
 

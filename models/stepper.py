@@ -25,6 +25,7 @@ from . import sharding
 from .batches import Batch, Part, part_of
 from .compute import make_optimizer, pick_dtype, warmup_share
 from .four_bits import holds_four_bits
+from .graphed_step import GraphedStep, Loss
 from .norms import fuse_norms
 from .options import LargeModelOptions, TrainingOptions
 
@@ -44,6 +45,7 @@ class Stepper:
         decay: how the learning rate falls after the warmup.
         seeded: reseed torch before each batch, so that dropout does not depend on earlier batches.
         large: by default fp32, one batch per step, and no clipping.
+        graphs: on a GPU, run a `Loss` by CUDA graphs, where one process trains the whole model.
 
     Attributes:
         module: the model as it was built: to evaluate, to write, to look into.
@@ -52,6 +54,7 @@ class Stepper:
         device, dtype: where the model lies, and the arithmetic of its forward passes.
         deepspeed: DeepSpeed trains it, and may keep its weights in parts; see `whole_weights`.
         fsdp: FSDP2 keeps its weights in parts, and each layer may run once in a forward pass.
+        graphed: runs forward and backward by graphs; None where each kernel is started by itself.
 
     Raises:
         BadInput: the way in which `accelerate launch` shares the model is not one that this training supports.
@@ -66,6 +69,7 @@ class Stepper:
         decay: Decay,
         seeded: bool = True,
         large: LargeModelOptions | None = None,
+        graphs: bool = False,
     ) -> None:
         large = large or LargeModelOptions(precision="fp32")
         self.module, self.seeded, self.large = module, seeded, large
@@ -101,6 +105,7 @@ class Stepper:
             self.model, self.optimizer = self.trainee, self.accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.graphed = GraphedStep(module, self.device) if graphs and self._can_record else None
 
     @property
     def rate(self) -> float:
@@ -132,7 +137,7 @@ class Stepper:
                 nn.utils.clip_grad_norm_(self.trainee.parameters(), self.large.max_grad_norm)
             self.scaler.step(raw)
             self.scaler.update()
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(set_to_none=self.graphed is None)
         self.schedule.step()
         return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
@@ -222,6 +227,10 @@ class Stepper:
         pieces = part.pieces(self.large.at_once)
         losses = []
         for number, piece in enumerate(pieces):
+            if self.graphed is not None and isinstance(loss, Loss):
+                share = piece.weight / self.large.accumulate
+                losses.append(self.graphed.backward(loss, piece, share) * self.large.accumulate)
+                continue
             with self._gradients(complete=last and number + 1 == len(pieces)):
                 value = loss(piece) * piece.weight
                 self.accelerator.backward(self.scaler.scale(value / self.large.accumulate))
@@ -235,6 +244,18 @@ class Stepper:
             self.model.set_requires_gradient_sync(complete)
         shared = complete or self.fsdp
         return contextlib.nullcontext() if shared else self.accelerator.no_sync(self.model)
+
+    @property
+    def _can_record(self) -> bool:
+        """Whether nothing of a step is known that no graph holds: other processes, scaled losses, activations that are
+        computed twice under the same random numbers, weights in 4 bits."""
+        checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in self.module.modules())
+        alone = processes.count() == 1 and not self.in_parts
+        return (
+            self.device.type == "cuda"
+            and alone
+            and not (self.scaler.is_enabled() or checkpointed or holds_four_bits(self.module))
+        )
 
     @property
     def _zero_stage(self) -> int:

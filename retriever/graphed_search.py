@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.decoding import Scoring, Writer
-from models.graphs import Replay
+from models.graphs import GraphMemory, Replay
 from models.guide import Guide
 from models.voken_lm import Memory, Tokens
 
@@ -64,9 +64,7 @@ class GraphedSearch:
         }
         self.encoders: OrderedDict[tuple[int, ...], Replay] = OrderedDict()
         self.searches: OrderedDict[tuple[int, ...], Replay] = OrderedDict()
-        on_gpu = writer.lm.device.type == "cuda"
-        self.pool: Any = torch.cuda.graph_pool_handle() if on_gpu else None
-        self.stream = torch.cuda.Stream(writer.lm.device) if on_gpu else None
+        self.memory = GraphMemory(writer.lm.device)
         self.failures: list[str] = []
 
     @torch.inference_mode()
@@ -123,7 +121,7 @@ class GraphedSearch:
             *rest, mask = (part.to(self.writer.lm.device) for part in inputs)
             mask = mask.clone()
             mask[:, -1] = 0  # libraries that skip a mask without padding see some: while recording they never skip it
-            recorded[shape] = Replay(function, [*rest, mask], pool=self.pool, stream=self.stream)
+            recorded[shape] = Replay(function, [*rest, mask], pool=self.memory.pool, stream=self.memory.stream)
             for failure in recorded[shape].failures:
                 if failure not in self.failures:
                     self.failures.append(failure)

@@ -92,12 +92,15 @@ class StoredQueries:
 
     def batch(self, chosen: NDArray[np.int64]) -> Memory:
         """The chosen queries as `VokenLM.forward` takes them."""
-        return self.memory(chosen)
+        return self._padded(chosen, GPU_MULTIPLE if self.device.type == "cuda" else 1)
 
     def memory(self, chosen: NDArray[np.int64], encode: Callable[..., Memory] | None = None) -> Memory:
         """Encoder states of the chosen queries, padded to the longest of them; nothing is encoded again."""
+        return self._padded(chosen, 1)
+
+    def _padded(self, chosen: NDArray[np.int64], multiple: int) -> Memory:
         lengths = torch.from_numpy(self.lengths[chosen])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        mask = torch.arange(-(-int(lengths.max()) // multiple) * multiple) < lengths[:, None]
         rows = torch.from_numpy(self.offsets[self.places[chosen]])[:, None] + torch.arange(mask.shape[1])
         states = self.states[rows.masked_fill(~mask, 0)].float() * mask[:, :, None]
         return Memory(states.to(self.device, non_blocking=True), mask.long().to(self.device, non_blocking=True))

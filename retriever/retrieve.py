@@ -108,8 +108,8 @@ class Config(RunOptions, ListOptions):
     """Codes written for each query, each with all its pictures."""
     unguided: bool = True
     """Search without the guide too, as published."""
-    graphs: bool = False
-    """Record the search as CUDA graphs, which start all its kernels at once; a CPU has none."""
+    graphs: bool = True
+    """On a GPU, record the search as CUDA graphs, which start all its kernels at once."""
 
     def __post_init__(self) -> None:
         ListOptions.__post_init__(self)
@@ -330,7 +330,7 @@ def main(config: Config) -> None:
             score_end=config.score_end,
             guide=guide,
             features=features,
-            graphs=config.graphs,
+            graphs=config.graphs and device.type == "cuda",
             blocks_folder=blocks_folder,
         )
         before = tokenising + encoding if needs_features(lm, guide) else tokenising

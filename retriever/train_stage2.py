@@ -23,8 +23,9 @@ from torch import Tensor
 from models.batches import Part
 from models.compute import autocast, pick_device, seed_everything
 from models.decoding import make_writer
+from models.graphed_step import Inputs
 from models.options import NegativeOptions
-from models.voken_lm import VokenLM
+from models.voken_lm import Memory, Tokens, VokenLM
 from tools import processes, runs
 from tools.blocks import wait_for
 from tools.command_line.commands import run_command
@@ -34,7 +35,7 @@ from tools.logs import Tracker
 
 from .beam import RankedPictures
 from .data import RetrieverData, read_data, read_retriever
-from .losses import Discriminative, Rivals, discriminative_loss, generative_loss, written_log_probabilities
+from .losses import Discriminative, Rivals, Targets, discriminative_loss, generative_loss, written_log_probabilities
 from .queries import SomeQueries
 from .retrieve import search_queries
 from .training import Training, TrainingConfig
@@ -127,35 +128,52 @@ class Stage2(Training):
             value.data.copy_(new)
         return figures
 
-    def loss(self, part: Part) -> Tensor:
+    def read(self, part: Part) -> Inputs:
+        """What `loss_of` takes of a part of a batch: what stage 1 reads, and the rival sequences."""
+        texts, targets, features = super().read(part)
+        right = self.codes[torch.from_numpy(self.train_split.pictures[part.rows])]
+        rows = torch.from_numpy(np.array(self.negatives[part.rows]))
+        present = rows >= 0
+        rivals = torch.cat([right.unsqueeze(1), self.codes[rows.clamp_min(0)]], dim=1)
+        drawn = torch.from_numpy(part.rows + part.batch.epoch) % present.sum(dim=1).clamp_min(1)
+        placed = (each.to(self.device, non_blocking=True) for each in (rivals, present, drawn))
+        return texts, targets, features, *placed
+
+    def loss_of(  # type: ignore[override]
+        self,
+        texts: Tokens | Memory,
+        targets: Targets,
+        features: Tensor | None,
+        rivals: Tensor,
+        present: Tensor,
+        drawn: Tensor,
+    ) -> Tensor:
         """L_gen of the right codes and L_disc against the negatives, from one forward pass.
 
         The sequences of a caption are: what the generative loss writes, the right codes, the negatives.
+
+        Args:
+            rivals: (batch, 1 + negatives, levels) the right codes and the negatives'.
+            present: (batch, negatives) bool; which negatives there are.
+            drawn: (batch,) the negative that the margin forms compare.
         """
-        config, targets = self.config, self.targets(part)
-        right = self.codes[torch.from_numpy(self.train_split.pictures[part.rows])]
-        right = right.to(self.device, non_blocking=True)
-        rows = torch.from_numpy(np.array(self.negatives[part.rows]))
-        wrong = self.codes[rows.clamp_min(0)].to(self.device, non_blocking=True)
-        sequences = torch.cat([targets.codes.unsqueeze(1), right.unsqueeze(1), wrong], dim=1)
+        config = self.config
+        sequences = torch.cat([targets.codes.unsqueeze(1), rivals], dim=1)
         with autocast(self.device, self.dtype):
-            texts = self.train_split.queries.batch(part.rows)
-            logits = self.stepper.model(texts, sequences.flatten(0, 1), self.features(part))
+            logits = self.stepper.model(texts, sequences.flatten(0, 1), features)
         logits = logits.view(*sequences.shape[:2], *logits.shape[1:])
         generative = generative_loss(
             logits[:, 0], targets, self.lm, temperature=config.temperature, end=config.train_end
         )
-        present = (rows >= 0).to(self.device, non_blocking=True)
-        rivals = self._rivals(logits[:, 1:], sequences[:, 1:], present, part)
         discriminative = discriminative_loss(
-            rivals,
+            self._rivals(logits[:, 1:], rivals, present, drawn),
             config.discriminative,
             temperature=config.discriminative_temperature,
             margin=config.margin,
         )
         return generative + config.discriminative_weight * discriminative
 
-    def _rivals(self, logits: Tensor, codes: Tensor, present: Tensor, part: Part) -> Rivals:
+    def _rivals(self, logits: Tensor, codes: Tensor, present: Tensor, drawn: Tensor) -> Rivals:
         """From logits (batch, 1 + negatives, levels + 1, vocabulary) of codes (batch, 1 + negatives, levels)."""
         end = self.config.train_end
         flat = written_log_probabilities(logits.flatten(0, 1), codes.flatten(0, 1), self.lm, end=end)
@@ -163,8 +181,6 @@ class Stage2(Training):
         parted = (codes[:, 1:] != codes[:, :1]).cumsum(dim=2) > 0
         if end:
             parted = torch.cat([parted, parted[:, :, -1:]], dim=2)
-        chosen = torch.from_numpy(part.rows + part.batch.epoch).to(present.device, non_blocking=True)
-        drawn = chosen % present.sum(dim=1).clamp_min(1)
         return Rivals(written[:, 0], written[:, 1:], present, parted, drawn)
 
     def _search(self) -> NDArray[np.int64]:

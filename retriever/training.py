@@ -16,12 +16,13 @@ from torch import Tensor
 from models.batches import Part, bucketed_batches, check_batch_size, drawn
 from models.compute import autocast, pick_dtype
 from models.decoding import Writer, make_writer
+from models.graphed_step import Inputs, Loss
 from models.guide import GUIDE_NAME, fit_text_head, pooled
 from models.lengths import tell_overlong
 from models.options import LargeModelOptions, TrainingOptions, ValidationOptions, examples_of_epoch
 from models.stepper import Stepper
 from models.training import Checkpoint
-from models.voken_lm import VokenLM
+from models.voken_lm import Memory, Tokens, VokenLM
 from tools import captions, processes, runs
 from tools.command_line.options import RunOptions
 from tools.errors import BadInput
@@ -68,6 +69,9 @@ class TrainingConfig(RunOptions, TrainingOptions, ValidationOptions, LargeModelO
     guide: bool = False
     """Let the tokenizer's guide steer the search on val too (models/guide.py): its best weight is kept with the model,
     and the best checkpoint is the one that searches best with it; published: no."""
+    graphs: bool = False
+    """On a GPU, record forward and backward as CUDA graphs, one for each shape of a batch, and start each at once; for
+    one process."""
     beams: int = 10
     """Beams of the search on val."""
     validate_queries: int = 5000
@@ -199,7 +203,7 @@ class Training:
             squares = (self.latents[data.rows("train")] ** 2).sum(dim=1)
             self.label_scale = float(squares.mean()) * config.label_temperature
         steps = config.epochs * -(-len(self.batches(0)) // config.accumulate)
-        self.stepper = Stepper(lm, config, steps=steps, decay="linear", large=config)
+        self.stepper = Stepper(lm, config, steps=steps, decay="linear", large=config, graphs=config.graphs)
         self.checkpoint = Checkpoint(run, self.stepper, epochs=config.epochs, points=steps, patience=config.patience)
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -228,11 +232,20 @@ class Training:
             return None
         return torch.from_numpy(self.train_split.features[part.rows]).to(self.device, non_blocking=True)
 
-    def loss(self, part: Part) -> Tensor:
+    @property
+    def loss(self) -> Loss:
         """Mean loss over a part of a batch of train captions."""
-        config, targets = self.config, self.targets(part)
+        return Loss(self.read, self.loss_of)
+
+    def read(self, part: Part) -> Inputs:
+        """What `loss_of` takes of a part of a batch."""
+        return self.train_split.queries.batch(part.rows), self.targets(part), self.features(part)
+
+    def loss_of(self, texts: Tokens | Memory, targets: Targets, features: Tensor | None) -> Tensor:
+        """The generative loss of the texts."""
+        config = self.config
         with autocast(self.device, self.dtype):
-            logits = self.stepper.model(self.train_split.queries.batch(part.rows), targets.codes, self.features(part))
+            logits = self.stepper.model(texts, targets.codes, features)
         return generative_loss(logits, targets, self.lm, temperature=config.temperature, end=config.train_end)
 
     def validate(self) -> dict[str, float]:

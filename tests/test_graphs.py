@@ -16,6 +16,7 @@ from models import graphs
 from models.arithmetic import Arithmetic
 from models.decoding import Scoring, make_writer
 from models.graphs import Replay
+from models.guide import Guide
 from models.voken_lm import Memory, Tokens, VokenLM
 from retriever import graphed_search
 from retriever.beam import Beams, beam_search, search_steps
@@ -211,3 +212,11 @@ def test_nothing_that_is_recorded_waits_for_a_gpu_or_copies_to_it(
             assert {part.device.type for part in (*found, broken)} == {"cuda"}
             with pytest.raises(DataDependentOutputException):
                 bool(broken)
+        shapes: tuple[tuple[int, ...], ...] = ((4, 32, 6), (6, 16), (16,), (4,))
+        codewords, basis, mean, missing = (torch.empty(shape, device="cuda") for shape in shapes)
+        guide = Guide(codewords, basis, mean, missing, weight=80.0)
+        with NoCopies(), torch.no_grad():
+            steering = guide.steer(torch.zeros(4, 16, device="cuda"))
+            options: dict[str, Any] = {"beams": 4, "early_beams": 6, "scoring": "full", "score_end": False}
+            found, _ = search_steps(writer, memory, placed, steering=steering, **options)
+        assert found.leaves.device.type == "cuda"
