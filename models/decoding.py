@@ -17,10 +17,9 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import transformers  # whose classes are slow to load: where they are used
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache
 
 from .arithmetic import Arithmetic, Layer, MakeLinear, choose_linear, from_conv, fused, linear_of, with_linears
 from .compute import autocast
@@ -279,7 +278,7 @@ class CausalSession(Session):
         super().__init__(memory)
         self.writer = writer
         self.memory = Memory(memory.states.to(writer.dtype), memory.mask)
-        self.cache = DynamicCache()
+        self.cache = transformers.DynamicCache()
         self.lengths = memory.mask.sum(dim=1, keepdim=True)
 
     def open(self) -> Tensor:
@@ -451,7 +450,7 @@ def _activation(name: str) -> Layer:
     """By its Hugging Face name; the tanh form of GELU as one operation instead of eight."""
     if name in ("gelu_new", "gelu_pytorch_tanh"):
         return partial(F.gelu, approximate="tanh")
-    activation: Layer = ACT2FN[name]
+    activation: Layer = transformers.activations.ACT2FN[name]
     return activation
 
 

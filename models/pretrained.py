@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers  # whose classes are slow to load: where they are used
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
 
 from tools.errors import BadInput
 from tools.files import read_json
@@ -60,18 +60,18 @@ def load_saved(loader: Any, folder: Path, **options: Any) -> Any:
 
 def load_config(name: str | Path, **options: Any) -> Any:
     """The configuration of a pretrained model; one that comes with code of its own is refused."""
-    return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a pretrained model; one that comes with code of its own is refused."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError:
         folder = downloaded(name)
         if folder is None:
             raise
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def downloaded(name: str | Path) -> Path | None:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers  # whose classes are slow to load: where they are used
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AddedToken, AutoModel, Cache, DynamicCache, LlamaConfig, LlamaModel
-from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from peft import PeftModel  # elsewhere where adapters are, and not above: slow to import
@@ -150,7 +149,7 @@ class Scorer(nn.Module):
         if dtype == torch.float32:
             return self.float()
         for module in self.modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
+            if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)):
                 module.to(dtype)
         return self
 
@@ -225,11 +224,11 @@ class Scorer(nn.Module):
 
     def open(self, pictures: Tensor) -> list[KeysAndValues]:
         """Keys and values (pictures, heads, opening, width) of each layer for prompts (pictures, opening)."""
-        cache = DynamicCache()
+        cache = transformers.DynamicCache()
         self.read_pictures(pictures, cache)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
-    def read_pictures(self, pictures: Tensor, cache: Cache) -> None:
+    def read_pictures(self, pictures: Tensor, cache: "transformers.Cache") -> None:
         """Give a cache the keys and values of prompts (pictures, opening), layer by layer."""
         self.model(input_ids=pictures, past_key_values=cache, use_cache=True)
 
@@ -296,7 +295,7 @@ class Scorer(nn.Module):
         rounded_in = facts.pop("rounded_in", None)
         if (folder / ADAPTER_NAME).is_file():
             model = merged(
-                AutoModel,
+                transformers.AutoModel,
                 folder,
                 len(tokenizer),
                 options=lambda name: _causal(name, layers),
@@ -306,7 +305,7 @@ class Scorer(nn.Module):
             )
         else:
             with reading(folder):
-                model = load_saved(AutoModel, folder, **_without_pooler(load_config(folder)))
+                model = load_saved(transformers.AutoModel, folder, **_without_pooler(load_config(folder)))
         head = scoring_head(model.config.hidden_size)
         load_weights(head, folder / HEAD_NAME)
         images = ImageTokens(**facts.pop("images"))
@@ -349,9 +348,9 @@ def build_scorer(
     """
     try:
         if four_bits is None:
-            model = load_whole(AutoModel, name, dtype=dtype, **_causal(name, layers))
+            model = load_whole(transformers.AutoModel, name, dtype=dtype, **_causal(name, layers))
         else:
-            model = load_in_4bit(AutoModel, name, dtype=dtype, device=four_bits, **_causal(name, layers))
+            model = load_in_4bit(transformers.AutoModel, name, dtype=dtype, device=four_bits, **_causal(name, layers))
         tokenizer = load_tokenizer(tokenizer_name or name)
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
@@ -400,12 +399,12 @@ def build_new_scorer(
         raise BadInput(f"`new_width` {width} must divide into `new_heads` {heads} of even width, and by 4")
     try:
         tokenizer = load_tokenizer(name)
-        lender = load_whole(AutoModel, name, **_without_pooler(load_config(name)))
+        lender = load_whole(transformers.AutoModel, name, **_without_pooler(load_config(name)))
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
     lent = lender.get_input_embeddings().weight.detach().float()[: len(tokenizer)]
     words = [_words(tokenizer, own) for own in captions]
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=width * 5 // 2,
@@ -413,7 +412,7 @@ def build_new_scorer(
         num_attention_heads=heads,
         initializer_range=0.8 * width**-0.5,
     )
-    model = LlamaModel(config)
+    model = transformers.LlamaModel(config)
     first = _image_tokens(name, model, tokenizer, images, None)
     rank = width * 3 // 4
     found = factorise(words, pictures, size=images.size, rank=rank)
@@ -463,7 +462,7 @@ def _image_tokens(
     known = tokenizer.get_vocab()
     new = names[0] not in known
     if new:
-        marks = [AddedToken(mark, normalized=False) for mark in (*names, OPEN_IMAGE, CLOSE_IMAGE)]
+        marks = [transformers.AddedToken(mark, normalized=False) for mark in (*names, OPEN_IMAGE, CLOSE_IMAGE)]
         tokenizer.add_tokens(marks)
         known = tokenizer.get_vocab()
     first = known[names[0]]

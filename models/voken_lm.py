@@ -12,21 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import transformers  # whose classes are slow to load: where they are used
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    CLIPTextModel,
-    EncoderDecoderConfig,
-    EncoderDecoderModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
-from transformers.modeling_outputs import BaseModelOutput
 
 if TYPE_CHECKING:
     from peft import PeftModel  # elsewhere where adapters are, and not above: slow to import
@@ -53,7 +43,11 @@ from .pretrained import (
 from .weights import load_weights
 
 Kind = Literal["seq2seq", "encoder-decoder", "causal"]
-LOADERS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder-decoder": EncoderDecoderModel, "causal": AutoModelForCausalLM}
+LOADERS = {  # classes of transformers
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "encoder-decoder": "EncoderDecoderModel",
+    "causal": "AutoModelForCausalLM",
+}
 CLIPS = ("clip", "clip_text_model")
 T5_FAMILY = ("t5", "mt5")  # decoders that models/decoding.py reads
 UNSEARCHABLE = ("bloom", "mpt", "gpt_neo")  # causal models whose positions do not come as ids
@@ -262,7 +256,7 @@ class VokenLM(nn.Module):
             return self._continue_prompt(memory, written)
         opening = torch.full_like(written[:, :1], self.start)
         output = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=memory.states),
+            encoder_outputs=(memory.states,),
             attention_mask=memory.mask,
             decoder_input_ids=torch.cat([opening, written], dim=1),
             use_cache=False,
@@ -323,10 +317,10 @@ class VokenLM(nn.Module):
         if (folder / ADAPTER_NAME).is_file():
             rounded_in = facts.pop("rounded_in", None)
             load = None if rounded_in is None else reader(rounded_in)
-            model = merged(AutoModelForCausalLM, folder, len(tokenizer), load=load)
+            model = merged(transformers.AutoModelForCausalLM, folder, len(tokenizer), load=load)
         else:
             with reading(folder):
-                model = load_saved(LOADERS[facts["kind"]], folder)
+                model = load_saved(getattr(transformers, LOADERS[facts["kind"]]), folder)
             if getattr(model.get_encoder(), "pooler", None) is not None:  # it comes back random, and is never used
                 model.get_encoder().pooler = None
         space = VokenSpace(**facts.pop("space"))
@@ -358,7 +352,7 @@ def build_seq2seq(
         config = load_config(name, dropout_rate=dropout)
         if config.model_type not in T5_FAMILY:
             raise BadInput(f"`language_model` {name} is a {config.model_type}, seq2seq takes {', '.join(T5_FAMILY)}")
-        model = load_whole(AutoModelForSeq2SeqLM, name, config=config, dtype=torch.float32)
+        model = load_whole(transformers.AutoModelForSeq2SeqLM, name, config=config, dtype=torch.float32)
         tokenizer = load_tokenizer(name)
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
@@ -406,9 +400,9 @@ def build_causal(
         raise BadInput(f"the prompt {prompt!r} must have {{query}} in it once")
     try:
         if four_bits is None:
-            model = load_whole(AutoModelForCausalLM, name, dtype=dtype)
+            model = load_whole(transformers.AutoModelForCausalLM, name, dtype=dtype)
         else:
-            model = load_in_4bit(AutoModelForCausalLM, name, dtype=dtype, device=four_bits)
+            model = load_in_4bit(transformers.AutoModelForCausalLM, name, dtype=dtype, device=four_bits)
         tokenizer = load_tokenizer(name)
     except LOADING_ERRORS as error:
         raise cannot_load(name, error) from None
@@ -539,15 +533,17 @@ def build_encoder_decoder(
         raise BadInput(f"`decoder_heads` {heads} does not divide the codebooks' width {width}")
     try:
         if load_config(encoder).model_type in CLIPS:
-            text_encoder = load_whole(CLIPTextModel, encoder, dtype=torch.float32)
+            text_encoder = load_whole(transformers.CLIPTextModel, encoder, dtype=torch.float32)
         else:
-            text_encoder = load_whole(AutoModel, encoder, add_pooling_layer=False, dtype=torch.float32)
+            text_encoder = load_whole(transformers.AutoModel, encoder, add_pooling_layer=False, dtype=torch.float32)
         tokenizer = load_tokenizer(encoder)
     except LOADING_ERRORS as error:
         raise cannot_load(encoder, error) from None
     config = decoder_config(space, width=width, layers=layers, heads=heads, dropout=dropout)
-    joint = EncoderDecoderConfig.from_encoder_decoder_configs(text_encoder.config, config)
-    model = EncoderDecoderModel(config=joint, encoder=text_encoder, decoder=GPT2LMHeadModel(config))
+    joint = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(text_encoder.config, config)
+    model = transformers.EncoderDecoderModel(
+        config=joint, encoder=text_encoder, decoder=transformers.GPT2LMHeadModel(config)
+    )
     model.config.decoder_start_token_id, model.config.pad_token_id = START, PAD
     spread = START_LOGIT_SPREAD / width**0.5
     set_rows([model.decoder.get_input_embeddings().weight], DECODER_SPECIALS, codebooks / codebooks.std() * spread)
@@ -565,10 +561,12 @@ def build_encoder_decoder(
     )
 
 
-def decoder_config(space: VokenSpace, *, width: int, layers: int, heads: int, dropout: float) -> GPT2Config:
+def decoder_config(
+    space: VokenSpace, *, width: int, layers: int, heads: int, dropout: float
+) -> "transformers.GPT2Config":
     """A small decoder with cross-attention; its weights start at 1/sqrt(width), not at GPT-2's 0.02, which is far too
     small for its width."""
-    return GPT2Config(
+    return transformers.GPT2Config(
         vocab_size=DECODER_SPECIALS + len(space.tokens),
         n_positions=space.levels + 2,
         n_embd=width,

@@ -20,7 +20,6 @@ import tyro
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from models.clip import Pictures, encode_images, feature_dtype, load_recorded
 from models.compute import Precision, pick_device
 from models.options import DeviceOptions
 from models.rqvae import RqVae, tokenize
@@ -237,6 +236,8 @@ def again(gallery: Gallery) -> str:
 def encode(gallery: Gallery, new: Sequence[Picture], config: ReadingOptions, device: torch.device) -> Floats:
     """Features (pictures, width) of new pictures, by the model that encoded the gallery's."""
     gallery.check_clip(again(gallery))
+    from models.clip import Pictures, encode_images, feature_dtype, load_recorded  # slow to load
+
     clip = load_recorded(gallery.clip_facts)
     clip.model.to(device=device, dtype=feature_dtype(config.precision, device), memory_format=torch.channels_last)
     pictures = Pictures([picture.file for picture in new], clip.preprocess, folder=gallery.files_below)
