@@ -105,7 +105,7 @@ class Stepper:
             self.model, self.optimizer = self.trainee, self.accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
-        self.graphed = GraphedStep(module, self.device) if graphs and self._can_record else None
+        self.graphed = GraphedStep(module, self.device) if graphs and self._can_record() else None
 
     @property
     def rate(self) -> float:
@@ -245,17 +245,21 @@ class Stepper:
         shared = complete or self.fsdp
         return contextlib.nullcontext() if shared else self.accelerator.no_sync(self.model)
 
-    @property
     def _can_record(self) -> bool:
-        """Whether nothing of a step is known that no graph holds: other processes, scaled losses, activations that are
-        computed twice under the same random numbers, weights in 4 bits."""
+        """Whether nothing of a step is known that no graph holds; says what it is otherwise."""
         checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in self.module.modules())
-        alone = processes.count() == 1 and not self.in_parts
-        return (
-            self.device.type == "cuda"
-            and alone
-            and not (self.scaler.is_enabled() or checkpointed or holds_four_bits(self.module))
-        )
+        obstacles = {
+            "there is no GPU": self.device.type != "cuda",
+            "several processes train": processes.count() > 1,
+            "DeepSpeed trains": self.deepspeed,
+            "fp16 scales the losses": self.scaler.is_enabled(),
+            "activations are computed twice": checkpointed,
+            "weights have 4 bits": holds_four_bits(self.module),
+        }
+        found = [reason for reason, holds in obstacles.items() if holds]
+        if found and processes.is_main():
+            print(f"note: `graphs` records nothing: {', '.join(found)}", flush=True)
+        return not found
 
     @property
     def _zero_stage(self) -> int:

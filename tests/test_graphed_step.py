@@ -108,6 +108,16 @@ def test_a_shape_that_cannot_be_recorded_runs_without_a_graph(
     assert capsys.readouterr().out == said
 
 
+def test_what_is_in_the_way_of_graphs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm = tiny_t5(tmp_path, SPACE)
+    lm.model.gradient_checkpointing_enable()
+    options = TrainingOptions(epochs=1, batch_size=3, lr=1e-2, weight_decay=0.01, warmup=0.0)
+    assert Stepper(lm, options, steps=1, decay="linear", graphs=True).graphed is None
+    assert capsys.readouterr().out == (
+        "note: `graphs` records nothing: there is no GPU, activations are computed twice\n"
+    )
+
+
 def test_shapes_tell_types_and_absent_inputs_apart() -> None:
     one, other = torch.zeros(2), torch.zeros(2, dtype=torch.long)
     keys = {tuple(graphed_step.shapes(each)) for each in ((one, None), (None, one), (other, None), (one, one))}
