@@ -68,6 +68,15 @@ class Options(NamedTuple):
     graphs: bool
 
     @property
+    def command(self) -> str:
+        """What was typed, but for the folder of the results, which is this machine's."""
+        words = ["python -m benchmarks.gpu", f"--minutes {self.minutes:g}"]
+        words += [f"--only {' '.join(self.only)}"] if self.only else []
+        words += ["--tiny"] if self.tiny else []
+        words += [] if self.graphs else ["--no-graphs"]
+        return " ".join(words)
+
+    @property
     def sizes(self) -> Sizes:
         return TINY if self.tiny else FULL
 
@@ -204,7 +213,7 @@ class Results:
         write_json(
             self.path,
             {
-                "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+                "command": self.options.command,
                 **self.machine,
                 "sizes": self.options.sizes.name,
                 "seconds": round(time.monotonic() - self.began, 1),
