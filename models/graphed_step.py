@@ -1,8 +1,9 @@
 """Forward and backward of a training as CUDA graphs, one for each shape of its inputs.
 
 A step of T5-base starts some three thousand kernels. A GPU ends each before the CPU has started the next, so that it
-waits most of the time. A graph starts all of them at once. Gradients, dropout and losses are those of the same step
-without a graph: seeds are read at every replay, and gradients are added up in place.
+waits most of the time. A graph starts all of them at once. Gradients, dropout and losses are to be those of the same
+step without a graph: seeds are read at every replay, and gradients are added up in place. No GPU has run this yet; see
+docs/gpu.md.
 """
 
 from collections.abc import Callable, Iterator
