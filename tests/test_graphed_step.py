@@ -19,7 +19,7 @@ from models.stepper import Stepper
 from models.voken_lm import Memory, Tokens, VokenLM
 from retriever.losses import Discriminative, Targets, generative_loss
 from retriever.train_stage2 import Config, Stage2
-from tests.test_graphs import MAKE, SPACE, NoCopies, pretend
+from tests.test_graphs import MAKE, SPACE, NoCopies, alone, pretend
 from tests.tiny import tiny_t5
 
 TEXTS = ["a red circle", "turtle", "a blue ring", "red", "a big picture of an outlined green cross a", "drawing of a"]
@@ -128,6 +128,7 @@ def test_shapes_tell_types_and_absent_inputs_apart() -> None:
     assert [each is one for each in graphed_step.leaves(copied)] == [False, False]
 
 
+@alone
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available.*", "ignore:.*data pointer of FakeTensor.*")
 @pytest.mark.parametrize("form", get_args(Discriminative))
 @pytest.mark.parametrize("kind", MAKE)

@@ -1,6 +1,9 @@
 """CUDA graphs without a GPU: their shapes and buffers with the work run plainly, and, on tensors that only pretend to
 lie on a GPU, that the recorded work never waits for one."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +163,18 @@ def test_what_cannot_be_recorded_runs_without_a_graph(monkeypatch: pytest.Monkey
     assert replay(torch.tensor([1.0, 2.0]))[0].tolist() == [2.0, 4.0]
 
 
+ALONE = "TESTS_OF_A_FAKE_GPU"  # after such a test a process that is forked crashes: they run in one of their own
+alone = pytest.mark.skipif(ALONE not in os.environ, reason="run by test_on_a_gpu_that_is_not_there")
+
+
+def test_on_a_gpu_that_is_not_there() -> None:
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "never_wait or nothing_that"]
+    files = ["tests/test_graphs.py", "tests/test_graphed_step.py"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run([*line, *files], capture_output=True, text=True, cwd=root, env={**os.environ, ALONE: "yes"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 class NoCopies(TorchDispatchMode):
     """Refuses copies between devices; a copy of nothing is none."""
 
@@ -186,6 +201,7 @@ def on_gpu(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
 
+@alone
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available.*", "ignore:.*data pointer of FakeTensor.*")
 @pytest.mark.parametrize(
     ("kind", "arithmetic"), [("t5", "fp32"), ("t5", "bf16"), ("llama", "fp32"), ("encoder-decoder", "fp32")]
