@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.compute import pick_device
 from models.guide import GUIDE_NAME, guide_of
+from models.hubness import fit_hubness
 from models.options import DeviceOptions
 from models.rqvae import RqVae, tokenize
 from tools import runs
@@ -39,6 +40,9 @@ class Config(RunOptions, DeviceOptions):
     resolve_collisions: bool = True
     """Pictures that would share all codes get their next nearest free code at the last level, the nearest picture
     keeping its own, train pictures first; published: no."""
+    hubness: bool = True
+    """Learn from the train captions which pictures are near to captions of every kind; searches with a guide or with
+    features take as much of it off their cosines as val says (models/hubness.py). Published: no."""
 
 
 class FixedCodes(nn.Module):
@@ -82,7 +86,7 @@ def main(config: Config) -> None:
     write_array(run.folder / "codebooks.npy", model.quantizer.codebooks.detach().numpy())
     train = features.image_rows("train")
     if (guide := guide_of(model, fixed.fixed[train if len(train) else slice(None)])) is not None:
-        guide.save(run.folder / GUIDE_NAME)
+        guide.corrected(fit_hubness(features) if config.hubness else None).save(run.folder / GUIDE_NAME)
     write_json(run.folder / "report.json", report._asdict())
     tracker = Tracker(run.folder, job="generate_codes", config=run.started["config"])
     tracker.summary(report.figures())

@@ -8,6 +8,9 @@ beam search, and no picture's feature is stored. The score of a picture is
 
 A prefix has the cosine of what its codes add up to, with the length that whole codes have on average. A weight of 0 is
 the published search; a very large one is a beam search of the quantised two-tower model.
+
+Where the guide knows hubness (models/hubness.py), that of the same sum is taken off each cosine. There all codes count
+as equally long, so that exponentials of a sum are products of those of its codewords.
 """
 
 from pathlib import Path
@@ -22,12 +25,14 @@ from torch.nn import functional as F
 from tools.errors import BadInput
 from tools.files import replacing
 
+from .hubness import SHARPNESS, Hubness
 from .rqvae import RqVae
 from .voken_lm import Memory
 from .weights import ANEW
 
 GUIDE_NAME = "guide.safetensors"
-WEIGHT, HEAD = "weight", "head."
+WEIGHT, LENGTH, STRENGTH = "weight", "length", "strength"
+HEAD, HUBNESS = "head.", "hubness."
 
 
 class Guide(NamedTuple):
@@ -45,6 +50,12 @@ class Guide(NamedTuple):
     """Of the cosine in a score; 0 switches the guide off."""
     head: nn.Sequential | None = None
     """From a language model's pooled encoder states to text features, in place of a second text encoder."""
+    length: float = 0.0
+    """Of what whole codes add up to, on average."""
+    hubness: Hubness | None = None
+    """What is taken off the cosines, of codes and of whole features; `corrected` sets it."""
+    nearness: Tensor | None = None
+    """(levels, codebook_size, landmarks) exponentials of the codewords' products with the landmarks."""
 
     def read(self, memory: Memory) -> Tensor:
         """Text features (queries, features) that the head sees in encoder states."""
@@ -56,10 +67,20 @@ class Guide(NamedTuple):
         """Follow a search for queries with text features (queries, features), whose lengths do not matter."""
         return Steering(self, F.normalize(texts.float(), dim=1))
 
+    def corrected(self, hubness: Hubness | None) -> "Guide":
+        """The same with hubness taken off."""
+        if hubness is None or not hubness.strength:
+            return self._replace(hubness=hubness, nearness=None)
+        products = self.codewords @ (hubness.landmarks @ self.basis.T).T
+        return self._replace(hubness=hubness, nearness=(products * (SHARPNESS / self.length)).exp())
+
     def to(self, device: torch.device) -> "Guide":
         """The same on a device."""
         codewords, basis, mean, missing = (part.to(device) for part in self.tensors)
-        return Guide(codewords, basis, mean, missing, self.weight, None if self.head is None else self.head.to(device))
+        head = None if self.head is None else self.head.to(device)
+        hubness = None if self.hubness is None else self.hubness.to(device)
+        nearness = None if self.nearness is None else self.nearness.to(device)
+        return Guide(codewords, basis, mean, missing, self.weight, head, self.length, hubness, nearness)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,13 +88,17 @@ class Guide(NamedTuple):
         return self.codewords, self.basis, self.mean, self.missing
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file whose metadata holds the weight."""
+        """Write a safetensors file whose metadata holds the weight, and the strength of the hubness."""
         tensors = dict(zip(self._fields, self.tensors, strict=False))
         if self.head is not None:
             tensors |= {f"{HEAD}{name}": part for name, part in self.head.state_dict().items()}
+        metadata = {WEIGHT: repr(self.weight), LENGTH: repr(self.length)}
+        if self.hubness is not None:
+            tensors |= {f"{HUBNESS}landmarks": self.hubness.landmarks, f"{HUBNESS}shares": self.hubness.shares}
+            metadata[STRENGTH] = repr(self.hubness.strength)
         tensors = {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={WEIGHT: repr(self.weight)})
+            save_file(tensors, temporary, metadata=metadata)
 
 
 def read_guide(path: Path) -> Guide | None:
@@ -89,7 +114,13 @@ def read_guide(path: Path) -> Guide | None:
             codewords, basis, mean, missing = (file.get_tensor(name) for name in Guide._fields[:4])
             heads = [name for name in list(file.keys()) if name.startswith(HEAD)]
             state = {name.removeprefix(HEAD): file.get_tensor(name) for name in heads}
-            guide = Guide(codewords, basis, mean, missing, float(file.metadata()[WEIGHT]))
+            metadata = file.metadata()
+            hubness = None
+            if STRENGTH in metadata:
+                landmarks, shares = (file.get_tensor(f"{HUBNESS}{name}") for name in Hubness._fields[:2])
+                hubness = Hubness(landmarks, shares, float(metadata[STRENGTH]))
+            guide = Guide(codewords, basis, mean, missing, float(metadata[WEIGHT]))
+            guide = guide._replace(length=float(metadata.get(LENGTH, 0))).corrected(hubness)
         if not state:
             return guide
         head = text_head(len(state["0.weight"]), len(mean))
@@ -117,7 +148,8 @@ def guide_of(model: RqVae, codes: Tensor) -> Guide | None:
         sums = sums + codewords[level][codes[:, level]]
         squares.append((sums * sums).sum(dim=1).mean())
     lengths = torch.stack(squares)
-    return Guide(codewords, basis.T, model.mean.clone(), (lengths[-1] - lengths).clamp_min(0))
+    missing = (lengths[-1] - lengths).clamp_min(0)
+    return Guide(codewords, basis.T, model.mean.clone(), missing, length=float(lengths[-1].sqrt()))
 
 
 def text_head(width: int, features: int) -> nn.Sequential:
@@ -164,7 +196,8 @@ class Steering:
         texts: (queries, width) text features in the guide's basis.
         sums: (queries, beams, width) what the codes of each beam add up to.
         dots, squares: (queries, beams) its product with the query's feature, and its squared length.
-        reached: (queries, beams) its weighted cosine.
+        near: (queries, beams, landmarks) exponentials of its products with the captions' landmarks.
+        reached: (queries, beams) its weighted cosine, without hubness.
     """
 
     def __init__(self, guide: Guide, texts: Tensor) -> None:
@@ -174,13 +207,21 @@ class Steering:
         self.dots = (texts @ guide.mean).unsqueeze(1)
         self.squares = (guide.mean @ guide.mean).expand(len(texts), 1)
         self.reached = torch.zeros_like(self.dots)
+        if guide.hubness is not None and guide.nearness is not None:
+            landmarks, shares = guide.hubness.landmarks, guide.hubness.shares
+            start = (landmarks @ guide.mean * (SHARPNESS / guide.length) + shares).exp()
+            self.near = start.expand(len(texts), 1, -1)
 
     def gains(self, level: int) -> Tensor:
         """What each code adds to the score of each beam: (queries, beams, codebook_size) float32."""
         words = self.guide.codewords[level]
         dots = self.dots.unsqueeze(2) + (self.texts @ words.T).unsqueeze(1)
         squares = self.squares.unsqueeze(2) + 2 * self.sums @ words.T + (words * words).sum(dim=1)
-        reached = self.guide.weight * dots * (squares + self.guide.missing[level]).clamp_min(1e-12).rsqrt()
+        cosines = dots * (squares + self.guide.missing[level]).clamp_min(1e-12).rsqrt()
+        if self.guide.hubness is not None and self.guide.nearness is not None:
+            hubness = (self.near @ self.guide.nearness[level].T).log() / SHARPNESS
+            cosines = cosines - self.guide.hubness.strength * hubness
+        reached = self.guide.weight * cosines
         self.behind = (dots, squares, reached)
         return reached - self.reached.unsqueeze(2)
 
@@ -188,5 +229,11 @@ class Steering:
         """Go on with codes (queries, beams) behind the beams `parents` (queries, beams)."""
         places = parents * self.guide.codewords.shape[1] + codes
         self.dots, self.squares, self.reached = (part.flatten(1).gather(1, places) for part in self.behind)
-        sums = self.sums.gather(1, parents.unsqueeze(2).expand(-1, -1, self.sums.shape[2]))
-        self.sums = sums + self.guide.codewords[level][codes]
+        self.sums = of_parents(self.sums, parents) + self.guide.codewords[level][codes]
+        if self.guide.nearness is not None:
+            self.near = of_parents(self.near, parents) * self.guide.nearness[level][codes]
+
+
+def of_parents(vectors: Tensor, parents: Tensor) -> Tensor:
+    """Vectors (queries, beams, width) of the beams `parents` (queries, beams)."""
+    return vectors.gather(1, parents.unsqueeze(2).expand(-1, -1, vectors.shape[2]))

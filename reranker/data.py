@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from models.guide import GUIDE_NAME, read_guide
+from models.hubness import Hubness
 from models.scorer import ImageTokens
 from tools.captions import Record, read_captions
 from tools.errors import BadInput
@@ -54,6 +56,12 @@ class Lists(NamedTuple):
                 f"{self.manifest.folder} has no {split} lists: run scripts/16_prepare_reranker_dataset.sh --overwrite"
             )
         return read_lists(path)
+
+    @property
+    def hubness(self) -> Hubness | None:
+        """What the retriever's guide takes off cosines; None where it has no guide."""
+        guide = read_guide(self.manifest.folder / GUIDE_NAME)
+        return None if guide is None else guide.hubness
 
     def test_pools(self) -> list[str]:
         """Pools that the test queries were ranked over, in order."""

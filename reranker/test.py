@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.compute import machine, pick_device, pick_dtype
+from models.hubness import Hubness
 from models.lengths import tell_overlong
 from models.options import PrecisionOptions
 from models.scorer import Scorer
@@ -99,12 +100,14 @@ class Case(NamedTuple):
         return Case(label, self.pool, self.lists.some(chosen), scores, None, count)
 
 
-def cosines(lists: RankedLists, features: Features) -> Scores:
-    """Scaled cosine of each query's text with the pictures of its list, (queries, longest)."""
+def cosines(lists: RankedLists, features: Features, hubness: Hubness | None) -> Scores:
+    """Scaled cosine of each query's text with the pictures of its list, (queries, longest), without hubness."""
     texts, images = normalized(features.texts[lists.captions]), normalized(features.images[:])
     found = np.empty(lists.rows.shape, dtype=np.float32)
     for place, row in enumerate(lists.rows):
         found[place] = images[row] @ texts[place]
+    if hubness is not None:
+        found -= hubness.taken_off(images)[lists.rows]
     return np.where(lists.present, COSINE_SCALE * found, -np.inf)
 
 
@@ -143,12 +146,12 @@ class Reranking:
 
 
 def read_case(
-    split: str, pool: str, lists: RankedLists, features: Features | None, reranking: Reranking | None, run: runs.Run
+    split: str, pool: str, ranked: Lists, config: Config, features: Features, reranking: Reranking | None, run: runs.Run
 ) -> Case:
     """Every score of one split's lists."""
-    scores, speed = {}, None
-    if features is not None:
-        scores[FEATURES] = cosines(lists, features)
+    scores, speed, lists = {}, None, ranked.read(split, pool).first(config.top_k)
+    if config.features:
+        scores[FEATURES] = cosines(lists, features, ranked.hubness)
     if reranking is not None:
         scores[RERANKER], speed = reranking.score(lists, run.resume_folder / f"{split}-{pool}")
     return Case(split, pool, lists, scores, speed)
@@ -262,9 +265,8 @@ def main(config: Config) -> None:
         print((config.output / "table.txt").read_text(), end="")
         return
     settings = {lists.facts["setting"]} | ({reranking.manifest.facts["setting"]} if reranking else set())
-    used = features if config.features else None
     pools = [("val", "val"), *(("test", pool) for pool in lists.test_pools())]
-    cases = [read_case(*each, lists.read(*each).first(config.top_k), used, reranking, run) for each in pools]
+    cases = [read_case(*each, lists, config, features, reranking, run) for each in pools]
     if processes.is_main():
         chosen = choices(cases[0])
         summary = Table(config, lists, features, "transductive" if "transductive" in settings else "inductive")

@@ -2,11 +2,12 @@
 
 In:  a `retriever.prepare` folder and a trained retriever.
 Out: `<output>/train-train.jsonl`, `val-val.jsonl`, `test-<pool>.jsonl` (tools/ranked.py): each split's captions over
-     its own pictures, those of test over further pools too. Several processes share the queries, and a killed run goes
-     on where it was.
+     its own pictures, those of test over further pools too; `guide.safetensors`, the retriever's, where it has one.
+     Several processes share the queries, and a killed run goes on where it was.
 Command: python -m retriever.rank_splits --dataset DIR --retriever DIR --output DIR
 """
 
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from models.compute import pick_device
 from models.decoding import Writer, make_writer
+from models.guide import GUIDE_NAME
 from models.lengths import tell_overlong
 from models.voken_lm import VokenLM
 from tools import processes, runs
@@ -146,6 +148,8 @@ def main(config: Config) -> None:
         metrics[name] = {"queries": len(lists.texts), "found": found, "queries_per_second": round(speed, 2)}
         told = f"{len(lists.texts):,} queries, {speed:.0f} per second; {found:.1%} of the pictures in their list"
         print(f"{name}: {told}")
+    if processes.is_main() and (guides := config.retriever / "model" / GUIDE_NAME).is_file():
+        shutil.copyfile(guides, run.folder / GUIDE_NAME)
     kept = ("features", "captions_fingerprint")
     facts = {key: data.manifest.facts[key] for key in kept}
     guide = chosen_guide(config, lm.device)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from models.compute import machine
+from models.hubness import Hubness
 from models.options import DeviceOptions
 from models.rqvae import RqVae
 from tools import runs
@@ -27,7 +28,7 @@ from tools.features import Features, Floats, read_features
 from tools.files import read_json_lines, replacing
 from tools.logs import Tracker
 from tools.recall import Ranks, Report, code_rank, image_rank, report
-from tools.results import GUIDED, MRR_NOTE, Row, merge_summary, printable, scalars
+from tools.results import GUIDED, HUBS_CORRECTED, MRR_NOTE, Row, merge_summary, printable, scalars
 from tools.two_tower import two_tower_recall
 
 from .data import UNKNOWN, RetrieverData, read_data
@@ -119,10 +120,17 @@ class Case:
         ).line()  # fmt: skip
 
 
-def two_tower_row(case: Case, pictures: Floats, config: Config, *, system: str) -> dict[str, Any]:
-    """Brute-force search of a case's queries over picture features (all pictures, width)."""
+def two_tower_row(
+    case: Case, pictures: Floats, config: Config, *, system: str, hubness: Hubness | None = None
+) -> dict[str, Any]:
+    """Brute-force search of a case's queries over picture features (all pictures, width).
+
+    Args:
+        hubness: what is taken off the cosines.
+    """
     features = case.features
-    figures = two_tower_recall(features, case.captions, case.rows, pictures=pictures)
+    taken_off = None if hubness is None else hubness.taken_off(pictures[case.rows])
+    figures = two_tower_recall(features, case.captions, case.rows, pictures=pictures, taken_off=taken_off)
     speed = None
     if system == "two-tower" and case.captions_per_picture is None:
         speed = queries_per_second(features, case.texts, pictures[case.rows], device=config.device)
@@ -145,12 +153,15 @@ def quantized_features(rqvae: Path, data: RetrieverData) -> Floats:
 
 
 def result_rows(cases: list[Case], config: Config) -> list[dict[str, Any]]:
-    """All rows: for each case two-tower first, then quantised two-tower, then the retriever by image and by code,
-    without the guide and with it."""
+    """All rows: for each case two-tower first, then two-tower without hubness and quantised two-tower, then the
+    retriever by image and by code, without the guide and with it."""
     rows = []
     some = config.captions_per_picture
     for case in cases if some is None else [*cases, *(case.first(some) for case in cases)]:
-        rows.append(two_tower_row(case, case.features.images, config, system="two-tower"))
+        pictures, guide = case.features.images, case.data.guide
+        rows.append(two_tower_row(case, pictures, config, system="two-tower"))
+        if guide is not None and guide.hubness is not None:
+            rows.append(two_tower_row(case, pictures, config, system=HUBS_CORRECTED, hubness=guide.hubness))
         if config.rqvae is not None:
             quantized = quantized_features(config.rqvae, case.data)
             rows.append(two_tower_row(case, quantized, config, system=config.quantized_system))

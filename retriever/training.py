@@ -27,7 +27,7 @@ from tools import captions, processes, runs
 from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import Floats
-from tools.recall import CUTOFFS, Ranks, report
+from tools.recall import CUTOFFS, Ranks, clearly_better, report
 
 from .data import Pairs, RetrieverData, read_pseudo_queries
 from .losses import Targets, generative_loss, soft_targets
@@ -138,28 +138,26 @@ def recalls_of(ranks: Ranks) -> dict[str, float]:
 def best_weight(ranks_with: Callable[[float], Ranks]) -> tuple[float, Ranks]:
     """The guide's weight of the highest mean recall, and the ranks with it.
 
-    It is searched for up and down from the usual one, which stays unless the gain exceeds its standard error over the
-    queries: on a few dozen of them, chance would choose.
+    It is searched for up and down from the usual one, which stays unless the other is clearly better.
 
     Args:
         ranks_with: rank of each query's picture with a weight.
     """
     known: dict[float, Ranks] = {}
 
-    def hits(weight: float) -> NDArray[np.float64]:
+    def mean_recall(place: int) -> float:
+        weight = WEIGHTS[place]
         if weight not in known:
             known[weight] = ranks_with(weight)
-        ranks = known[weight][:, None]
-        return ((ranks > 0) & (ranks <= np.array(CUTOFFS))).mean(axis=1)
+        return float(np.mean(list(report(known[weight]).recalls.values())))
 
     usual = place = WEIGHTS.index(USUAL_WEIGHT)
     for step in (1, -1):
-        while 0 <= place + step < len(WEIGHTS) and hits(WEIGHTS[place + step]).mean() > hits(WEIGHTS[place]).mean():
+        while 0 <= place + step < len(WEIGHTS) and mean_recall(place + step) > mean_recall(place):
             place += step
         if place != usual:
             break
-    gains = hits(WEIGHTS[place]) - hits(USUAL_WEIGHT)
-    chosen = WEIGHTS[place] if gains.mean() > gains.std() / len(gains) ** 0.5 else USUAL_WEIGHT
+    chosen = WEIGHTS[place] if clearly_better(known[WEIGHTS[place]], known[USUAL_WEIGHT]) else USUAL_WEIGHT
     return chosen, known[chosen]
 
 

@@ -73,7 +73,7 @@ def test_rows_of_a_retriever(chain: Chain, retriever: Path, tmp_path: Path) -> N
     hits = [line["image"] in line["ranked"][:1] for number, line in enumerate(lines) if number % 3 < 2]
     assert rows["retriever", FIRST, "image"]["recall"]["1"] == pytest.approx(np.mean(hits), abs=1e-5)
     firsts = [row for (_, split, _), row in rows.items() if split == FIRST]
-    assert len(firsts) == 4
+    assert len(firsts) == 5
     assert {(row["queries"], row["captions_per_picture"], row["pool"], row["pool_size"]) for row in firsts} == {
         (16, 2, "test", 8)
     }

@@ -15,6 +15,7 @@ from models.decoding import make_writer
 from models.guide import GUIDE_NAME, Guide, guide_of, read_guide
 from models.rqvae import RqVae, RqVaeConfig
 from models.voken_lm import VokenLM
+from reranker.data import read_ranked
 from retriever import rank_splits, retrieve, train
 from retriever.beam import Beams, beam_search
 from retriever.data import read_data
@@ -29,6 +30,7 @@ from tests.test_pipeline import t5_config
 from tests.tiny import tiny_encoder_decoder, tiny_llama, tiny_t5
 from tools.errors import BadInput
 from tools.files import read_json_lines
+from tools.interpolation import COSINE_SCALE
 from tools.results import GUIDED
 from tools.runs import read_manifest
 from tools.vokens import VokenSpace
@@ -172,6 +174,8 @@ def test_both_searches_are_written_and_without_the_guide_it_is_the_published_one
     del options["keep"]
     rank_splits.main(rank_splits.Config(retriever=guided, output=lists, **options))
     assert read_manifest(lists, "retriever.rank_splits").facts["guide"] == kept_weight(guided) > 0
+    assert (lists / GUIDE_NAME).read_bytes() == (guided / "model" / GUIDE_NAME).read_bytes()
+    assert read_ranked(lists).hubness is not None
 
 
 def kept_weight(folder: Path) -> float:
@@ -248,6 +252,14 @@ def test_live_search_is_guided(chain: Chain, guided: Path) -> None:
     options: dict[str, Any] = {"k": 5, "beams": 50, "rerank": False}
     [with_guide], [without] = (retriever.search(["a red circle"], guided=guided, **options) for guided in (True, False))
     assert [each.score for each in with_guide] != [each.score for each in without]
+    assert retriever.hubness is not None
+    retriever.hubness = retriever.hubness._replace(strength=0.5)
+    [by_features] = retriever.search(["a red circle"], k=5, beams=50, share=1.0)
+    for each in by_features:
+        row = np.array([retriever.gallery.row(each.image)])
+        taken_off = retriever.hubness.taken_off(retriever.gallery.read_features(row).astype(np.float32))[0]
+        assert each.similarity is not None
+        assert each.score == pytest.approx(COSINE_SCALE * (each.similarity - taken_off), abs=1e-3)
     exported = retriever.save_pretrained(chain.root / "guided-export")
     again = Retriever.load(exported, device="cpu", precision="fp32")
     [found] = again.search(["a red circle"], **options)

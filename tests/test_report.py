@@ -193,7 +193,7 @@ def test_captions_are_text_and_nothing_else(made: report.Config) -> None:
 def test_the_table_has_the_numbers_of_the_summary(made: report.Config) -> None:
     rows = {(row["system"], row["pool"]): row for row in read_json(made.summary) if row["level"] == "image"}
     header, *lines = page_of(made).tables[0]
-    assert len(lines) == len(rows) == 7  # three systems over two pools, and +features over test
+    assert len(lines) == len(rows) == 9  # four systems over two pools, and +features over test
     for line in lines:
         cells = dict(zip(header, line, strict=True))
         row = rows[cells["system"], cells["pool"].split()[0]]

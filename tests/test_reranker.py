@@ -19,6 +19,7 @@ import models.training
 from models.batches import Part
 from models.compute import seed_everything
 from models.decoding import make_writer
+from models.hubness import Hubness
 from models.patch_tokenizer import PatchTokenizer
 from models.scorer import Scorer
 from models.seed_tokenizer import SeedTokenizer
@@ -641,6 +642,10 @@ def test_feature_scores_are_scaled_cosines(stages: Stages, tested: final.Config)
         assert np.allclose(
             scores[place], COSINE_SCALE * images[found.rows[place]] @ texts[found.captions[place]], rtol=1e-4
         )
+    hubness = Hubness(torch.from_numpy(normalized(features.texts[:5])), torch.full((5,), 0.2).log(), 0.5)
+    without_hubs = final.cosines(found, features, hubness)
+    assert np.allclose(without_hubs, scores - COSINE_SCALE * hubness.taken_off(images)[found.rows], atol=1e-3)
+    assert not np.allclose(without_hubs, scores, atol=1.0)
     table = (tested.output / "table.txt").read_text()
     metrics = table_metrics(tested)
     rows = features.image_rows("test")
@@ -650,28 +655,30 @@ def test_feature_scores_are_scaled_cosines(stages: Stages, tested: final.Config)
     assert "ceiling" in table
 
 
-def test_shares_are_chosen_on_val_alone(
-    stages: Stages, tested: final.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = final.read_case
+def test_shares_are_chosen_on_val_alone(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that know most of val's answers, and say nothing of test's."""
+    real, garbage = final.read_case, False
 
     def read_case(split: str, *rest: Any) -> final.Case:
         case = real(split, *rest)
-        if split != "test":
-            return case
         noise = np.random.default_rng(0).normal(size=case.lists.rows.shape).astype(np.float32)
-        return case._replace(scores=dict.fromkeys(case.scores, 100 * noise))
+        if split == "test":
+            return case._replace(scores=dict.fromkeys(case.scores, 100 * noise)) if garbage else case
+        own = 100 * (case.lists.rows == case.lists.pictures[:, None]).astype(np.float32)
+        return case._replace(scores={**case.scores, "features": own + noise})
 
     monkeypatch.setattr(final, "read_case", read_case)
-    config = final_config(stages, tmp_path / "garbage")
-    final.main(config)
-    weights = [runs.read_manifest(each.output, "reranker.test").facts["weights"] for each in (tested, config)]
+    configs = [final_config(stages, tmp_path / name) for name in ("as_they_are", "garbage")]
+    for config in configs:
+        final.main(config)
+        garbage = True
+    weights = [runs.read_manifest(each.output, "reranker.test").facts["weights"] for each in configs]
     assert weights[0] == weights[1]
     assert sum(weights[0]["both"].values()) > 0
-    metrics = [table_metrics(each) for each in (tested, config)]
+    metrics = [table_metrics(each) for each in configs]
     assert metrics[0] != metrics[1]
     val = read_ranked(stages.lists).read("val", "val")
-    scores = {name: np.load(tested.output / f"val-val.{name}.npy") for name in ("features", "reranker")}
+    scores = {name: np.load(configs[0].output / f"val-val.{name}.npy") for name in ("features", "reranker")}
     assert weights[0]["both"] == choose_weights(val, scores).weights
     assert weights[0]["features"] == choose_weights(val, {"features": scores["features"]}).weights
 
@@ -702,7 +709,7 @@ def test_fewer_pictures_of_each_list_are_reordered(stages: Stages, tmp_path: Pat
 def test_a_share_that_does_not_help_is_said(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(final, "cosines", lambda lists, features: np.where(lists.present, 0.0, -np.inf))
+    monkeypatch.setattr(final, "cosines", lambda lists, *_: np.where(lists.present, 0.0, -np.inf))
     config = final_config(stages, tmp_path / "zero", reranker=None, tokens=None)
     final.main(config)
     assert "on val features did not help" in capsys.readouterr().out
@@ -948,12 +955,12 @@ def test_training_on_two_processes(
         for config in (one, two)
     ]
     centred = [each - each.mean(axis=1, keepdims=True) for each in scores]  # a constant changes no loss, and wanders
-    assert np.allclose(centred[0], centred[1], atol=1e-4)
+    assert np.allclose(centred[0], centred[1], atol=1e-3)  # AdamW's steps enlarge rounding, differently on each CPU
     assert centred[0].std() > 0.01
     weights = "adapter_model.safetensors" if build is lora_config else "model.safetensors"
     first, second = (load_file(config.output / "model" / weights) for config in (one, two))
     for key, value in first.items():
-        assert torch.allclose(value, second[key], atol=1e-4), key
+        assert torch.allclose(value, second[key], atol=1e-3), key
 
 
 def test_a_training_that_broke_down_is_not_taken_for_a_perfect_one(stages: Stages, tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ def report(ranks: Ranks) -> Report:
     return Report(len(ranks), recalls, mrr, median)
 
 
+def clearly_better(ranks: Ranks, others: Ranks) -> bool:
+    """Whether the mean recall at the cutoffs gains more than its standard error over the queries: on a few dozen of
+    them, chance would choose."""
+    cutoffs = np.array(CUTOFFS)
+    gains = (ranks[:, None] <= cutoffs).mean(axis=1) - (others[:, None] <= cutoffs).mean(axis=1)
+    return bool(gains.mean() > gains.std() / len(gains) ** 0.5)
+
+
 def image_rank(ranked: Sequence[int], target: int) -> int:
     """Rank of picture `target` in a ranked list of pictures."""
     return ranked.index(target) + 1 if target in ranked else NOT_FOUND

@@ -21,6 +21,7 @@ from .texts import as_markdown_cell
 
 KEY = ("system", "dataset", "split", "pool", "level")
 GUIDED = "+guide"  # behind the name of a system, a pool or a list: searched with the guide
+HUBS_CORRECTED = "two-tower, hubs corrected"  # by the captions of the train split (models/hubness.py)
 FIRST = "two-tower"  # systems whose names begin so stand at the head of each pool
 
 MRR_NOTE = "MRR and median rank: brute-force search counts the whole pool, a retriever what is in its list."

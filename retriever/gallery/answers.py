@@ -183,14 +183,16 @@ def compared(gallery: Gallery, pictures: RankedPictures, text: Floats | None) ->
     return Ranked(rows, scores, cosines(text, gallery, rows))
 
 
-def reordered(ranked: Ranked, share: float) -> Ranked:
+def reordered(ranked: Ranked, share: float, taken_off: Floats | None = None) -> Ranked:
     """The same pictures by the interpolation of their scores and cosines; equal ones keep their order.
 
     Args:
         share: of the cosines; 0: the order stays.
+        taken_off: (pictures,) of the cosines (models/hubness.py).
     """
     if not share:
         return ranked
     assert ranked.similarities is not None, "an index without features is not re-ranked"
-    scores = interpolated(ranked.scores, {FEATURES: COSINE_SCALE * ranked.similarities}, {FEATURES: share})
+    nearness = ranked.similarities if taken_off is None else ranked.similarities - taken_off
+    scores = interpolated(ranked.scores, {FEATURES: COSINE_SCALE * nearness}, {FEATURES: share})
     return ranked._replace(scores=scores).some(np.argsort(-scores, kind="stable"))

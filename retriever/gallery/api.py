@@ -31,7 +31,7 @@ from models.voken_lm import VokenLM
 from tools import runs
 from tools.command_line.place import in_checkout
 from tools.errors import BadInput
-from tools.features import Floats
+from tools.features import Floats, Rows
 from tools.files import read_json
 
 from ..beam import RankedPictures, beam_search, expand
@@ -134,6 +134,7 @@ class Retriever(ModelHubMixin):
         self.device = pick_device(device)
         guide = read_guide(source.model / GUIDE_NAME)
         self.guide = guide.to(self.device) if guide is not None and guide.weight else None
+        self.hubness = None if guide is None else guide.hubness
         self._turn, self._change = threading.RLock(), threading.Lock()
         self._encoder: tuple[dict[str, Any], TextEncoder] | None = None  # with what it was loaded for
         self._picture_encoder: PictureEncoder | None = None
@@ -302,7 +303,7 @@ class Retriever(ModelHubMixin):
             for number, (place, pictures) in enumerate(zip(batch, found, strict=True)):
                 with timed(seconds if share else None, "rerank"):
                     ranked = compared(self.gallery, pictures, None if texts is None else texts[number])
-                    ranked = reordered(ranked, share)
+                    ranked = reordered(ranked, share, self._taken_off(ranked.rows) if share else None)
                 shown, more = selection.apply(self.gallery, ranked)
                 answers[place] = shown, more and width <= len(pictures.rows) < len(self.gallery)
         return answers
@@ -613,6 +614,12 @@ class Retriever(ModelHubMixin):
                 return expand(leaves, self.gallery.overlay, keep=keep)
         except FloatingPointError as error:
             raise BadInput(str(error)) from None
+
+    def _taken_off(self, rows: Rows) -> Floats | None:
+        """What hubness takes off the cosines of pictures (rows,) of the gallery."""
+        if self.hubness is None:
+            return None
+        return self.hubness.taken_off(self.gallery.read_features(rows).astype(np.float32))
 
     def _row(self, image: str) -> int:
         if (row := self.gallery.row(image)) is None:

@@ -234,8 +234,10 @@ class MtebRetriever:
 
     def _reordered(self, pictures: RankedPictures, text: Floats | None) -> Ranked:
         rows = np.array(pictures.rows, dtype=np.int64)
-        nearness = None if text is None else self.pool.features[rows].astype(np.float32) @ text
-        return reordered(Ranked(rows, np.array(pictures.scores, dtype=np.float64), nearness), self.share)
+        scores, features = np.array(pictures.scores, dtype=np.float64), self.pool.features[rows].astype(np.float32)
+        hubness = self.retriever.hubness
+        nearness = None if text is None else features @ text
+        return reordered(Ranked(rows, scores, nearness), self.share, hubness and hubness.taken_off(features))
 
     def _text_features(self, texts: Sequence[str]) -> Floats:
         """Features (texts, width), normalised."""

@@ -1,6 +1,7 @@
 """The search page and its JSON endpoint; `python -m retriever.serve` is its door."""
 
 import atexit
+import ctypes
 import os
 import sys
 from contextlib import suppress
@@ -14,6 +15,15 @@ def keep_caches_small() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
+
+
+def return_free_memory() -> None:
+    """Give the system back what the C library holds and nobody uses, where it can (glibc).
+
+    Tensors of ever new sizes leave gaps, which later ones do not fill. So the process would grow, at first quickly.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def end() -> None:

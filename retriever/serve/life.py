@@ -8,9 +8,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import count
 from types import FrameType
 from typing import Any, Protocol
 
+from . import return_free_memory
 from .guard import App, Message, Receive, Scope, Send
 from .metrics import Metrics
 from .service import Service
@@ -19,6 +21,7 @@ LATE = "late"  # what a request's scope says of one that came when the server wa
 GRACE_SECONDS = 1.0  # in which a server that stops still tells clients so: their connections end with an answer
 STOP_SECONDS = 25.0  # Kubernetes and the like kill after 30
 LOOK_SECONDS = 1.0  # between two looks at what other processes changed in the index
+RETURN_LOOKS = 20  # after which free memory goes back to the system
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 log = logging.getLogger(__name__)
@@ -142,11 +145,13 @@ class Life:
 
     async def _watching(self) -> None:
         """See what other processes change, also while nobody searches."""
-        while True:
+        for look in count(1):
             await asyncio.sleep(LOOK_SECONDS)
             if self.service is not None:
                 await asyncio.to_thread(self.service.refresh)
                 self.metrics.look(self.service)
+            if look % RETURN_LOOKS == 0:
+                await asyncio.to_thread(return_free_memory)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
