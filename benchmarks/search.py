@@ -6,6 +6,7 @@ Out: `benchmarks/results/search.json`, every row and the ratios; `search.txt`, t
 Command: python -m benchmarks.search [--quick | --only two-tower sample]
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Writer, make_writer
 from models.guide import Guide, guide_of
+from models.hubness import LANDMARKS, Hubness
 from models.rqvae import RqVae, RqVaeConfig
 from retriever.index import DeviceLevel, build_index, to_device
 from tests.oracle import dictionary_trie, generate
@@ -204,14 +207,17 @@ class Bench:
         return calls
 
     def guided(self) -> None:
-        """The headline's search without a guide and with it; the query's text feature is there in both."""
+        """The headline's search without a guide and with it, hubness included; the query's text feature is there in
+        both."""
         _, levels = self.levels(POOL)
         setting = Setting("T5-base, guided", POOL, BEAMS, captions(BATCH))
         levels_of, size = self.t5.space.levels, self.t5.space.codebook_size
         shape = RqVaeConfig(FEATURES, self.t5.state_width, levels=levels_of, codebook_size=size)
         guide = guide_of(RqVae(shape).eval(), torch.randint(0, size, (1000, levels_of)))
         assert guide is not None, "the tokenizer has a linear path"
-        steers = guide._replace(weight=40.0).to(self.device)
+        landmarks = F.normalize(torch.randn(LANDMARKS, FEATURES), dim=1)
+        hubness = Hubness(landmarks, torch.full((LANDMARKS,), -math.log(LANDMARKS)))
+        steers = guide._replace(weight=40.0).corrected(hubness).to(self.device)
         texts = torch.randn(BATCH, FEATURES, device=self.device)
         calls: dict[tuple[str, str], Callable[[], object]] = {}
         for kind in ("fp32", "bf16"):

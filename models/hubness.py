@@ -24,7 +24,7 @@ from tools.two_tower import two_tower_ranks
 from .quantizer import kmeans, nearest
 
 SHARPNESS = 20.0
-LANDMARKS, CAPTIONS_A_LANDMARK = 512, 8  # centres at most; captions that one stands for at least
+LANDMARKS = 512  # centres at most; fewer captions stand for themselves
 MOST_CAPTIONS, ITERATIONS = 16_384, 10  # of the k-means
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # that are tried
 USUAL_STRENGTH = 0.5  # good for most data: another one has to be clearly better
@@ -62,13 +62,13 @@ class Hubness(NamedTuple):
 
 @torch.no_grad()
 def fit_hubness(features: Features, *, seed: int = 0) -> Hubness | None:
-    """Sum up the train captions, and choose the strength by two-tower search on val; None without enough captions.
+    """Sum up the train captions, and choose the strength by two-tower search on val; None without train captions.
 
     The usual strength stays unless another finds clearly more of val.
     """
     rows = features.text_rows("train")
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MOST_CAPTIONS])
-    count = min(LANDMARKS, len(rows) // CAPTIONS_A_LANDMARK)
+    count = min(LANDMARKS, len(rows))
     if not count:
         return None
     texts = F.normalize(torch.tensor(features.texts[rows]).float(), dim=1)

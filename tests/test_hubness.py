@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from models.guide import GUIDE_NAME, read_guide
-from models.hubness import CAPTIONS_A_LANDMARK, SHARPNESS, USUAL_STRENGTH, Hubness, best_strength, fit_hubness
+from models.hubness import LANDMARKS, SHARPNESS, USUAL_STRENGTH, Hubness, best_strength, fit_hubness
 from tests.chain import Chain
 from tests.test_beam import SIZE, Table, search
 from tests.test_guide import FEATURES, cosines, guide, tokenizer
@@ -77,11 +77,17 @@ def test_the_usual_strength_stays_unless_another_is_clearly_better() -> None:
     assert fit_hubness(features) is None
 
 
-def test_few_captions_have_few_landmarks() -> None:
-    found = fit_hubness(some_features())
+@pytest.mark.parametrize("pictures", [60, 800])
+def test_few_captions_stand_for_themselves_and_many_are_summed_up(pictures: int) -> None:
+    features = some_features(pictures=pictures)
+    texts = torch.from_numpy(normalized(features.texts[features.text_rows("train")]))
+    found = fit_hubness(features)
     assert found is not None
-    assert len(found.landmarks) == 200 // CAPTIONS_A_LANDMARK
+    assert len(found.landmarks) == min(pictures, LANDMARKS)
     assert float(found.shares.exp().sum()) == pytest.approx(1, abs=1e-5)
+    every = torch.logsumexp(SHARPNESS * torch.from_numpy(normalized(features.images)) @ texts.T, dim=1)
+    exact = (every - np.log(len(texts))) / SHARPNESS
+    assert torch.allclose(found.of(torch.from_numpy(features.images)), exact, atol=1e-5 if pictures == 60 else 0.05)
 
 
 @pytest.mark.parametrize("shared", [False, True])
