@@ -115,6 +115,7 @@ def test_a_guide_takes_off_the_hubness_of_whole_codes(shared: bool) -> None:
 def test_a_guide_is_read_with_its_hubness(tmp_path: Path) -> None:
     hubness = Hubness(torch.randn(5, FEATURES), torch.full((5,), 0.2).log(), 0.75)
     made = guide(tokenizer(), 2.5).corrected(hubness)
+    assert made.nearness is not None
     made.save(tmp_path / GUIDE_NAME)
     found = read_guide(tmp_path / GUIDE_NAME)
     assert found is not None
