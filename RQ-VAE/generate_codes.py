@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.compute import pick_device
 from models.guide import GUIDE_NAME, guide_of
-from models.hubness import fit_hubness
+from models.hubness import best_strength, fit_hubness
 from models.options import DeviceOptions
 from models.rqvae import RqVae, tokenize
 from tools import runs
@@ -86,7 +86,10 @@ def main(config: Config) -> None:
     write_array(run.folder / "codebooks.npy", model.quantizer.codebooks.detach().numpy())
     train = features.image_rows("train")
     if (guide := guide_of(model, fixed.fixed[train if len(train) else slice(None)])) is not None:
-        guide.corrected(fit_hubness(features) if config.hubness else None).save(run.folder / GUIDE_NAME)
+        if config.hubness and (hubness := fit_hubness(features)) is not None:
+            decoded = guide.decode(fixed.fixed).numpy()
+            guide = guide.corrected(hubness, best_strength(hubness, features, pictures=decoded))
+        guide.save(run.folder / GUIDE_NAME)
     write_json(run.folder / "report.json", report._asdict())
     tracker = Tracker(run.folder, job="generate_codes", config=run.started["config"])
     tracker.summary(report.figures())

@@ -24,7 +24,7 @@ from models.arithmetic import Arithmetic
 from models.compute import pick_device
 from models.decoding import Writer, make_writer
 from models.guide import Guide, guide_of
-from models.hubness import LANDMARKS, Hubness
+from models.hubness import LANDMARKS, USUAL_STRENGTH, Hubness
 from models.rqvae import RqVae, RqVaeConfig
 from retriever.index import DeviceLevel, build_index, to_device
 from tests.oracle import dictionary_trie, generate
@@ -217,7 +217,7 @@ class Bench:
         assert guide is not None, "the tokenizer has a linear path"
         landmarks = F.normalize(torch.randn(LANDMARKS, FEATURES), dim=1)
         hubness = Hubness(landmarks, torch.full((LANDMARKS,), -math.log(LANDMARKS)))
-        steers = guide._replace(weight=40.0).corrected(hubness).to(self.device)
+        steers = guide._replace(weight=40.0).corrected(hubness, USUAL_STRENGTH).to(self.device)
         texts = torch.randn(BATCH, FEATURES, device=self.device)
         calls: dict[tuple[str, str], Callable[[], object]] = {}
         for kind in ("fp32", "bf16"):

@@ -31,7 +31,7 @@ from .voken_lm import Memory
 from .weights import ANEW
 
 GUIDE_NAME = "guide.safetensors"
-WEIGHT, LENGTH, STRENGTH = "weight", "length", "strength"
+WEIGHT, LENGTH, STRENGTH, OF_FEATURES = "weight", "length", "strength", "strength_of_features"
 HEAD, HUBNESS = "head.", "hubness."
 
 
@@ -53,7 +53,9 @@ class Guide(NamedTuple):
     length: float = 0.0
     """Of what whole codes add up to, on average."""
     hubness: Hubness | None = None
-    """What is taken off the cosines, of codes and of whole features; `corrected` sets it."""
+    """What is taken off the cosines; its own strength is that for whole features."""
+    strength: float = 0.0
+    """How much of it is taken off the cosines of codes; `corrected` sets both."""
     nearness: Tensor | None = None
     """(levels, codebook_size, landmarks) exponentials of the codewords' products with the landmarks."""
 
@@ -67,12 +69,21 @@ class Guide(NamedTuple):
         """Follow a search for queries with text features (queries, features), whose lengths do not matter."""
         return Steering(self, F.normalize(texts.float(), dim=1))
 
-    def corrected(self, hubness: Hubness | None) -> "Guide":
-        """The same with hubness taken off."""
-        if hubness is None or not hubness.strength:
-            return self._replace(hubness=hubness, nearness=None)
-        products = self.codewords @ (hubness.landmarks @ self.basis.T).T
-        return self._replace(hubness=hubness, nearness=(products * (SHARPNESS / self.length)).exp())
+    def corrected(self, hubness: Hubness, strength: float) -> "Guide":
+        """The same with so much of the hubness taken off."""
+        nearness = None
+        if strength:
+            products = self.codewords @ (hubness.landmarks @ self.basis.T).T
+            nearness = (products * (SHARPNESS / self.length)).exp()
+        return self._replace(hubness=hubness, strength=strength, nearness=nearness)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """What codes (pictures, levels) add up to: (pictures, features), on the linear path."""
+        levels = range(codes.shape[1])
+        return (
+            torch.stack([self.codewords[level][codes[:, level]] for level in levels]).sum(dim=0) @ self.basis
+            + self.mean
+        )
 
     def to(self, device: torch.device) -> "Guide":
         """The same on a device."""
@@ -80,7 +91,7 @@ class Guide(NamedTuple):
         head = None if self.head is None else self.head.to(device)
         hubness = None if self.hubness is None else self.hubness.to(device)
         nearness = None if self.nearness is None else self.nearness.to(device)
-        return Guide(codewords, basis, mean, missing, self.weight, head, self.length, hubness, nearness)
+        return Guide(codewords, basis, mean, missing, self.weight, head, self.length, hubness, self.strength, nearness)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,7 +106,7 @@ class Guide(NamedTuple):
         metadata = {WEIGHT: repr(self.weight), LENGTH: repr(self.length)}
         if self.hubness is not None:
             tensors |= {f"{HUBNESS}landmarks": self.hubness.landmarks, f"{HUBNESS}shares": self.hubness.shares}
-            metadata[STRENGTH] = repr(self.hubness.strength)
+            metadata |= {STRENGTH: repr(self.strength), OF_FEATURES: repr(self.hubness.strength)}
         tensors = {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -115,12 +126,11 @@ def read_guide(path: Path) -> Guide | None:
             heads = [name for name in list(file.keys()) if name.startswith(HEAD)]
             state = {name.removeprefix(HEAD): file.get_tensor(name) for name in heads}
             metadata = file.metadata()
-            hubness = None
-            if STRENGTH in metadata:
-                landmarks, shares = (file.get_tensor(f"{HUBNESS}{name}") for name in Hubness._fields[:2])
-                hubness = Hubness(landmarks, shares, float(metadata[STRENGTH]))
             guide = Guide(codewords, basis, mean, missing, float(metadata[WEIGHT]))
-            guide = guide._replace(length=float(metadata.get(LENGTH, 0))).corrected(hubness)
+            if STRENGTH in metadata:  # files of earlier versions know no hubness
+                landmarks, shares = (file.get_tensor(f"{HUBNESS}{name}") for name in Hubness._fields[:2])
+                hubness = Hubness(landmarks, shares, float(metadata[OF_FEATURES]))
+                guide = guide._replace(length=float(metadata[LENGTH])).corrected(hubness, float(metadata[STRENGTH]))
         if not state:
             return guide
         head = text_head(len(state["0.weight"]), len(mean))
@@ -220,7 +230,7 @@ class Steering:
         cosines = dots * (squares + self.guide.missing[level]).clamp_min(1e-12).rsqrt()
         if self.guide.hubness is not None and self.guide.nearness is not None:
             hubness = (self.near @ self.guide.nearness[level].T).log() / SHARPNESS
-            cosines = cosines - self.guide.hubness.strength * hubness
+            cosines = cosines - self.guide.strength * hubness
         reached = self.guide.weight * cosines
         self.behind = (dots, squares, reached)
         return reached - self.reached.unsqueeze(2)

@@ -62,10 +62,7 @@ class Hubness(NamedTuple):
 
 @torch.no_grad()
 def fit_hubness(features: Features, *, seed: int = 0) -> Hubness | None:
-    """Sum up the train captions, and choose the strength by two-tower search on val; None without train captions.
-
-    The usual strength stays unless another finds clearly more of val.
-    """
+    """Sum up the train captions, and choose the strength by two-tower search on val; None without train captions."""
     rows = features.text_rows("train")
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MOST_CAPTIONS])
     count = min(LANDMARKS, len(rows))
@@ -74,18 +71,29 @@ def fit_hubness(features: Features, *, seed: int = 0) -> Hubness | None:
     texts = F.normalize(torch.tensor(features.texts[rows]).float(), dim=1)
     landmarks = kmeans(texts, count, iterations=ITERATIONS, generator=torch.Generator().manual_seed(seed))
     counts = torch.bincount(nearest(texts, landmarks), minlength=count).clamp_min(1)
-    return best_strength(Hubness(landmarks, (counts / counts.sum()).log()), features)
+    found = Hubness(landmarks, (counts / counts.sum()).log())
+    return found._replace(strength=best_strength(found, features))
 
 
-def best_strength(hubness: Hubness, features: Features) -> Hubness:
-    """The same with the strength of the highest mean recall of two-tower search on val."""
+def best_strength(hubness: Hubness, features: Features, *, pictures: Floats | None = None) -> float:
+    """The strength with which two-tower search has the highest mean recall on val.
+
+    The usual strength stays unless another is clearly better, and where there are no val captions.
+
+    Args:
+        pictures: (pictures, width) to search in place of the features' own.
+    """
     captions, pool = features.text_rows("val"), features.captioned_rows("val")
     if not len(captions):
-        return hubness
-    found = hubness._replace(strength=1.0).taken_off(features.images[pool])
-    ranks = {strength: two_tower_ranks(features, captions, pool, taken_off=strength * found) for strength in STRENGTHS}
+        return USUAL_STRENGTH
+    images = features.images if pictures is None else pictures
+    found = hubness._replace(strength=1.0).taken_off(images[pool])
+    ranks = {
+        strength: two_tower_ranks(features, captions, pool, pictures=images, taken_off=strength * found)
+        for strength in STRENGTHS
+    }
     chosen = USUAL_STRENGTH
     for strength in STRENGTHS:
         if clearly_better(ranks[strength], ranks[chosen]):
             chosen = strength
-    return hubness._replace(strength=chosen)
+    return chosen

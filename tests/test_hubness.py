@@ -69,11 +69,11 @@ def test_the_usual_strength_stays_unless_another_is_clearly_better() -> None:
     features = some_features()
     half_of_val = F.normalize(torch.tensor(features.images[100:150]), dim=1)  # nothing is worse to take off
     misled = Hubness(half_of_val, torch.full((50,), 0.02).log())
-    assert best_strength(misled, features).strength == 0.0
+    assert best_strength(misled, features) == 0.0
     even = Hubness(torch.zeros(2, 32), torch.full((2,), 0.5).log())
-    assert best_strength(even._replace(strength=1.0), features).strength == USUAL_STRENGTH
+    assert best_strength(even._replace(strength=1.0), features) == USUAL_STRENGTH
     features.text_rows = lambda split: np.array([], dtype=np.int64)
-    assert best_strength(even, features).strength == USUAL_STRENGTH
+    assert best_strength(even, features) == USUAL_STRENGTH
     assert fit_hubness(features) is None
 
 
@@ -95,18 +95,16 @@ def test_few_captions_stand_for_themselves_and_many_are_summed_up(pictures: int)
 def test_a_guide_takes_off_the_hubness_of_whole_codes(shared: bool) -> None:
     model = tokenizer(shared=shared)
     rows = [(a, b, c) for a in range(SIZE) for b in range(SIZE) for c in range(SIZE)]
-    hubness = Hubness(F.normalize(torch.randn(5, FEATURES), dim=1), torch.full((5,), 0.2).log(), 0.5)
+    hubness = Hubness(F.normalize(torch.randn(5, FEATURES), dim=1), torch.full((5,), 0.2).log(), 0.9)
     plain, texts = guide(model, 7.0), torch.randn(3, FEATURES)
-    steered = search(Table(), rows, 3, beams=len(rows), steering=plain.corrected(hubness).steer(texts))
+    steered = search(Table(), rows, 3, beams=len(rows), steering=plain.corrected(hubness, 0.5).steer(texts))
     alone = search(Table(), rows, 3, beams=len(rows))
     vectors = (model.quantizer.decode(torch.tensor(rows)) @ model.skip_out.weight.T + model.mean) / plain.length
     taken_off = torch.logsumexp(SHARPNESS * vectors @ hubness.landmarks.T + hubness.shares, dim=1) / SHARPNESS
     expected = 7.0 * (cosines(model, texts, np.array(rows)) - 0.5 * taken_off)
     scores, own = (torch.empty(3, len(rows)).scatter_(1, each.leaves, each.scores) for each in (steered, alone))
     assert torch.allclose(scores - own, expected, atol=1e-4)
-    off = search(
-        Table(), rows, 3, beams=len(rows), steering=plain.corrected(hubness._replace(strength=0.0)).steer(texts)
-    )
+    off = search(Table(), rows, 3, beams=len(rows), steering=plain.corrected(hubness, 0.0).steer(texts))
     same = search(Table(), rows, 3, beams=len(rows), steering=plain.steer(texts))
     assert torch.equal(off.leaves, same.leaves)
     assert torch.equal(off.scores, same.scores)
@@ -114,17 +112,24 @@ def test_a_guide_takes_off_the_hubness_of_whole_codes(shared: bool) -> None:
 
 def test_a_guide_is_read_with_its_hubness(tmp_path: Path) -> None:
     hubness = Hubness(torch.randn(5, FEATURES), torch.full((5,), 0.2).log(), 0.75)
-    made = guide(tokenizer(), 2.5).corrected(hubness)
+    made = guide(tokenizer(), 2.5).corrected(hubness, 0.25)
     assert made.nearness is not None
     made.save(tmp_path / GUIDE_NAME)
     found = read_guide(tmp_path / GUIDE_NAME)
     assert found is not None
     assert found.hubness is not None
     assert found.nearness is not None
-    assert found.hubness.strength == 0.75
+    assert (found.strength, found.hubness.strength) == (0.25, 0.75)
     assert found.length == made.length > 0
     assert torch.equal(found.hubness.landmarks, hubness.landmarks)
     assert torch.allclose(found.nearness, made.nearness)
+
+
+def test_codes_are_decoded_along_the_linear_path() -> None:
+    model = tokenizer()
+    codes = torch.tensor([(0, 1, 2), (3, 3, 3)])
+    expected = model.quantizer.decode(codes) @ model.skip_out.weight.T + model.mean
+    assert torch.allclose(guide(model, 1.0).decode(codes), expected, atol=1e-5)
 
 
 def test_the_chains_guide_has_it(chain: Chain) -> None:
