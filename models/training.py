@@ -149,12 +149,15 @@ class Checkpoint:
             write: writes the whole model, as it is used later, into a folder that need not exist.
             score: what the best model has most of; by default the mean of the figures.
         """
-        mean = sum(figures.values()) / len(figures) if score is None else score
         self.worse += 1
-        if not self.best or mean > self.best["mean"]:
-            self.best, self.worse = {"mean": mean, "epoch": self.epoch, **figures}, 0
+        if self.is_best(figures, score=score):
+            self.best, self.worse = {"mean": score_of(figures, score), "epoch": self.epoch, **figures}, 0
             if processes.is_main():
                 write(self.best_folder)
+
+    def is_best(self, figures: dict[str, float], *, score: float | None = None) -> bool:
+        """Whether a model with these figures is the best so far; arguments as in `keep_best`."""
+        return not self.best or score_of(figures, score) > self.best["mean"]
 
     @property
     def best_folder(self) -> Path:
@@ -268,3 +271,8 @@ class Checkpoint:
             self._read_every = processes.share(min(most, max(1, int(SECONDS_UNREAD / seconds))))
         self._unread, self._read_at = [], time.monotonic()
         return float(means[-1])
+
+
+def score_of(figures: dict[str, float], score: float | None) -> float:
+    """What models are compared by: the score, or the mean of the figures where there is none."""
+    return sum(figures.values()) / len(figures) if score is None else score

@@ -5,6 +5,7 @@ The loops are in train.py and train_stage2.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,6 +136,11 @@ def recalls_of(ranks: Ranks) -> dict[str, float]:
     return {f"R@{cutoff}": value for cutoff, value in report(ranks).recalls.items()}
 
 
+def guided_recalls(ranks: Ranks) -> dict[str, float]:
+    """Recall of the guided search, by name."""
+    return {f"{name} guided": value for name, value in recalls_of(ranks).items()}
+
+
 def best_weight(ranks_with: Callable[[float], Ranks]) -> tuple[float, Ranks]:
     """The guide's weight of the highest mean recall, and the ranks with it.
 
@@ -249,24 +255,25 @@ class Training:
     def validate(self) -> dict[str, float]:
         """Image-level recall on val by constrained search over the val pictures; keeps the best model.
 
-        With a guide the best model is the one that searches best without and with it, on average, and it is kept with
-        the guide's best weight.
+        With a guide the best model is the one that searches best without it and with its usual weight, on average. It
+        is kept with its own best weight.
         """
         checkpoint = self.checkpoint
         with checkpoint.validating() as blocks:
             writer = make_writer(self.lm, self.config.precision)
 
+            @cache
             def ranks(weight: float) -> Ranks:
                 return self._ranks(writer, weight, None if blocks is None else blocks / f"{weight:g}")
 
-            figures, weight = recalls_of(ranks(0.0)), 0.0
+            figures, weight, guided = recalls_of(ranks(0.0)), 0.0, None
             if self.guide is not None:
-                weight, guided = best_weight(ranks)
-                figures |= {f"{name} guided": value for name, value in recalls_of(guided).items()}
-            before = checkpoint.best
+                figures |= guided_recalls(ranks(USUAL_WEIGHT))
+                if checkpoint.is_best(figures):
+                    weight, guided = best_weight(ranks)
             checkpoint.keep_best(figures, lambda folder: self._save(folder, weight))
-            if self.guide is not None and checkpoint.best is not before:
-                checkpoint.best["guide"] = weight
+            if guided is not None:
+                checkpoint.best |= {**guided_recalls(guided), "guide": weight}
         return {f"val/{name}": value for name, value in figures.items()}
 
     def _ranks(self, writer: Writer, weight: float, blocks: Path | None) -> Ranks:
@@ -312,9 +319,8 @@ class Training:
             writer = make_writer(lm.eval(), self.config.precision)
             weight, ranks = best_weight(lambda weight: self._ranks(writer, weight, None))
             self.guide._replace(weight=weight).save(folder / GUIDE_NAME)
-            figures = recalls_of(ranks)
-            self.checkpoint.best |= {f"{name} guided": value for name, value in figures.items()} | {"guide": weight}
-            words = ", ".join(f"{name} {value:.1%}" for name, value in figures.items())
+            self.checkpoint.best |= {**guided_recalls(ranks), "guide": weight}
+            words = ", ".join(f"{name} {value:.1%}" for name, value in recalls_of(ranks).items())
             print(f"guided by a head on the language model's states, val: {words} (weight {weight:g})", flush=True)
         processes.wait()
 
