@@ -11,6 +11,7 @@ from tests.warm import run_python
 from tools import environment, logs, processes
 from tools.errors import BadInput
 
+
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch that sees no GPU, whatever this machine has."""
