@@ -5,6 +5,7 @@ The tiny chain and what is made from it run once; what a test changes, it change
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from tests.chain import Chain
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """The libraries stay until the end: each garbage collection would go through their million objects in vain."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

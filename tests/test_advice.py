@@ -111,14 +111,17 @@ def taken(pattern: str, message: str) -> str:
 
 @row("has no manifest.json", "was not finished")
 def an_earlier_stage_is_missing(user: User) -> None:
+    user.data.mkdir()
+    (user.data / "06_generate_codes").symlink_to(user.chain.codes)
+    dataset = user.data / "07_dataset"
     for state in ("has no manifest.json", "was not finished"):
-        message = user.refused("03_prepare_emb")
+        message = user.refused("14_build_index")
         assert state in message
         user.follow(taken(r"run (.*) first$", message))
-        assert (user.captions / "manifest.json").is_file()
+        assert (dataset / "manifest.json").is_file()
         if state == "has no manifest.json":
-            (user.captions / "manifest.json").rename(user.captions / "started.json")
-    user.script("03_prepare_emb")
+            (dataset / "manifest.json").rename(dataset / "started.json")
+    user.script("14_build_index")
 
 
 @row("holds another run (--lr", "make all stages again with")

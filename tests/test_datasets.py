@@ -1,5 +1,6 @@
 """The settings in scripts/datasets/ fit the commands: a misspelt flag fails here, not on the CUDA machine."""
 
+import functools
 import os
 import subprocess
 from pathlib import Path
@@ -43,12 +44,23 @@ REQUIRED: dict[str, tuple[type[Any], list[str]]] = {
 
 def settings(dataset: str, array: str, **environment: str) -> list[str]:
     """One array of a dataset's settings, as the scripts pass it on; nothing when the dataset has none."""
-    command = f'source scripts/env.sh; [ -z "${{{array}+x}}" ] || printf "%s\\0" "${{{array}[@]}}"'
+    return all_settings(dataset, tuple(environment.items())).get(array, [])
+
+
+@functools.cache
+def all_settings(dataset: str, environment: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
+    """Every array of a dataset's settings that is not empty."""
+    command = (
+        f'source scripts/env.sh; for name in {" ".join(REQUIRED)} STAGES; do declare -n array="$name"; '
+        'if [ -n "${array+x}" ]; then words=("${array[@]}"); printf "%s\\0" "$name" "${#words[@]}" "${words[@]}"; fi; '
+        "done"
+    )
     done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env={**os.environ, "DATASET": dataset, **environment},
+        ["bash", "-c", command], cwd=ROOT, env={**os.environ, "DATASET": dataset, **dict(environment)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return done.stdout.split("\0")[:-1]
+    words = iter(done.stdout.split("\0")[:-1])
+    return {name: [next(words) for _ in range(int(next(words)))] for name in words}
 
 
 @pytest.fixture

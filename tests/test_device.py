@@ -1,7 +1,5 @@
 """The device that a command takes, what it says of it, and the machines on which it must not go on in silence."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +7,9 @@ import torch
 
 from models import compute
 from models.compute import pick_device, pick_dtype, refuse_unknown_card
+from tests.warm import run_python
 from tools import environment, logs, processes
 from tools.errors import BadInput
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -87,7 +84,7 @@ run_command(main, Config)
 """
 
     def run(*arguments: str) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+        done = run_python("-c", program, *arguments)
         return done.returncode, done.stderr
 
     status, line = run()

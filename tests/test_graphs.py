@@ -2,8 +2,6 @@
 lie on a GPU, that the recorded work never waits for one."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from retriever.index import DeviceLevel, build_index, to_device
 from retriever.queries import LiveQueries
 from retriever.retrieve import search_queries
 from tests.tiny import tiny_encoder_decoder, tiny_llama, tiny_t5
+from tests.warm import run_python
 from tools.vokens import VokenSpace
 
 SPACE = VokenSpace(4, 32, shared=False)
@@ -168,10 +167,9 @@ alone = pytest.mark.skipif(ALONE not in os.environ, reason="run by test_on_a_gpu
 
 
 def test_on_a_gpu_that_is_not_there() -> None:
-    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "never_wait or nothing_that"]
+    options = ["-q", "-p", "no:cacheprovider", "-k", "never_wait or nothing_that"]
     files = ["tests/test_graphs.py", "tests/test_graphed_step.py"]
-    root = Path(__file__).parent.parent
-    done = subprocess.run([*line, *files], capture_output=True, text=True, cwd=root, env={**os.environ, ALONE: "yes"})
+    done = run_python("-m", "pytest", *options, *files, variables={**os.environ, ALONE: "yes"})
     assert done.returncode == 0, done.stdout + done.stderr
 
 

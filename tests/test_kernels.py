@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from torch import nn
 from benchmarks import kernels
 from benchmarks.kernels import Small, count_kernels, count_training, kernels_of, quiet
 from benchmarks.recipes import read_recipe
+from tests.warm import run_python
 from tools.errors import BadInput
 
 
@@ -113,7 +112,8 @@ print(compiled_kernels(lambda: torch.compile(lambda: layer(rows).relu().mul(2).s
 def test_a_compiled_step_starts_fewer_kernels() -> None:
     """In a process of its own: what the compiler leaves in one does not survive the forks of other tests."""
     known = {**os.environ, "TORCHINDUCTOR_VEC_ISA_OK": "1"}  # or it compiles programs to find out
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True, env=known)
+    done = run_python("-c", COMPILED, variables=known)
+    assert done.returncode == 0, done.stderr
     layer, rows = nn.Linear(3, 2), torch.ones(5, 3)
     # the product, and the rest of the forward pass as one; the gradient of what was one, and the weight's
     assert int(done.stdout) in range(3, 6)

@@ -195,6 +195,7 @@ def test_clip_by_folder_by_tag_and_by_file(tmp_path: Path, cache: Path) -> None:
     assert state("clip", **tag) == OK
     assert states("clip", name="ViT-L-14-336", tag="opena")[0][1].endswith("did you mean openai?")
     assert "did you mean" in states("clip", name="ViT-L-14-363", tag="openai")[0][1]
+    assert states("clip", name="output/clip") == [(MISSING, "there is no such folder")]
     (tmp_path / "weights.pt").touch()
     assert state("clip", name="ViT-L-14-336", tag=tmp_path / "weights.pt") == OK
 

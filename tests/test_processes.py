@@ -41,6 +41,7 @@ from tests.chain import RQVAE, Chain, encode_config, encoder_decoder_config, fil
 from tests.test_pipeline import retrieve_config, t5_config
 from tests.test_training import llama_config, stage2_config
 from tests.tiny import prepare_emb, rqvae_train, tiny_encoder_decoder
+from tests.warm import warm_context
 from tools import processes
 from tools.blocks import Blocks
 from tools.command_line import commands
@@ -71,27 +72,31 @@ def start(function: Callable[[], Any], log: Path, *, count: int = 2, anew: bool 
     """Run a function in copies of this process that are told what a launcher would tell them.
 
     Args:
-        anew: in new processes, which import everything again. A copy cannot compute gradients once other tests have
-            left threads of torch's autograd or of a tokenizer's training in this process.
+        anew: in copies of a process that has run nothing. A copy of this one cannot compute gradients once other tests
+            have left threads of torch's autograd or of a tokenizer's training in it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log.write_text("")
-    context: Any = multiprocessing.get_context("spawn" if anew else "fork")
-    each = [context.Process(target=_take_part, args=(function, log, n, count, port)) for n in range(count)]
+    context: Any = warm_context() if anew else multiprocessing.get_context("fork")
+    variables = dict(os.environ)  # the other process has those of the test that needed it first
+    each = [context.Process(target=_take_part, args=(function, log, n, count, port, variables)) for n in range(count)]
     for one in each:
         one.start()
     return Started(each, log)
 
 
-def _take_part(function: Callable[[], Any], log: Path, number: int, count: int, port: int) -> None:
+def _take_part(
+    function: Callable[[], Any], log: Path, number: int, count: int, port: int, variables: dict[str, str]
+) -> None:
     for descriptor in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), descriptor)
     torch.cuda.is_available = lambda: False  # a copy of a process that has used a GPU cannot
     torch.set_num_threads(1)  # as torchrun has it
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+    os.environ.clear()
+    os.environ |= {**variables, "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     function()
     sys.stdout.flush()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm import run_python
 from tools import verbosity
 from tools.errors import BadInput
 
@@ -43,10 +44,7 @@ run_command(main, Config)
 
 def run(tmp_path: Path, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     known = {name: value for name, value in os.environ.items() if name != verbosity.VARIABLE}
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, "--output", str(tmp_path / "run"), *words],
-        cwd=ROOT, capture_output=True, text=True, env={**known, **variables}, check=False,
-    )  # fmt: skip
+    return run_python("-c", PROGRAM, "--output", str(tmp_path / "run"), *words, variables={**known, **variables})
 
 
 def test_as_ever_progress_and_device_are_said(tmp_path: Path) -> None:
