@@ -941,7 +941,8 @@ def test_training_on_two_processes(
     build: Callable[..., train.Config], shared: Callable[..., None], stages: Stages, tmp_path: Path
 ) -> None:
     """The same global batches and negatives, so the same scores to rounding; 96 queries do not divide by 15 times 2."""
-    settings: dict[str, Any] = {"batch_size": 15, "easing": 0.5, "lora_dropout": 0.0, "epochs": 2}
+    sums = {"optimizer": "sgd", "lr": 0.1}  # Adam would make a step of what rounding leaves of a gradient of zero
+    settings: dict[str, Any] = {"batch_size": 15, "easing": 0.5, "lora_dropout": 0.0, "epochs": 2, **sums}
     one, two = build(stages, tmp_path / "one", **settings), build(stages, tmp_path / "two", **settings)
     train.main(one)
     started = start(partial(shared, train.main, two), tmp_path / "log", anew=True)
@@ -955,12 +956,12 @@ def test_training_on_two_processes(
         for config in (one, two)
     ]
     centred = [each - each.mean(axis=1, keepdims=True) for each in scores]  # a constant changes no loss, and wanders
-    assert np.allclose(centred[0], centred[1], atol=1e-3)  # AdamW's steps enlarge rounding, differently on each CPU
+    assert np.allclose(centred[0], centred[1], atol=1e-4)
     assert centred[0].std() > 0.01
     weights = "adapter_model.safetensors" if build is lora_config else "model.safetensors"
     first, second = (load_file(config.output / "model" / weights) for config in (one, two))
     for key, value in first.items():
-        assert torch.allclose(value, second[key], atol=1e-3), key
+        assert torch.allclose(value, second[key], atol=1e-4), key
 
 
 def test_a_training_that_broke_down_is_not_taken_for_a_perfect_one(stages: Stages, tmp_path: Path) -> None:
