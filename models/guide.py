@@ -31,8 +31,8 @@ from .voken_lm import Memory
 from .weights import ANEW
 
 GUIDE_NAME = "guide.safetensors"
-WEIGHT, LENGTH, STRENGTH, OF_FEATURES = "weight", "length", "strength", "strength_of_features"
-HEAD, HUBNESS = "head.", "hubness."
+WEIGHT, HEAD, HUBNESS = "weight", "head.", "hubness."
+SCALARS = f"{HUBNESS}scalars"
 
 
 class Guide(NamedTuple):
@@ -99,17 +99,17 @@ class Guide(NamedTuple):
         return self.codewords, self.basis, self.mean, self.missing
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file whose metadata holds the weight, and the strength of the hubness."""
+        """Write a safetensors file whose metadata holds the weight: of several entries the order would be random."""
         tensors = dict(zip(self._fields, self.tensors, strict=False))
         if self.head is not None:
             tensors |= {f"{HEAD}{name}": part for name, part in self.head.state_dict().items()}
-        metadata = {WEIGHT: repr(self.weight), LENGTH: repr(self.length)}
         if self.hubness is not None:
             tensors |= {f"{HUBNESS}landmarks": self.hubness.landmarks, f"{HUBNESS}shares": self.hubness.shares}
-            metadata |= {STRENGTH: repr(self.strength), OF_FEATURES: repr(self.hubness.strength)}
+            scalars = (self.length, self.strength, self.hubness.strength)
+            tensors[SCALARS] = torch.tensor(scalars, dtype=torch.float64)
         tensors = {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata={WEIGHT: repr(self.weight)})
 
 
 def read_guide(path: Path) -> Guide | None:
@@ -123,14 +123,13 @@ def read_guide(path: Path) -> Guide | None:
     try:
         with safe_open(path, framework="pt") as file:
             codewords, basis, mean, missing = (file.get_tensor(name) for name in Guide._fields[:4])
-            heads = [name for name in list(file.keys()) if name.startswith(HEAD)]
-            state = {name.removeprefix(HEAD): file.get_tensor(name) for name in heads}
-            metadata = file.metadata()
-            guide = Guide(codewords, basis, mean, missing, float(metadata[WEIGHT]))
-            if STRENGTH in metadata:  # files of earlier versions know no hubness
+            names = list(file.keys())
+            state = {name.removeprefix(HEAD): file.get_tensor(name) for name in names if name.startswith(HEAD)}
+            guide = Guide(codewords, basis, mean, missing, float(file.metadata()[WEIGHT]))
+            if SCALARS in names:  # files of earlier versions know no hubness
                 landmarks, shares = (file.get_tensor(f"{HUBNESS}{name}") for name in Hubness._fields[:2])
-                hubness = Hubness(landmarks, shares, float(metadata[OF_FEATURES]))
-                guide = guide._replace(length=float(metadata[LENGTH])).corrected(hubness, float(metadata[STRENGTH]))
+                length, strength, of_features = file.get_tensor(SCALARS).tolist()
+                guide = guide._replace(length=length).corrected(Hubness(landmarks, shares, of_features), strength)
         if not state:
             return guide
         head = text_head(len(state["0.weight"]), len(mean))

@@ -71,7 +71,7 @@ def check_parts(module: nn.Module, sharded: nn.Module) -> None:
 
 def on_two(main: Callable[[Any], None], config: Any, log: Path) -> None:
     """Train on two processes that share the model in parts."""
-    started = start(partial(train_in_parts, main, config), log)
+    started = start(partial(train_in_parts, main, config), log, anew=True)
     assert started.statuses() == [0, 0], started.log.read_text()
 
 
@@ -128,24 +128,22 @@ def test_what_parts_have_trained_is_searched_with(chain: Chain, tmp_path: Path) 
 
 
 def cut_at(call: int, main: Callable[[Any], None], config: Any) -> None:
-    """Both processes end before a step, counted from 1."""
+    """Both processes, which save after every step, end before a step, counted from 1."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
+        patch.setattr(training, "MOST_SAVING", 1e9)
         cut_power_at(patch, torch.nn.utils, "clip_grad_norm_", call)
         with pytest.raises(PowerCut):
             train_in_parts(main, config)
 
 
 @pytest.mark.parametrize(("build", "weights"), [(t5_config, "model"), (llama_config, "adapter_model")])
-def test_a_killed_training_goes_on_to_the_bit(
-    build: Any, weights: str, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_training_goes_on_to_the_bit(build: Any, weights: str, chain: Chain, tmp_path: Path) -> None:
     """With dropout, on two processes; on one, which holds it whole, it goes on as well."""
-    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(training, "MOST_SAVING", 1e9)  # after every step
     whole, cut, alone = (build(chain, tmp_path / name, epochs=2, accumulate=2) for name in ("whole", "cut", "alone"))
     on_two(train.main, whole, tmp_path / "log")
     for config in (cut, alone):
-        started = start(partial(cut_at, 5, train.main, config), tmp_path / "log")
+        started = start(partial(cut_at, 5, train.main, config), tmp_path / "log", anew=True)
         assert started.statuses() == [0, 0], started.log.read_text()
         assert (config.output / "resume" / "state.pt").is_file()
     on_two(train.main, cut, tmp_path / "log")
@@ -196,7 +194,7 @@ def try_optimizers(folder: Path) -> None:
 
 
 def test_optimizers_work_on_parts_and_their_state_is_whole(tmp_path: Path) -> None:
-    started = start(partial(try_optimizers, tmp_path), tmp_path / "log")
+    started = start(partial(try_optimizers, tmp_path), tmp_path / "log", anew=True)
     assert started.statuses() == [0, 0], started.log.read_text()
     apart = read_json(tmp_path / "apart.json")
     assert {"adamw", "adam", "sgd", "adagrad"} <= apart.keys()
