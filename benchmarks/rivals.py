@@ -2,7 +2,7 @@
 
 In:  nothing: codes and features are synthetic. Features are unit vectors of width 64 around 2,000 centres; CLIP's have
      512 to 768 numbers, which makes faiss's flat and HNSW indexes 8 to 12 times as large.
-Out: `benchmarks/results/rivals.json`, a row for each system and pool; rows of other pools stay.
+Out: `benchmarks/results/rivals.json`, a row for each system and pool; rows of others stay.
 Command: python -m benchmarks.rivals --pictures 1000000
 
 What would need more than `--memory` is not built, and its row says how much it needs. faiss flat has half precision as
@@ -46,7 +46,7 @@ WIDTH, CENTRES, BLOCK = 64, 2000, 1 << 20
 BATCH, FOUND, BEAMS = 8, 10, 10
 LINKS, HNSW_BUILD, HNSW_SEARCH = 16, 60, 64
 PROBES, PQ_BYTES = 32, 16
-TRAINED_ON = 40  # vectors a list of IVF-PQ
+MOST_LISTS, TRAINED_ON = 16_384, 40  # of IVF-PQ; vectors a list
 GRAPHED, ROUNDS = 50_000_000, 10  # pictures from which IVF-PQ finds lists by a graph; rounds of k-means then
 GIBIBYTE = 1 << 30
 
@@ -57,6 +57,8 @@ class Config:
 
     pictures: tuple[int, ...] = (1_000_000,)
     """Sizes that are measured, one behind the other."""
+    systems: tuple[str, ...] = ("generation", "faiss flat", "faiss HNSW", "faiss IVF-PQ")
+    """Those that are measured."""
     memory: float = 12.0
     """GiB that an index may take while it is built."""
     repeats: int = 7
@@ -120,7 +122,7 @@ class Rival:
 
 
 def rivals_at(pool: int) -> list[Rival]:
-    lists, graphed = int(4 * math.sqrt(pool)), pool >= GRAPHED
+    lists, graphed = min(int(4 * math.sqrt(pool)), MOST_LISTS), pool >= GRAPHED
 
     def hnsw() -> Any:
         index = faiss.IndexHNSWFlat(WIDTH, LINKS, faiss.METRIC_INNER_PRODUCT)
@@ -151,7 +153,8 @@ def built(rival: Rival, pool: int, threads: int) -> tuple[Any, float]:
     index, seconds = rival.make(), 0.0
     faiss.omp_set_num_threads(threads)
     if rival.trained_on:
-        sample = np.concatenate([block[:: max(1, pool // rival.trained_on)] for block in vectors(pool)])
+        step = max(1, pool // rival.trained_on)
+        sample = np.concatenate([block[::step].copy() for block in vectors(pool)])  # a view would keep its block
         began = time.perf_counter()
         index.train(sample)
         seconds = time.perf_counter() - began
@@ -223,10 +226,11 @@ def main(config: Config) -> None:
     path = config.output / "rivals.json"
     rows = read_json(path)["rows"] if path.is_file() else []
     for pool in config.pictures:
-        rows = [row for row in rows if row["pictures"] != pool]
+        rows = [row for row in rows if row["pictures"] != pool or row["system"] not in config.systems]
         exact = exact_rows(pool)
-        systems = [partial(generation_row, pool, config)]
-        systems += [partial(faiss_row, rival, pool, config, exact) for rival in rivals_at(pool)]
+        systems = [partial(generation_row, pool, config)] if "generation" in config.systems else []
+        rivals = [rival for rival in rivals_at(pool) if rival.name in config.systems]
+        systems += [partial(faiss_row, rival, pool, config, exact) for rival in rivals]
         stamp = {
             "command": " ".join(["python -m benchmarks.rivals", *sys.argv[1:]]), "machine": machine(),
             "text_tower_ms": round(tower_ms(config), 2),

@@ -79,11 +79,8 @@ class Guide(NamedTuple):
 
     def decode(self, codes: Tensor) -> Tensor:
         """What codes (pictures, levels) add up to: (pictures, features), on the linear path."""
-        levels = range(codes.shape[1])
-        return (
-            torch.stack([self.codewords[level][codes[:, level]] for level in levels]).sum(dim=0) @ self.basis
-            + self.mean
-        )
+        words = torch.stack([self.codewords[level][codes[:, level]] for level in range(codes.shape[1])])
+        return words.sum(dim=0) @ self.basis + self.mean
 
     def to(self, device: torch.device) -> "Guide":
         """The same on a device."""
