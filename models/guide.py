@@ -203,7 +203,7 @@ class Steering:
         sums: (queries, beams, width) what the codes of each beam add up to.
         dots, squares: (queries, beams) its product with the query's feature, and its squared length.
         near: (queries, beams, landmarks) exponentials of its products with the captions' landmarks.
-        reached: (queries, beams) its weighted cosine, without hubness.
+        reached: (queries, beams) its weighted cosine, after hubness was taken off.
     """
 
     def __init__(self, guide: Guide, texts: Tensor) -> None:

@@ -101,7 +101,7 @@ class Case(NamedTuple):
 
 
 def cosines(lists: RankedLists, features: Features, hubness: Hubness | None) -> Scores:
-    """Scaled cosine of each query's text with the pictures of its list, (queries, longest), without hubness."""
+    """Scaled cosine of each query's text with the pictures of its list, (queries, longest), less its hubness."""
     texts, images = normalized(features.texts[lists.captions]), normalized(features.images[:])
     found = np.empty(lists.rows.shape, dtype=np.float32)
     for place, row in enumerate(lists.rows):

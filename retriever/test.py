@@ -153,8 +153,8 @@ def quantized_features(rqvae: Path, data: RetrieverData) -> Floats:
 
 
 def result_rows(cases: list[Case], config: Config) -> list[dict[str, Any]]:
-    """All rows: for each case two-tower first, then two-tower without hubness and quantised two-tower, then the
-    retriever by image and by code, without the guide and with it."""
+    """All rows: for each case two-tower first, then two-tower with its hubs corrected and on quantised features, then
+    the retriever by image and by code, without the guide and with it."""
     rows = []
     some = config.captions_per_picture
     for case in cases if some is None else [*cases, *(case.first(some) for case in cases)]:
