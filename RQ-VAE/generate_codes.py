@@ -41,8 +41,8 @@ class Config(RunOptions, DeviceOptions):
     """Pictures that would share all codes get their next nearest free code at the last level, the nearest picture
     keeping its own, train pictures first; published: no."""
     hubness: bool = True
-    """Learn from the train captions which pictures are near to captions of every kind; searches with a guide or with
-    features take as much of it off their cosines as val says (models/hubness.py). Published: no."""
+    """Learn from the train captions which pictures are near to captions of every kind. Searches with a guide or with
+    features correct their cosines for it, with the strength that val chooses (models/hubness.py). Published: no."""
 
 
 class FixedCodes(nn.Module):

@@ -74,8 +74,8 @@ class Config(RunOptions, DeviceOptions):
     batch_size: int = 64
     """Pictures per batch; captions go in batches of four times as many."""
     precision: Precision = "auto"
-    """Arithmetic of the towers, weights included; auto: fp32 on a GPU, bf16 on CPUs with bf16
-    units, else fp32. The features are stored in fp32."""
+    """Arithmetic of the towers, weights included; auto: fp32 on a GPU, bf16 on CPUs with bf16 units, else fp32. The
+    features are stored in fp32."""
     workers: int = 2
     """Processes that read pictures."""
 

@@ -1,4 +1,4 @@
-"""Bytes of the tensors that a call makes, at the moment when they are most: what it needs beside what was there."""
+"""Peak memory of the tensors that a call makes: what it needs beside what was there before."""
 
 import weakref
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""RMS norms as one kernel: what makes a training on a GPU wait least, as it is bound by launches and not by sums."""
+"""RMS norms as one kernel each: a training on a GPU waits for kernels to start, not for sums, so fewer are faster."""
 
 from typing import cast
 

@@ -1,4 +1,4 @@
-"""What every pretrained Hugging Face model goes through here: loaded whole or not at all, and given new tokens."""
+"""How every pretrained Hugging Face model is read: it is loaded whole or not at all, and is given new tokens."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -2,7 +2,7 @@
 
 from retriever import Retriever
 
-Retriever.load(folder).search(["a dog"], k=10)
+Retriever.from_pretrained(folder).search(["a dog"], k=10)
 """
 
 from typing import TYPE_CHECKING, Any

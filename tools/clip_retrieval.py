@@ -1,4 +1,4 @@
-"""Write features in the layout of clip-retrieval, from which its index and back end, and whoever reads it, start.
+"""Write features in the layout of clip-retrieval, which its index, its back end and other programs read.
 
 In:  a `RQ-VAE.prepare_emb` or `RQ-VAE.train_heads` folder.
 Out: `<output>/`, in parts of --rows rows:

@@ -1,4 +1,4 @@
-"""Embeddings that clip-retrieval computed, as LAION publishes them, too: a folder of vectors and of what they are of.
+"""Embeddings that clip-retrieval computed, as LAION publishes them, too: vectors, and what each of them stands for.
 
     img_emb/img_emb_0.npy        (rows, width) of the pictures, in half or single precision
     text_emb/text_emb_0.npy      the same of the captions; it may be missing

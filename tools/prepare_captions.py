@@ -4,7 +4,7 @@ In:  a folder of pictures and the source of their captions: a table (CSV, TSV, J
      COCO, BLIP, or file name -> captions), parquet, text files beside the pictures, or nothing but the pictures; or
      webdataset shards or parquet files, which hold both. docs/layouts.md shows each.
 Out: `<output>/captions.jsonl`, `<output>/manifest.json`; of shards and parquet, `<output>/pictures/`.
-Command: python -m tools.prepare_captions --images DIR --source FILE --output RQ-VAE/data/<dataset>/01_captions
+Command: python -m tools.prepare_captions --images DIR --source FILE --output RQ-VAE/data/<dataset>/01_prepare_captions
 """
 
 import os

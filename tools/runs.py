@@ -7,9 +7,9 @@
     run.finish(facts={"levels": 4}, metrics={"collisions": 0.002})
 
 The next command asks `read_manifest(folder, "RQ-VAE.generate_codes")` and is refused when the folder is not complete,
-or a file in it is no longer what the manifest's hashes say (once per process, about a second for a gigabyte;
-`VERIFY=off` leaves that out).
-`started.json`, written first, holds the configuration of a run that has not finished: the same command then resumes.
+or a file in it is no longer what the manifest's hashes say. Hashing happens once per process, and takes about a second
+for a gigabyte; `VERIFY=off` leaves it out. `started.json`, written first, holds the configuration of a run that has not
+finished: the same command then resumes.
 """
 
 import dataclasses

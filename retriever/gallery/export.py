@@ -1,7 +1,7 @@
 """Write a trained retriever with its pictures into one folder that can be copied or put on a model hub.
 
 In:  a `retriever.gallery.build` folder, a trained retriever, and the figures of the results.
-Out: the folder (retriever/gallery/exported.py), which `Retriever.load` reads.
+Out: the folder (retriever/gallery/exported.py), which `Retriever.from_pretrained` reads.
 Command: python -m retriever.gallery.export FOLDER --index DIR --retriever DIR --weights DIR --summary FILE
 """
 

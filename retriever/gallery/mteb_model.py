@@ -1,7 +1,7 @@
 """A retriever as a model that MTEB evaluates: its search interface (`mteb.SearchProtocol`) over any text-to-image task.
 
     import mteb
-    results = mteb.evaluate(MtebRetriever(Retriever.load(folder)), mteb.get_task("Flickr30kT2IRetrieval"))
+    results = mteb.evaluate(MtebRetriever(Retriever.from_pretrained(folder)), mteb.get_task("Flickr30kT2IRetrieval"))
 
 The pictures of a task are encoded and tokenized by the retriever's own models, as pictures that are added to an index
 are, and searched by its beam search. Pictures that the index of the retriever has keep their vokens: those are what it

@@ -1,6 +1,6 @@
 """The package `avg` inside an exported folder, so that pip alone can install what reads the folder.
 
-It is built from the checkout that exports. A retriever that was loaded from an exported folder passes that folder's on.
+It is built from the checkout that exports. A retriever loaded from an exported folder passes on that package.
 """
 
 import re

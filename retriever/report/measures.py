@@ -1,7 +1,7 @@
 """What a report measures anew: recall by beams and by the size of the pool, and speed beside two-tower search.
 
-The queries are captions of val, drawn once by a seed: models were chosen on val, and test stays what it is touched by
-once. Pools grow: each holds the pictures of the one before.
+The queries are captions of val, drawn once by a seed: models were chosen on val, and test is kept for the final tables.
+Pools grow: each holds the pictures of the one before.
 """
 
 import time

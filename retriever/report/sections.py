@@ -49,8 +49,8 @@ VALIDATED = re.compile(r"val/(?:quantized_)?(R@\d+)")  # the curve of the model 
 
 
 class Styles:
-    """The look of each system, the same in every figure: two-tower search comes first, what guides
-    a retriever or reorders its list looks like the retriever.
+    """The look of each system, the same in every figure. Two-tower search comes first. What guides a retriever or
+    reorders its list looks like the retriever.
 
     Args:
         systems: names, each behind those that it is made from.
