@@ -91,6 +91,11 @@ def choose_linear(arithmetic: Arithmetic, device: torch.device) -> tuple[MakeLin
     return partial(PackedLinear if packs else CastLinear, dtype=dtype), dtype
 
 
+def weights_dtype(arithmetic: Arithmetic, device: torch.device) -> torch.dtype | None:
+    """The type of weights that a search in an arithmetic reads as they are; None for int8, which rounds any."""
+    return None if arithmetic == "int8" else pick_dtype(arithmetic, device)
+
+
 def with_linears(module: nn.Module, make: MakeLinear) -> nn.Module:
     """A copy of the module in eval mode, with other linear layers; the original stays as it is.
 

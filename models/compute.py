@@ -143,7 +143,10 @@ def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
 
 
 def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The arithmetic of the forward pass; "auto" is bf16 where the device computes it in hardware, else fp32."""
+    """The arithmetic of the forward pass; "auto" is bf16 on a GPU and on CPUs with bf16 units, else fp32.
+
+    GPUs before Ampere compute bf16 by other units, which is slow. fp16 would be quicker there, but T5 overflows in it.
+    """
     dtype = _fastest(device) if precision == "auto" else DTYPES[precision]
     environment.note(precision=str(dtype).removeprefix("torch."))
     return dtype

@@ -62,13 +62,13 @@ class Checkpoint:
 
     Args:
         points: losses that the curve gets in the whole training, such as one per step.
-        patience: validations in a row that may be worse than the best before the training is over; None: all.
+        patience: validated epochs in a row that may be worse than the best before the training is over; None: all.
 
     Attributes:
         epoch, batch: what comes next; finished epochs, and finished batches of the current one.
         curves: losses and validations so far.
         best: the figures of the best model so far, their "mean" and its "epoch"; empty before the first validation.
-        worse: validations since the best one.
+        worse: epochs with a validation since the best one.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Checkpoint:
         self.curves = Curves(points)
         self.best: dict[str, Any] = {}
         self.worse = 0
+        self._judged = -1  # the epoch of the last validation: one epoch may have several, of mixtures of weights
         self.epoch, self.batch, self.of_epoch = 0, 0, 0
         self._unread: list[Unread] = []
         self._bar: tqdm[int] | None = None
@@ -149,11 +150,13 @@ class Checkpoint:
             write: writes the whole model, as it is used later, into a folder that need not exist.
             score: what the best model has most of; by default the mean of the figures.
         """
-        self.worse += 1
         if self.is_best(figures, score=score):
             self.best, self.worse = {"mean": score_of(figures, score), "epoch": self.epoch, **figures}, 0
             if processes.is_main():
                 write(self.best_folder)
+        elif self._judged != self.epoch:
+            self.worse += 1
+        self._judged = self.epoch
 
     def is_best(self, figures: dict[str, float], *, score: float | None = None) -> bool:
         """Whether a model with these figures is the best so far; arguments as in `keep_best`."""

@@ -305,8 +305,12 @@ class VokenLM(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "VokenLM":
+    def from_pretrained(cls, folder: Path, *, dtype: torch.dtype | None = None) -> "VokenLM":
         """Read what `save_pretrained` wrote; the model is in eval mode, adapters are merged into its weights.
+
+        Args:
+            dtype: of the weights that adapters are merged into; by default the one that the model was published in. A
+                search in another one needs a second copy of them.
 
         Raises:
             BadInput: the model that adapters belong to cannot be loaded.
@@ -317,7 +321,7 @@ class VokenLM(nn.Module):
         if (folder / ADAPTER_NAME).is_file():
             rounded_in = facts.pop("rounded_in", None)
             load = None if rounded_in is None else reader(rounded_in)
-            model = merged(transformers.AutoModelForCausalLM, folder, len(tokenizer), load=load)
+            model = merged(transformers.AutoModelForCausalLM, folder, len(tokenizer), dtype=dtype, load=load)
         else:
             with reading(folder):
                 model = load_saved(getattr(transformers, LOADERS[facts["kind"]]), folder)
@@ -491,13 +495,28 @@ def _add_vokens(
     if last - first + 1 != len(space.tokens):
         raise BadInput(f"the tokenizer of {name} already has some vokens: their ids {first} to {last} are not in a row")
     if last >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(last + 1, mean_resizing=False)  # the new rows are set below
+        _resize(model, last + 1)  # the new rows are set below
     rows = torch.from_numpy(np.ascontiguousarray(codebooks.reshape(-1, codebooks.shape[-1])))
     with torch.no_grad():
         for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
             scale = _mean_length(matrix[:first]) / _mean_length(rows) if scaled else 1.0
             matrix[first : last + 1] = (rows.to(matrix.device) * scale).to(matrix.dtype)
     return first
+
+
+def _resize(model: Any, tokens: int) -> None:
+    """Give a model room for more tokens, in place; a head that differs from the input embeddings goes on doing so.
+
+    T5 1.1, Flan-T5 and mT5 have such a head, and a configuration that says otherwise: transformers would tie the two.
+    """
+    head = model.get_output_embeddings().weight
+    own = None if head is model.get_input_embeddings().weight else head.detach()
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    output = model.get_output_embeddings()
+    if own is not None and output.weight is model.get_input_embeddings().weight:
+        grown = output.weight.detach().clone()
+        grown[: len(own)] = own
+        output.weight = nn.Parameter(grown)
 
 
 def _mean_length(rows: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.arithmetic import weights_dtype
 from models.compute import pick_device
 from models.decoding import Writer, make_writer
 from models.guide import GUIDE_NAME
@@ -108,6 +109,7 @@ def rank(
         score_end=config.score_end,
         guide=guide,
         features=features,
+        graphs=config.graphs and writer.lm.device.type == "cuda",
         blocks_folder=blocks_folder,
     )
     rows, scores = gathered(ranking, len(queries.texts), beams)
@@ -136,7 +138,8 @@ def main(config: Config) -> None:
     run = runs.begin("retriever.rank_splits", config, inputs=inputs)
     if run is None:
         return
-    lm = VokenLM.from_pretrained(config.retriever / "model").to(pick_device(config.device))
+    device = pick_device(config.device)
+    lm = VokenLM.from_pretrained(config.retriever / "model", dtype=weights_dtype(config.precision, device)).to(device)
     writer = make_writer(lm, config.precision)
     metrics: dict[str, Any] = {}
     for split, pool in config.searches():

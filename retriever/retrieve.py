@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.arithmetic import Arithmetic
+from models.arithmetic import Arithmetic, weights_dtype
 from models.compute import pick_device
 from models.decoding import Scoring, Writer, make_writer
 from models.guide import GUIDE_NAME, Guide, read_guide
@@ -85,6 +85,8 @@ class ListOptions(SearchOptions):
     little of a picture before its last codes are written."""
     batch_size: int = 64
     """Queries per batch."""
+    graphs: bool = True
+    """On a GPU, record the search as CUDA graphs, which start all its kernels at once."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -108,8 +110,6 @@ class Config(RunOptions, ListOptions):
     """Codes written for each query, each with all its pictures."""
     unguided: bool = True
     """Search without the guide too, as published."""
-    graphs: bool = True
-    """On a GPU, record the search as CUDA graphs, which start all its kernels at once."""
 
     def __post_init__(self) -> None:
         ListOptions.__post_init__(self)
@@ -298,7 +298,7 @@ def main(config: Config) -> None:
     if run is None:
         return
     device = pick_device(config.device)
-    lm = VokenLM.from_pretrained(config.retriever / "model").to(device)
+    lm = VokenLM.from_pretrained(config.retriever / "model", dtype=weights_dtype(config.precision, device)).to(device)
     writer = make_writer(lm, config.precision)
     queries = data.queries(config.split)
     if not queries.texts:

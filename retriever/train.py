@@ -87,8 +87,14 @@ class Config(TrainingConfig, LoraOptions):
 
 def build_model(config: Config, data: RetrieverData) -> VokenLM:
     """The language model with the dataset's vokens: untrained, or as an earlier training left it."""
-    if config.start is not None:
-        return VokenLM.from_pretrained(config.start / "model")
+    lm = new_model(config, data) if config.start is None else VokenLM.from_pretrained(config.start / "model")
+    if config.gradient_checkpointing:
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return lm
+
+
+def new_model(config: Config, data: RetrieverData) -> VokenLM:
+    """The untrained language model with the dataset's vokens."""
     shared: dict[str, Any] = {
         "space": data.space,
         "codebooks": np.array(data.codebooks),
@@ -96,24 +102,20 @@ def build_model(config: Config, data: RetrieverData) -> VokenLM:
     }
     slot_width = data.features.texts.shape[1] if config.text_slot else 0
     if config.kind == "seq2seq":
-        lm = build_seq2seq(config.language_model, dropout=config.dropout, slot_width=slot_width, **shared)
-    elif config.kind == "causal":
+        return build_seq2seq(config.language_model, dropout=config.dropout, slot_width=slot_width, **shared)
+    if config.kind == "causal":
         device = pick_device(config.device)
         dtype = pick_dtype(config.precision, device) if config.lora else torch.float32
         four_bits = device if config.load_in_4bit else None
-        lm = build_causal(config.language_model, lora=config.lora, dtype=dtype, four_bits=four_bits, **shared)
-    else:
-        lm = build_encoder_decoder(
-            config.language_model,
-            layers=config.decoder_layers,
-            heads=config.decoder_heads,
-            dropout=config.dropout,
-            slot_width=slot_width,
-            **shared,
-        )
-    if config.gradient_checkpointing:
-        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return lm
+        return build_causal(config.language_model, lora=config.lora, dtype=dtype, four_bits=four_bits, **shared)
+    return build_encoder_decoder(
+        config.language_model,
+        layers=config.decoder_layers,
+        heads=config.decoder_heads,
+        dropout=config.dropout,
+        slot_width=slot_width,
+        **shared,
+    )
 
 
 def check_start(config: Config, data: RetrieverData) -> None:
@@ -125,10 +127,13 @@ def check_start(config: Config, data: RetrieverData) -> None:
     if config.start is None:
         return
     start = read_retriever(config.start, data, "retriever.train")
-    for name in ("kind", "language_model"):
-        if start.config[name] != getattr(config, name):
+    for name in ("kind", "language_model", "decoder_layers", "decoder_heads", "text_slot", "max_source", "dropout"):
+        if (trained := start.config.get(name, getattr(Config, name, None))) != getattr(config, name):
             flag = "--" + name.replace("_", "-")
-            raise BadInput(f"--start {config.start} was trained with {flag} {start.config[name]}: give the same here")
+            told = f"with {flag} {trained}"
+            if isinstance(trained, bool):
+                told = f"{'with' if trained else 'without'} {flag}"
+            raise BadInput(f"--start {config.start} was trained {told}: do the same here")
     if start.facts["setting"] == "transductive" and config.pseudo_queries is None:
         raise BadInput(f"--start {config.start} was trained with --pseudo-queries: give them here too")
 

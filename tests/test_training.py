@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.kernels import run_epoch
+from models.arithmetic import weights_dtype
 from models.batches import part_of
 from models.compute import seed_everything
 from models.decoding import make_writer
@@ -161,6 +162,30 @@ def copy_with(
     write_json_lines(copy / f"{split}.jsonl", change(lines))
     runs.replace_outputs(manifest, [copy / name for name in manifest.outputs], manifest.facts)
     return copy
+
+
+def test_patience_counts_epochs_and_not_mixtures(
+    chain: Chain, retriever: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of each epoch's weights, and of their two mixtures: the training stops two epochs behind the best."""
+    scores = iter([0.2, 0.1, 0.1, 0.3, 0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
+    config = stage2_config(
+        chain, retriever, tmp_path / "run", mix=(0.5, 0.75), patience=2, epochs=6, queries_per_epoch=16
+    )
+
+    def validate(self: Training) -> dict[str, float]:
+        figures = {"val/R@1": next(scores)}
+        self.checkpoint.keep_best(figures, self.lm.save_pretrained)
+        return figures
+
+    monkeypatch.setattr(Training, "validate", validate)
+    monkeypatch.setattr(train_stage2.Stage2, "find_negatives", lambda self: None)
+    training, _ = stage2_of(config, tmp_path)
+    checkpoint = training.checkpoint
+    while not checkpoint.over:
+        checkpoint.epoch_ends()
+        training.validate_mixtures()
+    assert (checkpoint.epoch, checkpoint.best["epoch"], checkpoint.best["new_share"]) == (5, 3, 0.5)
 
 
 @pytest.mark.parametrize("form", ["list-wise", "double-softmax", "margin", "prefix-margin"])
@@ -425,6 +450,21 @@ def test_adapters_embeddings_and_head_learn_and_the_rest_stays(tmp_path: Path) -
         assert torch.allclose(writer.head.log_probabilities(states, 0, "full")[:, 0], expected, atol=1e-4)
 
 
+def test_adapters_are_merged_in_the_arithmetic_of_the_search(tmp_path: Path) -> None:
+    """A search in bf16 over weights published in fp16 would need a second copy of all of them."""
+    folder = llama_folder(tmp_path / "llama")
+    LlamaForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    lm = build_causal(
+        str(folder), space=SPACE, codebooks=codebooks(SPACE, 16), max_source=8, lora=Lora(2, 4.0, 0.0, ())
+    )
+    lm.save_pretrained(tmp_path / "saved")
+    assert {value.dtype for value in VokenLM.from_pretrained(tmp_path / "saved").parameters()} == {torch.float16}
+    device = torch.device("cpu")
+    again = VokenLM.from_pretrained(tmp_path / "saved", dtype=weights_dtype("bf16", device))
+    assert {value.dtype for value in again.parameters()} == {torch.bfloat16}
+    assert weights_dtype("int8", device) is None
+
+
 def test_a_base_model_that_moved_is_one_clear_line(chain: Chain, tmp_path: Path) -> None:
     lm = build_causal(
         str(llama_folder(tmp_path / "llama")), space=SPACE, codebooks=codebooks(SPACE, 16), max_source=8,
@@ -548,8 +588,13 @@ def test_a_start_that_does_not_fit_is_refused(chain: Chain, retriever: Path, tmp
     other = dataclasses.replace(
         encoder_decoder_config(chain, tmp_path / "run", start=retriever), kind="seq2seq", language_model="t5-base"
     )
-    with pytest.raises(BadInput, match="was trained with --kind encoder-decoder: give the same here"):
+    with pytest.raises(BadInput, match="was trained with --kind encoder-decoder: do the same here"):
         train.main(other)
+    for name, words in (("text_slot", "without --text-slot"), ("max_source", "with --max-source")):
+        options: dict[str, Any] = {name: {"text_slot": True, "max_source": 7}[name]}
+        other = encoder_decoder_config(chain, tmp_path / "run", start=retriever, **options)
+        with pytest.raises(BadInput, match=f"was trained {words}.*: do the same here"):
+            train.main(other)
     image = read_data(chain.dataset).images[read_data(chain.dataset).rows("test")[0]]
     told = pseudo_folder(chain, tmp_path / "pseudo", [{"image": image, "query": "round"}])
     transductive = encoder_decoder_config(chain, tmp_path / "first", pseudo_queries=told, epochs=1)

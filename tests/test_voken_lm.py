@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPModel
+from safetensors.torch import load_file
+from transformers import CLIPModel, MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from models.batches import bucketed_batches
 from models.compute import make_optimizer
@@ -61,6 +62,26 @@ def test_t5_vokens_follow_the_tokenizer_and_start_from_the_codebooks(space: Voke
     for level, code in enumerate(codes[0]):
         book = books[0 if space.shared else level]
         assert torch.equal(lm.model.get_input_embeddings().weight[ids[level]], torch.from_numpy(book[code]))
+
+
+@pytest.mark.parametrize("family", [(T5Config, T5ForConditionalGeneration), (MT5Config, MT5ForConditionalGeneration)])
+def test_a_head_of_its_own_is_kept(family: tuple[Any, Any], tmp_path: Path) -> None:
+    """T5 1.1, Flan-T5 and mT5: the trained head differs from the input embeddings."""
+    folder = t5_folder(tmp_path / "t5", feed_forward="gated-gelu", tied=False, family=family)
+    published = load_file(folder / "model.safetensors")
+    assert not torch.equal(published["lm_head.weight"], published["shared.weight"])
+    lm = build_seq2seq(
+        str(folder), space=VokenSpace(3, 64, shared=False), codebooks=codebooks(VokenSpace(3, 64, shared=False), 16),
+        dropout=0.0, max_source=16,
+    )  # fmt: skip
+    lm.save_pretrained(tmp_path / "saved")
+    for each in (lm, VokenLM.from_pretrained(tmp_path / "saved")):
+        head, inputs = each.model.get_output_embeddings().weight, each.model.get_input_embeddings().weight
+        words = len(published["lm_head.weight"])
+        assert len(head) > words
+        assert torch.equal(head[: lm.first_voken], published["lm_head.weight"][: lm.first_voken])
+        assert torch.equal(inputs[: lm.first_voken], published["shared.weight"][: lm.first_voken])
+        assert torch.equal(head[lm.first_voken :], inputs[lm.first_voken :])  # both start from the codebooks
 
 
 def test_a_new_decoder_starts_from_the_scaled_codebooks(tmp_path: Path) -> None:

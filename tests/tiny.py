@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -113,7 +114,10 @@ def t5_folder(
         feed_forward_proj=feed_forward,
         tie_word_embeddings=tied,
     )
-    family[1](config).save_pretrained(folder)
+    model = family[1](config)
+    if not tied:  # the library ties all of this family, whatever the configuration says; the published weights differ
+        model.lm_head.weight = nn.Parameter(torch.randn_like(model.shared.weight) * 0.5)
+    model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.utils import logging
 
-from models.arithmetic import Arithmetic
+from models.arithmetic import Arithmetic, weights_dtype
 from models.compute import pick_device
 from models.decoding import Scoring, make_writer
 from models.guide import GUIDE_NAME, read_guide
@@ -141,7 +141,8 @@ class Retriever(ModelHubMixin):
         self._tree: tuple[str, list[DeviceLevel]] | None = None  # with its hash
         self._take(gallery)
         with quiet_loading():
-            lm = VokenLM.from_pretrained(source.model).to(self.device)
+            dtype = weights_dtype(precision, self.device)
+            lm = VokenLM.from_pretrained(source.model, dtype=dtype).to(self.device)
         self.writer = make_writer(lm, precision)
 
     @classmethod
