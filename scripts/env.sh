@@ -8,7 +8,8 @@
 #   LAUNCH        how many processes: "accelerate launch --num_processes 8" (docs/scale.md)
 #   WANDB_MODE    "disabled" switches Weights & Biases off; without a login it logs offline
 #   VERBOSITY     quiet or verbose: what --quiet and --verbose are for one command (tools/verbosity.py)
-#   VERIFY        "off": what a stage reads is not compared with its manifest's hashes (docs/reliability.md)
+#   VERIFY        "off": what a stage reads is not compared with its manifest's hashes; "all": even an index's large files
+#                 are (docs/reliability.md)
 set -euo pipefail
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/place.sh" # which goes to the root
 REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"

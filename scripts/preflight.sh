@@ -14,28 +14,6 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
 CAPTION_TOKENS=40 PROMPT_TOKENS=76 PAIR_TOKENS=80 SHARED_TOKENS=44 PICTURE_BYTES=50000
 NEW_VOKENS=4096
 
-output_of() { # the run folder that a stage writes for a SYSTEM
-    case "$1" in
-    00_* | 01_*) echo "$DATA/$1" ;;
-    02_* | 03_* | 04_*) echo "$TOKENIZER/$1" ;;
-    05_*) echo "$RQVAE" ;;
-    06_*) echo "$CODES" ;;
-    07_*) echo "$RETRIEVER/07_dataset" ;;
-    08_*) echo "$PSEUDO_FOLDER" ;;
-    09_*) echo "$RETRIEVER/09_train/$2" ;;
-    10_*) echo "$RETRIEVER/10_stage2/$2" ;;
-    11_*) echo "$RETRIEVER/11_llama/$2" ;;
-    12_*) echo "$RETRIEVER/12_retrieve/$2" ;;
-    13_*) echo "$RETRIEVER/13_test/$2" ;;
-    14_*) echo "$RETRIEVER/14_index" ;;
-    15_*) echo "$RERANKER/15_tokens" ;;
-    16_*) echo "$RERANKER/16_lists/$2" ;;
-    17_*) echo "$RERANKER/17_train/$2" ;;
-    18_*) echo "$RERANKER/18_test/$2" ;;
-    19_*) echo "$RETRIEVER/19_report" ;;
-    esac
-}
-
 value() { # the word behind an option, the last time that it is given, or a default: value --lr 0.1 "${ARRAY[@]}"
     local name="$1" found="$2"
     shift 2
@@ -194,7 +172,7 @@ how_to_train() { # a tokenizer, by the name of the dataset in its path
 }
 
 needs_of() { # what a stage will ask for; arrays that a dataset's file leaves out are passed over
-    STAGE="$1" OUTPUT="$3"
+    STAGE="$1" OUTPUT="$2"
     case "$1" in
     01_*) if [ -n "${CAPTIONS+x}" ]; then needs_of_captions; fi ;;
     03_*) if [ -n "${CLIP+x}" ]; then need_clip "${CLIP[@]}"; fi ;;
@@ -210,18 +188,16 @@ needs_of() { # what a stage will ask for; arrays that a dataset's file leaves ou
 }
 
 all_needs() {
-    local stage system left=()
+    local stage left=()
     for stage in $STAGES; do
-        system=retriever
-        case "$stage" in *@*) system="${stage#*@}" ;; esac
-        OUTPUTS+=("$(output_of "${stage%@*}" "$system")")
-        if [ -n "${OVERWRITE:-}" ] || [ ! -f "${OUTPUTS[-1]}/manifest.json" ]; then left+=("${stage%@*}:$system"); fi
+        OUTPUTS+=("$(output_of "$stage")")
+        if [ -n "${OVERWRITE:-}" ] || [ ! -f "${OUTPUTS[-1]}/manifest.json" ]; then left+=("$stage"); fi
     done
     if [ "${#left[@]}" = 0 ]; then return; fi
     STAGE=all
     need processes launch="${LAUNCH:-}" $(if large; then echo gpu=yes; fi)
     for stage in "${left[@]}"; do
-        needs_of "${stage%:*}" "${stage#*:}" "$(output_of "${stage%:*}" "${stage#*:}")"
+        needs_of "${stage%@*}" "$(output_of "$stage")"
     done
 }
 

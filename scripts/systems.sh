@@ -70,3 +70,27 @@ LISTS="$RERANKER/16_lists/$SYSTEM"
 RERANKER_SYSTEM="${RERANKER_SYSTEM:-$SYSTEM}" # whose lists train the reranker
 RERANKER_MODEL="${RERANKER_MODEL:-$RERANKER/17_train/$RERANKER_SYSTEM}"
 if [ "$RERANKER_SYSTEM" != "$SYSTEM" ]; then RANK+=(--train-per-picture 0); fi
+
+output_of() { # the run folder that a stage writes: output_of 09_train_retriever_t5@retriever+pseudo
+    local system=retriever
+    case "$1" in *@*) system="${1#*@}" ;; esac
+    case "$1" in
+    00_* | 01_*) echo "$DATA/${1%@*}" ;;
+    02_* | 03_* | 04_*) echo "$TOKENIZER/${1%@*}" ;;
+    05_*) echo "$RQVAE" ;;
+    06_*) echo "$CODES" ;;
+    07_*) echo "$RETRIEVER/07_dataset" ;;
+    08_*) echo "$PSEUDO_FOLDER" ;;
+    09_*) echo "$RETRIEVER/09_train/$system" ;;
+    10_*) echo "$RETRIEVER/10_stage2/$system" ;;
+    11_*) echo "$RETRIEVER/11_llama/$system" ;;
+    12_*) echo "$RETRIEVER/12_retrieve/$system" ;;
+    13_*) echo "$RETRIEVER/13_test/$system" ;;
+    14_*) echo "$RETRIEVER/14_index" ;;
+    15_*) echo "$RERANKER/15_tokens" ;;
+    16_*) echo "$RERANKER/16_lists/$system" ;;
+    17_*) echo "$RERANKER/17_train/$system" ;;
+    18_*) echo "$RERANKER/18_test/$system" ;;
+    19_*) echo "$RETRIEVER/19_report" ;;
+    esac
+}

@@ -42,17 +42,39 @@ install() { # the pins, from the build of torch that was chosen
     bash scripts/install.sh --torch-backend "$TORCH_BACKEND" -r "$pins" "$@"
 }
 
-made="$(cat .venv/torch-backend 2>/dev/null || true)" # the build of torch that .venv has
-TORCH_BACKEND="${TORCH_BACKEND-$made}"
-wanted="$(cat requirements*.txt | sha256sum)$TORCH_BACKEND"
+usable() { # whether .venv's Python starts, and has something that installs packages
+    .venv/bin/python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null &&
+        { command -v uv >/dev/null || .venv/bin/python -m pip --version >/dev/null 2>&1; }
+}
+
+in_place() { # whether the pins are installed, for the Python that .venv has
+    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] &&
+        .venv/bin/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' 2>/dev/null
+}
+
+read_stamp() { # which build of torch .venv has, and what its stamp has to be
+    made="$(cat .venv/torch-backend 2>/dev/null || true)"
+    TORCH_BACKEND="${ASKED-$made}"
+    wanted="$(cat requirements*.txt | sha256sum)$TORCH_BACKEND"
+}
+
 stamp=".venv/pins-of-$requirements"
-if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit; fi
+if [ -n "${TORCH_BACKEND+x}" ]; then ASKED="$TORCH_BACKEND"; fi
+read_stamp
+if in_place; then exit; fi
+exec 9<scripts/venv.sh
+if ! flock --nonblock 9 2>/dev/null; then # another script, in another terminal; some network drives have no locks
+    echo "Waiting for another script, which sets up .venv ..." >&2
+    flock 9 2>/dev/null || true
+    read_stamp
+    if in_place; then exit; fi
+fi
 
 echo "Setting up .venv with $requirements (once; several GB with CUDA's libraries) ..." >&2
 pins="$(mktemp)"
 trap 'rm -f "$pins"' EXIT
 there=yes
-if [ ! -x .venv/bin/python ]; then there='' && make_venv; fi
+if ! usable; then there='' && make_venv; fi
 export PATH="$PWD/.venv/bin:$PATH"
 if [ -n "$TORCH_BACKEND" ]; then choose_pins; fi # before anything is lost
 if [ "$TORCH_BACKEND" != "$made" ] && [ -n "$there" ]; then make_venv; fi

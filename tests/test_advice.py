@@ -140,6 +140,32 @@ def the_settings_have_changed(user: User) -> None:
     assert "test          7" in done
 
 
+def test_a_chain_that_was_stopped_while_it_is_made_again_goes_on(user: User) -> None:
+    user.write(
+        "STAGES='01_prepare_captions 06_generate_codes 14_build_index' PREFLIGHT=off\n",
+        'FOLLOWS="$IMAGES" FEATURES=gone\n',
+    )
+    shutil.copytree(user.index, user.data / "14_index")
+    user.refused("quickstart", "--overwrite")  # 06 has no features
+    assert files_of(user.data / "14_index") == []
+    before = files_of(user.captions)
+    done = user.types(f"bash {ROOT}/scripts/quickstart.sh")
+    assert "01_prepare_captions is finished; nothing to do." in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("== 06_generate_codes")
+    assert files_of(user.captions) == before
+
+
+def test_help_needs_no_python(tmp_path: Path) -> None:
+    (tmp_path / "sed").symlink_to(shutil.which("sed") or "")
+    done = subprocess.run(
+        [shutil.which("bash") or "", str(ROOT / "scripts" / "quickstart.sh"), "--help"],
+        env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("Set everything up and run the whole chain")
+    assert "--overwrite" in done.stdout
+    assert "for word" not in done.stdout
+
+
 @row("is not an option of quickstart.sh")
 def an_option_of_a_stage(user: User) -> None:
     (user.folder / "my photos" / "broken.png").write_bytes(b"not a picture")

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from tests.chain import files_of
 from tests.folders import Config as Plain
 from tests.folders import finished
 from tests.test_runs import Config, begin, finish
 from tools import environment, processes, runs
+from tools.clear import clear_all
 from tools.command_line.command_names import EARLIER, scripts_of_commands
 from tools.errors import BadInput
 from tools.files import hash_file, read_json, verified_hash
@@ -404,10 +406,30 @@ def test_a_listed_input_is_compared_by_its_listing(config: Config, tmp_path: Pat
     assert run is not None
     manifest = run.finish()
     (tmp_path / "files" / "a").write_text("two")  # as long as before
+    for name in (".DS_Store", "Thumbs.db", "@eaDir/a", ".dtrash/a"):  # which no picture's listing takes
+        (tmp_path / "files" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "files" / name).write_text("a system's")
+    (tmp_path / "files" / "gone").symlink_to("nowhere")
     assert runs.unchanged_input(manifest, "files") == tmp_path / "files"
     (tmp_path / "files" / "a").write_text("three")
     with pytest.raises(BadInput, match="has changed since"):
         runs.unchanged_input(manifest, "files")
+
+
+def test_clearing_is_all_or_nothing(tmp_path: Path) -> None:
+    folders = [finished(tmp_path / name, "tools.example", lambda here: None, facts={}) for name in "abc"]
+    before = files_of(tmp_path)
+    lock = runs.hold(folders[1])
+    assert "is in use" in refusal(clear_all, folders)
+    lock.close()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "text").write_text("mine")
+    assert "no run of this project left" in refusal(clear_all, [*folders, tmp_path / "mine"])
+    (tmp_path / "mine" / "text").unlink()
+    (tmp_path / "mine").rmdir()
+    assert files_of(tmp_path) == before
+    clear_all([*folders, tmp_path / "never made"])
+    assert files_of(tmp_path) == []
 
 
 def test_a_manifest_may_speak_of_other_files(config: Config) -> None:

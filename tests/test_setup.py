@@ -115,6 +115,41 @@ def test_an_active_environment_that_lacks_a_package_is_passed_over(checkout: Che
     assert checkout.called() == []
 
 
+def test_an_environment_that_was_cut_short_is_made_anew(checkout: Checkout) -> None:
+    (checkout.programs / "lacks").write_text("torch\n")
+    (checkout.programs / "uv").unlink()
+    python = checkout.root / ".venv" / "bin" / "python"
+    program(python, '#!/bin/bash\ncase "$*" in "-m pip"*) echo "No module named pip" >&2; exit 1 ;; esac\n')
+    assert checkout.source().returncode == 0
+    assert checkout.called()[0] == "-m venv .venv"
+
+
+def test_a_stamp_is_no_proof_that_the_packages_are_there(checkout: Checkout) -> None:
+    (checkout.programs / "lacks").write_text("torch\n")
+    assert checkout.source().returncode == 0
+    python = checkout.root / ".venv" / "bin" / "python"
+    python.write_text(PYTHON.replace('case "$*" in', 'case "$*" in\n*find_spec*torch*) exit 1 ;;', 1))
+    done = checkout.source()
+    assert (done.returncode, checkout.called()[-1]) == (
+        0, f"uv pip install --quiet --python {python} -r requirements.txt",
+    )  # fmt: skip
+    python.unlink()  # as that of a system that was upgraded
+    assert checkout.source().returncode == 0
+    assert checkout.called()[0] == "uv venv --quiet .venv"
+
+
+def test_a_second_script_waits_for_the_first_ones_environment(checkout: Checkout) -> None:
+    (checkout.programs / "lacks").write_text("torch\n")
+    words = "exec 8<scripts/venv.sh; flock 8; (bash scripts/env.sh >said 2>&1; echo $? >>said) 8<&- & "
+    words += "for _ in {1..400}; do if grep -qs Waiting said; then break; fi; sleep 0.05; done; "
+    words += "cat said; exec 8<&-; wait; cat said"
+    done = checkout.source(words=words)
+    before, after = done.stdout.split("sets up .venv ...\n", 1)
+    assert before == "Waiting for another script, which "
+    assert "Setting up .venv" in after
+    assert after.endswith("\n0\n")
+
+
 def test_a_build_of_torch_is_chosen_and_kept(checkout: Checkout) -> None:
     (checkout.programs / "lacks").write_text("torch\n")
     assert checkout.source(TORCH_BACKEND="cu126").returncode == 0

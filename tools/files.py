@@ -19,8 +19,35 @@ from .errors import BadInput
 
 HASH_CHUNK_BYTES = 1 << 20
 SETTLED_SECONDS = 2.0  # a file changed later than this before it was hashed may change again unseen by its times
+SYSTEM_FOLDERS = frozenset(  # of network drives, macOS and Windows; those of Linux are hidden
+    {
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "@eadir",
+        "@recently-snapshot",
+        "@recycle",
+        "__macosx",
+        "lost+found",
+        "system volume information",
+    }
+)
+SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini"})  # of Windows
 
 _hashes: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+
+def file_sizes(folder: Path) -> list[tuple[str, int]]:
+    """Relative path and bytes of every file below a folder, sorted; hidden ones and those of systems are left out."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS]
+        for name in names:
+            path = Path(place, name)
+            with contextlib.suppress(OSError):  # it has gone in the meantime, or is a link that leads nowhere
+                if not name.startswith(".") and name.lower() not in SYSTEM_FILES and path.is_file():
+                    found.append((str(path.relative_to(folder)), path.stat().st_size))
+    return sorted(found, key=lambda item: item[0].split("/"))
 
 
 @contextmanager

@@ -16,24 +16,12 @@ from pathlib import Path
 
 from PIL import UnidentifiedImageError
 
+from .files import SYSTEM_FOLDERS
 from .picture_formats import MISSING, PICTURE_ENDINGS, UNREAD_ENDINGS, identify
 from .texts import is_unicode, printable
 
 ENDING = re.compile(r"\.[a-z0-9]*[a-z][a-z0-9]*", re.ASCII)  # ".30" of a time and "._large" are none
 LONGEST_ENDING = 10
-SYSTEM_FOLDERS = frozenset(  # of network drives, macOS and Windows; those of Linux are hidden
-    {
-        "#recycle",
-        "#snapshot",
-        "$recycle.bin",
-        "@eadir",
-        "@recently-snapshot",
-        "@recycle",
-        "__macosx",
-        "lost+found",
-        "system volume information",
-    }
-)
 SHOWN_KINDS = 12  # of other files, in one line
 
 FOLDER_LINK = "link to a folder, not followed"

@@ -32,7 +32,7 @@ from . import environment, processes
 from .command_line.command_names import current_name, scripts_for, scripts_of_commands
 from .command_line.place import is_untouched, started_by
 from .errors import EXIT_BAD_INPUT, BadInput
-from .files import hash_file, read_json, remove_torn, verified_hash, write_json
+from .files import file_sizes, hash_file, read_json, remove_torn, verified_hash, write_json
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _begin(command: str, config: StageConfig, inputs: dict[str, Path], listings:
     for torn in folder.glob(f".{STARTED}.*.part"):  # of a run that was killed with its first file
         torn.unlink()
     if config.overwrite:
-        _clear(folder)
+        clear(folder)
     found = _found(folder, command)
     if found is not None and not (folder / MANIFEST).exists() and not _has_work(folder):
         found = None  # it stopped before it wrote anything: nothing to resume, nothing to lose
@@ -356,6 +356,30 @@ def seconds_so_far(folder: Path) -> float | None:
     return float(read_json(started).get("seconds", 0.0)) + time.time() - started.stat().st_mtime  # when they were noted
 
 
+def check_clearable(folder: Path) -> None:
+    """Refuse to clear a folder that no run of this project has written into."""
+    if not any((folder / name).is_file() for name in (MANIFEST, STARTED)) and _output_files(folder):
+        raise BadInput(
+            f"{folder} holds files that no run of this project left: --overwrite will not remove them, move them away"
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run's files. Its manifest goes first, so that no reader trusts a torn folder, and becomes the
+    record of a run under way, so that the folder is still known as ours when this is cut short."""
+    check_clearable(folder)
+    if (folder / MANIFEST).exists():
+        (folder / MANIFEST).replace(folder / STARTED)
+    for path in folder.iterdir():
+        if path.name in (LOCK, STARTED):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (folder / STARTED).unlink(missing_ok=True)
+
+
 def keep_only(folder: Path, pattern: str, kept: Path | None) -> None:
     """Remove the folders of a pattern that the saved state no longer speaks of, all but `kept`."""
     for path in folder.glob(pattern):
@@ -367,11 +391,10 @@ def fingerprint(path: Path, by: str = "content") -> str:
     """Content of a run folder (through its manifest), a file, or a plain folder, as a short hex string.
 
     Args:
-        by: "listing" looks at the names and sizes of a folder's files alone.
+        by: "listing" looks at the names and sizes of a folder's files alone, as `file_sizes` has them.
     """
     if by == "listing":
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return _hash_value([[str(file.relative_to(path)), file.stat().st_size] for file in files])
+        return _hash_value(file_sizes(path))
     if (path / MANIFEST).is_file():
         values = _manifest_values(path)
         return _hash_value([values["outputs"], values["facts"]])
@@ -547,25 +570,6 @@ def _instead(folder: Path, command: str) -> str:
         return "add --overwrite or name another --output"
     alone = f", or this one with {scripts_for(folder, command)} --overwrite and then those that follow it"
     return f"make all stages again with {chain} --overwrite{'' if ' ' in chain else alone}"
-
-
-def _clear(folder: Path) -> None:
-    """Remove an earlier run's files. Its manifest goes first, so that no reader trusts a torn folder, and becomes the
-    record of a run under way, so that the folder is still known as ours when this is cut short."""
-    if not any((folder / name).is_file() for name in (MANIFEST, STARTED)) and _output_files(folder):
-        raise BadInput(
-            f"{folder} holds files that no run of this project left: --overwrite will not remove them, move them away"
-        )
-    if (folder / MANIFEST).exists():
-        (folder / MANIFEST).replace(folder / STARTED)
-    for path in folder.iterdir():
-        if path.name in (LOCK, STARTED):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    (folder / STARTED).unlink(missing_ok=True)
 
 
 def _input(path: Path, by: str) -> dict[str, str]:
