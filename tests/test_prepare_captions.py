@@ -15,6 +15,7 @@ from pyarrow import parquet
 from tools.captions import Record, read_captions
 from tools.data.splits import random_split
 from tools.errors import BadInput
+from tools.pictures import find_unreadable
 from tools.prepare_captions import Config, main
 
 
@@ -36,6 +37,21 @@ def prepare(images: Path, *sources: Path, **options: Any) -> list[Record]:
     config = Config(images=images, source=sources, output=images.parent / "out", workers=1, **options)
     main(config)
     return read_captions(config.output).records
+
+
+@pytest.mark.parametrize("source", [[], [["a.jpg", "train"], ["b.jpg", "test"], ["c.jpg", "test"]]])
+def test_a_picture_that_goes_after_its_check_is_left_to_the_next_stage(
+    source: list[list[str]], images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*arguments: Any, **options: Any) -> dict[str, str]:
+        found = find_unreadable(*arguments, **options)
+        (images / "b.jpg").unlink()
+        return found
+
+    monkeypatch.setattr("tools.prepare_captions.find_unreadable", check)
+    rows = [{"image": name, "caption": "x", "split": split} for name, split in source]
+    files = [write(images.parent / "x.json", rows)] if rows else []
+    assert "b.jpg" in [record.file for record in prepare(images, *files)]
 
 
 def test_karpathy_with_restval_and_folders(images: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -150,25 +151,37 @@ def file_key(file: str, folder: Path) -> Hashable:
 
 
 def tell_copies(records: Sequence[Record], folder: Path) -> None:
-    """Say how many val and test pictures have the same bytes as a train picture, and how many are one file."""
+    """Say how many val and test pictures have the same bytes as a train picture, and how many are one file.
+
+    A file that has gone since the pictures were checked is left to whoever opens it next.
+    """
     by_size: defaultdict[int, list[Record]] = defaultdict(list)
     for record in records:
-        by_size[(folder / record.file).stat().st_size].append(record)
+        with suppress(OSError):
+            by_size[(folder / record.file).stat().st_size].append(record)
     copies, tested = [], 0
     for same_size in by_size.values():
         others = [record for record in same_size if record.split != "train"]
         tested += len(others)
         if not others or len(others) == len(same_size):
             continue
-        train = {hash_file(folder / record.file): record for record in same_size if record.split == "train"}
+        train = {_hash(folder / record.file): record for record in same_size if record.split == "train"}
         for record in others:
-            if copied := train.get(hash_file(folder / record.file)):
-                copies.append(f"{record.file} = {copied.file}")
+            if (content := _hash(folder / record.file)) and content in train:
+                copies.append(f"{record.file} = {train[content].file}")
     if copies:
         note(f"val and test pictures with the bytes of a train picture: {len(copies):,} of {tested:,} ({some(copies)})")
     files = Counter(file_key(record.file, folder) for record in records)
     if twice := len(records) - len(files):
         note(f"further names of a picture (links), each counted as a picture of its own: {twice:,}")
+
+
+def _hash(path: Path) -> str:
+    """A file's hash, empty where it cannot be read."""
+    try:
+        return hash_file(path)
+    except OSError:
+        return ""
 
 
 def _looked_up(file: str, names: Names) -> tuple[str, str]:
