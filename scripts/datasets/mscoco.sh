@@ -144,6 +144,7 @@ REPORT=(
 if [ "$RECIPE" = faithful ]; then
     # A row a caption and a row a pseudo query, in one order; k-means on the first batch. The 0.003 is not published.
     PSEUDO_FROM=(--features "$FEATURES")
+    PSEUDO_QUERIES+=(--splits test)
     TRAIN_RQVAE+=(--pairs caption --pseudo-queries "$RETRIEVER/08_pseudo_queries" --epochs 5000 --batch-size 2048)
     TRAIN_RQVAE+=(--shared-codebook --no-normalize --no-skip --kmeans-first-batch --kmeans-balance 0 --revive-every 0)
     TRAIN_RQVAE+=(--no-shuffle --sinkhorn-temperature 0.003)
