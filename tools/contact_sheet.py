@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tools.files import replacing
+from tools.files import is_file, replacing
 from tools.pictures import open_picture
 from tools.texts import printable
 
@@ -64,7 +64,7 @@ def paste(sheet: Image.Image, file: Path, left: int, top: int, *, frame: str | N
         thumbnail = open_picture(file)
     except OSError:
         thumbnail = Image.new("RGB", (THUMBNAIL, THUMBNAIL), FAINT)
-        words = "file cannot\nbe read" if file.is_file() else "file is gone"
+        words = "file cannot\nbe read" if is_file(file) else "file is gone"
         centre = (THUMBNAIL // 2, THUMBNAIL // 2)
         ImageDraw.Draw(thumbnail).text(centre, words, fill=BACKGROUND, anchor="mm", font=ImageFont.load_default(13))
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))

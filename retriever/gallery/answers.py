@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from tools.errors import BadInput
 from tools.features import Floats, Rows, normalized
+from tools.files import is_file
 from tools.interpolation import COSINE_SCALE, interpolated
 
 from ..beam import RankedPictures
@@ -40,8 +41,8 @@ class Found(NamedTuple):
 
     @property
     def gone(self) -> bool:
-        """Whether its file is not there any more."""
-        return not self.file.is_file()
+        """Whether its file is not there any more, or in a folder that cannot be entered."""
+        return not is_file(self.file)
 
 
 class Voken(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 
 from tools.command_line.place import users_variables
 from tools.errors import BadInput
+from tools.files import is_file
 from tools.pictures import Listing
 
 from .contents import NOT_NOTED, TIMES, Contents, known, read_contents, times_of, unknown
@@ -127,7 +128,7 @@ def compare(gallery: Gallery, folder: Folder, listing: Listing, *, before: int) 
     noted = dict(zip(pictures, gallery.read_contents(np.array(list(pictures), dtype=np.int64)), strict=True))
     listed = set(listing.pictures)
     closed = {path for path in old.keys() - listed if _is_closed(path, listing)}
-    kept = closed | {path for path in old.keys() - listed if (root / path).is_file()}
+    kept = closed | {path for path in old.keys() - listed - closed if is_file(root / path)}
     paths = sorted(listed | kept, key=lambda path: path.split("/"))
     contents, unchanged = _contents_now(root, paths, old, noted, before, closed=closed)
     free = _free_contents(old, noted, unchanged)

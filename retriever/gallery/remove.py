@@ -18,6 +18,7 @@ from tools.command_line.commands import run_command
 from tools.command_line.place import user_folder
 from tools.errors import BadInput
 from tools.features import Rows
+from tools.files import is_file
 from tools.texts import plural
 
 from .gallery import Gallery
@@ -92,10 +93,10 @@ def find(gallery: Gallery, names: Sequence[str], *, seen_from: Path) -> Rows:
 
 def _refuse_two_meanings(gallery: Gallery, name: str, row: int, others: list[int], seen_from: Path) -> None:
     """Refuse a name that is the id of the picture in `row`, where it is also another file seen from a folder."""
-    if row in others or not (others or (seen_from / name).is_file()):
+    if row in others or not (others or is_file(seen_from / name)):
         return
     own, here = gallery.files_below / gallery.picture(row).file, seen_from / name
-    if not others and own.exists() and own.samefile(here):
+    if not others and is_file(own) and own.samefile(here):
         return
     raise BadInput(
         f"{name!r} is the id of {own.absolute()}, and also a file in {seen_from.resolve()}: write "
