@@ -62,7 +62,7 @@ def paste(sheet: Image.Image, file: Path, left: int, top: int, *, frame: str | N
     read any more, words that say so."""
     try:
         thumbnail = open_picture(file)
-    except OSError:
+    except Exception:  # Pillow raises many kinds for damaged files
         thumbnail = Image.new("RGB", (THUMBNAIL, THUMBNAIL), FAINT)
         words = "file cannot\nbe read" if is_file(file) else "file is gone"
         centre = (THUMBNAIL // 2, THUMBNAIL // 2)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from .errors import BadInput
 from .logs import progress
 from .picture_formats import identify, unidentified
 from .picture_listing import Listing, list_pictures
@@ -28,6 +29,7 @@ __all__ = [
     "list_pictures",
     "open_picture",
     "picture_in",
+    "read_again",
     "why_unreadable",
 ]
 
@@ -54,10 +56,22 @@ def open_picture(path: Path) -> Image.Image:
     white; of an animation the first frame.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read. Damaged pictures raise many other kinds.
     """
     with identify(path) as picture:
         return as_seen(picture)
+
+
+def read_again(path: Path, advice: str) -> Image.Image:
+    """`open_picture`, of a picture that could be read before.
+
+    Raises:
+        BadInput: now it cannot; `advice` says what to do.
+    """
+    try:
+        return open_picture(path)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise BadInput(f"{path} cannot be read any more ({why_unreadable(error)}): {advice}") from None
 
 
 def as_seen(picture: Image.Image) -> Image.Image:
