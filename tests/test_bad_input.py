@@ -240,6 +240,7 @@ def test_every_reader_turns_pictures_upright(tmp_path: Path) -> None:
     (seen,) = [Pictures(["camera.png"], np.asarray, folder=tmp_path)[0]]  # type: ignore[arg-type]
     assert np.asarray(seen).shape == (3, 2, 3)
     assert read_again(tmp_path / "camera.png", "mend it").size == (2, 3)
+    assert Found("camera.png", tmp_path / "camera.png", 0.0, ()).thumbnail(9).size == (2, 3)
     sent = data_url(tmp_path / "camera.png").partition(",")[2]
     assert Image.open(io.BytesIO(base64.b64decode(sent))).size == (2, 3)
     draw_sheet(tmp_path / "sheet.png", [SheetRow("x\ny", [tmp_path / "camera.png"], None)], title="t")
@@ -252,6 +253,8 @@ def test_a_picture_that_has_been_damaged_says_what_to_do(tmp_path: Path) -> None
         Pictures(["a.png"], np.asarray, folder=tmp_path)[0]  # type: ignore[arg-type]
     with pytest.raises(BadInput, match=r"mend it, or run scripts/01_prepare_captions\.sh --overwrite --skip-bad"):
         data_url(tmp_path / "a.png")
+    with pytest.raises(BadInput, match=r"^a\.png: picture of more than [\d,]* pixels$"):
+        Found("a.png", tmp_path / "a.png", 0.0, ()).thumbnail(9)
     draw_sheet(tmp_path / "sheet.png", [SheetRow("x", [tmp_path / "a.png"], None)], title="t")
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "open_picture",
     "picture_in",
     "read_again",
+    "small_copy",
     "why_unreadable",
 ]
 
@@ -60,6 +61,19 @@ def open_picture(path: Path) -> Image.Image:
     """
     with identify(path) as picture:
         return as_seen(picture)
+
+
+def small_copy(path: Path, side: int) -> Image.Image:
+    """What `open_picture` gives, drawn small: the longer side has at most `side` pixels.
+
+    Raises:
+        OSError: as `open_picture`.
+    """
+    with identify(path) as picture:
+        picture.draft("RGB", (2 * side, 2 * side))  # a JPEG is decoded at about that size
+        small = as_seen(picture)
+    small.thumbnail((side, side))
+    return small
 
 
 def read_again(path: Path, advice: str) -> Image.Image:
@@ -173,6 +187,8 @@ def why_unreadable(error: Exception) -> str:
         return "picture missing"
     if isinstance(error, Image.DecompressionBombError):
         return f"picture of more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+    if isinstance(error, UnidentifiedImageError):  # which names the whole path
+        return "picture damaged, or of a kind that is not read"
     if isinstance(error, MemoryError):
         return "not enough memory to decode the picture"
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -14,7 +14,7 @@ from tools.command_line.failures import why_not_written
 from tools.errors import BadInput
 from tools.files import replacing
 from tools.picture_formats import FORMATS, called, format_of, identify, unidentified
-from tools.pictures import MOST_OBLONG, as_seen, why_unreadable
+from tools.pictures import MOST_OBLONG, small_copy, why_unreadable
 
 MOST_BYTES = 20 << 20  # of one picture
 MOST_PIXELS = 64_000_000  # of one picture: some 200 MB while it is decoded
@@ -120,12 +120,8 @@ def thumbnail(file: Path, changed: int) -> bytes:
         changed: time of the file's last change: another time, another picture.
 
     Raises:
-        OSError: the file is gone, or no picture any more.
+        OSError: the file is gone, or no picture any more. Damaged pictures raise many other kinds.
     """
-    with identify(file) as picture:
-        picture.draft("RGB", (THUMBNAIL, THUMBNAIL))
-        seen = as_seen(picture)
-    seen.thumbnail((THUMBNAIL, THUMBNAIL))
     with io.BytesIO() as buffer:
-        seen.save(buffer, "WEBP", quality=85)
+        small_copy(file, THUMBNAIL).save(buffer, "WEBP", quality=85)
         return buffer.getvalue()
