@@ -267,6 +267,15 @@ def test_folders_are_followed_one_by_one(life: Life, tmp_path: Path) -> None:
         life.sync(tmp_path)
 
 
+def test_a_link_that_was_followed_is_a_folder_below(life: Life, tmp_path: Path) -> None:
+    draw(tmp_path / "trip" / "1.png", 14)
+    (life.photos / "trip").symlink_to(tmp_path / "trip")
+    assert life.sync(follow_links=True).came == 1
+    draw(tmp_path / "trip" / "2.png", 15)
+    assert life.sync(life.photos / "trip") == (1, 0, 0, 0, 1, 6)
+    assert life.ids()[-2:] == ["trip/1.png", "trip/2.png"]
+
+
 @pytest.mark.parametrize("state", ["empty", "gone"])
 def test_a_folder_that_is_not_mounted_does_not_empty_the_index(life: Life, tmp_path: Path, state: str) -> None:
     other = tmp_path / "other"

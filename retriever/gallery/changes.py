@@ -84,7 +84,8 @@ def folder_of(gallery: Gallery, place: Path) -> Folder:
     Raises:
         BadInput: no picture of the gallery came from there.
     """
-    path = gallery.recorded(place)
+    spellings = [*gallery.spellings(place), gallery.recorded(place)]
+    path = next((each for each in spellings if gallery.below(each)), spellings[-1])
     for known_folder in gallery.folders:
         if path == known_folder.path:
             return known_folder

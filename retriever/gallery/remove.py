@@ -48,12 +48,6 @@ class Removed(NamedTuple):
     """Pictures that are left."""
 
 
-def as_recorded(gallery: Gallery, name: str, seen_from: Path) -> str:
-    """A path as the index has it; links in the name of the file itself are left alone."""
-    path = seen_from / name
-    return str(Path(gallery.recorded(path.parent)) / path.name)
-
-
 def is_path(name: str) -> bool:
     """Whether a name can only be a file's.
 
@@ -72,13 +66,14 @@ def find(gallery: Gallery, names: Sequence[str], *, seen_from: Path) -> Rows:
     Raises:
         BadInput: a name is no picture's, or the id of one picture and the file of another.
     """
-    recorded = {name: as_recorded(gallery, name, seen_from) for name in names}
-    images, files = {name for name in names if not is_path(name)}, set(recorded.values())
+    spellings = {name: gallery.spellings(seen_from / name) for name in names}
+    images = {name for name in names if not is_path(name)}
     with_id = {picture.image: row for row, picture in gallery.with_images(sorted(images)).items()}
-    with_file: dict[str, list[int]] = {}
-    for row, picture in gallery.with_files(sorted(files)).items():
-        with_file.setdefault(picture.file, []).append(row)
-    unknown = [name for name in names if name not in with_id and recorded[name] not in with_file]
+    rows_of: dict[str, list[int]] = {}
+    for row, picture in gallery.with_files(sorted({file for each in spellings.values() for file in each})).items():
+        rows_of.setdefault(picture.file, []).append(row)
+    with_file = {name: next((rows_of[file] for file in spellings[name] if file in rows_of), []) for name in names}
+    unknown = [name for name in names if name not in with_id and not with_file[name]]
     if unknown:
         count = f"{len(unknown)} of {plural(len(names), 'name')} {'is' if len(unknown) == 1 else 'are'}"
         raise BadInput(
@@ -86,8 +81,8 @@ def find(gallery: Gallery, names: Sequence[str], *, seen_from: Path) -> Rows:
             f"{gallery.folder}, the first: {unknown[0]!r}; nothing was removed"
         )
     for name, row in with_id.items():
-        _refuse_two_meanings(gallery, name, row, with_file.get(recorded[name], []), seen_from)
-    by_file = [row for name in names for row in with_file.get(recorded[name], [])]
+        _refuse_two_meanings(gallery, name, row, with_file[name], seen_from)
+    by_file = [row for name in names for row in with_file[name]]
     return np.unique(np.array([*with_id.values(), *by_file], dtype=np.int64))
 
 
