@@ -145,19 +145,16 @@ def compare(gallery: Gallery, folder: Folder, listing: Listing, *, before: int) 
         each.row is not None and noted[each.row] != record for each, record in zip(targets, contents, strict=True)
     )
     changes = Changes(folder, targets, gone, contents, left_out, touched)
-    return _without(changes, _same_ids(gallery, changes, pictures))
+    return leave_out(changes, _same_ids(gallery, changes, pictures))
 
 
 def leave_out(changes: Changes, reasons: dict[str, str]) -> Changes:
     """The changes without files that cannot be used.
 
     Args:
-        reasons: file of a picture -> why.
+        reasons: file of a picture -> why; empty for one that can be used.
     """
-    return _without(changes, {file: why for file, why in reasons.items() if why})
-
-
-def _without(changes: Changes, reasons: dict[str, str]) -> Changes:
+    reasons = {file: why for file, why in reasons.items() if why}
     if not reasons:
         return changes
     stay = [place for place, each in enumerate(changes.targets) if each.picture.file not in reasons]

@@ -100,7 +100,7 @@ def _refuse_two_meanings(gallery: Gallery, name: str, row: int, others: list[int
     )
 
 
-def shortened(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
     """The first names, as the manifest's history has them."""
     return ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
 
@@ -119,7 +119,7 @@ def remove(index: Path, names: Sequence[str], *, seen_from: Path | None = None) 
         rows = find(gallery, names, seen_from=seen_from or Path.cwd())
         if len(rows) == len(gallery):
             raise BadInput(f"these are all pictures of {index}: an index holds at least one; nothing was removed")
-        total = replace_pictures(gallery, removed=rows, added=None, source=shortened(names))
+        total = replace_pictures(gallery, removed=rows, added=None, source=first_names(names))
     return Removed(len(rows), total)
 
 
