@@ -17,7 +17,7 @@ RUN apt-get update \
 
 # The packages first: they are installed again only when the pins change.
 WORKDIR /avg
-COPY requirements.txt requirements-dev.txt ./
+COPY requirements*.txt ./
 COPY scripts/install.sh scripts/venv.sh scripts/
 COPY tools/__init__.py tools/packages.py tools/
 RUN if [ -n "$TORCH_BACKEND" ]; then export TORCH_BACKEND; else unset TORCH_BACKEND; fi \

@@ -33,7 +33,7 @@ from models.lengths import tell_overlong
 from models.options import DeviceOptions
 from tools import processes, runs
 from tools.blocks import Blocks
-from tools.captions import CaptionSet, portable, read_captions
+from tools.captions import CaptionSet, mend_picture, portable, read_captions
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
 from tools.command_line.place import NameOrPath
@@ -134,9 +134,10 @@ def encode_all_images(run: runs.Run, clip: Clip, captions: CaptionSet, config: C
     """Write images.npy."""
     rows = np.arange(len(captions.records))
     batches = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
+    files = [record.file for record in captions.records]
     blocks = encode(
         run.resume_folder / "images",
-        Pictures([record.file for record in captions.records], clip.preprocess, folder=captions.images),
+        Pictures(files, clip.preprocess, folder=captions.images, advice=mend_picture()),
         batches,
         lambda pixels: encode_images(clip, pixels),
         workers=config.workers,
@@ -181,8 +182,9 @@ def take(run: runs.Run, embeddings: Embeddings, clip: Clip, captions: CaptionSet
             f"{embeddings.folder}: the vector of row {unusable[0]} has no direction: leave the embeddings out"
         )
     some = spread(len(pictures))
-    files = Pictures([captions.records[row].file for row in some], clip.preprocess, folder=captions.images)
-    computed = encode_images(clip, torch.stack([files[place] for place in range(len(files))])).cpu().numpy()
+    files = [captions.records[row].file for row in some]
+    pixels = Pictures(files, clip.preprocess, folder=captions.images, advice=mend_picture())
+    computed = encode_images(clip, torch.stack([pixels[place] for place in range(len(pixels))])).cpu().numpy()
     cosine = same_space(embeddings.images(pictures[some]), computed, embeddings.folder, NAMED)
     print(f"{len(some)} pictures encoded to compare them with {embeddings.folder}: median cosine {cosine:.3f}")
     if processes.is_main():

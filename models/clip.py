@@ -25,7 +25,7 @@ from transformers import dynamic_module_utils
 
 from tools.errors import BadInput
 from tools.files import read_json, replacing, write_json
-from tools.pictures import open_picture
+from tools.pictures import read_again
 from tools.runs import check_files
 from tools.texts import did_you_mean
 
@@ -65,20 +65,25 @@ class Pictures(Dataset[Tensor]):
     """Preprocessed pictures by position in a list of files."""
 
     def __init__(
-        self, files: Sequence[str], preprocess: Callable[[Image.Image], Tensor], *, folder: Path = Path()
+        self,
+        files: Sequence[str],
+        preprocess: Callable[[Image.Image], Tensor],
+        *,
+        folder: Path = Path(),
+        advice: str = "mend it, then start again",
     ) -> None:
-        """`files` are relative to the folder, or absolute."""
-        self.files, self.preprocess, self.folder = files, preprocess, folder
+        """
+        Args:
+            files: relative to the folder, or absolute.
+            advice: what to do about a picture that cannot be read any more.
+        """
+        self.files, self.preprocess, self.folder, self.advice = files, preprocess, folder, advice
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, position: int) -> Tensor:
-        path = self.folder / self.files[position]
-        try:
-            return self.preprocess(open_picture(path))
-        except OSError as error:
-            raise BadInput(f"{path} cannot be read any more ({error}): run the same script again") from None
+        return self.preprocess(read_again(self.folder / self.files[position], self.advice))
 
 
 class Heads(NamedTuple):

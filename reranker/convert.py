@@ -24,7 +24,7 @@ from models.patch_tokenizer import CONFIG_NAME, PatchConfig, PatchTokenizer
 from models.seed_tokenizer import Interpolation, SeedTokenizer
 from tools import processes, runs
 from tools.blocks import Blocks, wait_for
-from tools.captions import CaptionSet, portable, read_captions
+from tools.captions import CaptionSet, mend_picture, portable, read_captions
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
 from tools.command_line.place import NameOrPath
@@ -140,7 +140,7 @@ def patch_tokenizer(config: Config, run: runs.Run, captions: CaptionSet, device:
 
 def loading(files: list[str], tokenizer: SeedTokenizer | PatchTokenizer, captions: CaptionSet, config: Config) -> Any:
     """Batches of pixels of picture files."""
-    pictures = Pictures(files, tokenizer.preprocess, folder=captions.images)
+    pictures = Pictures(files, tokenizer.preprocess, folder=captions.images, advice=mend_picture())
     return DataLoader(pictures, batch_size=config.batch_size, num_workers=config.workers)
 
 

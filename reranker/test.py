@@ -262,7 +262,7 @@ def main(config: Config) -> None:
         inputs |= {"reranker": reranking.manifest.folder, "tokens": reranking.pictures.manifest.folder}
     run = runs.begin("reranker.test", config, inputs=inputs)
     if run is None:
-        print((config.output / "table.txt").read_text(), end="")
+        print((config.output / "table.txt").read_text(encoding="utf-8", errors="backslashreplace"), end="")
         return
     settings = {lists.facts["setting"]} | ({reranking.manifest.facts["setting"]} if reranking else set())
     pools = [("val", "val"), *(("test", pool) for pool in lists.test_pools())]
@@ -300,7 +300,7 @@ def conclude(
     save(run, cases, chosen)
     text = f"{printable(rows)}\n\n{MRR_NOTE}\n\n{explanation(rows)}"
     with replacing(run.folder / "table.txt") as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
     tested = [row for row in rows if row["split"].startswith("test") and "weights" in row]
     merge_summary(config.summary, tested)
     tracker = Tracker(run.folder, job="test_reranker", config=run.started["config"])

@@ -195,14 +195,14 @@ def main(config: Config) -> None:
         inputs["rqvae"] = config.rqvae
     run = runs.begin("retriever.test", config, inputs=inputs)
     if run is None:
-        print((config.output / "table.txt").read_text(), end="")
+        print((config.output / "table.txt").read_text(encoding="utf-8", errors="backslashreplace"), end="")
         return
     features = read_features(Path(data.manifest.facts["features"]))
     cases = [Case(manifest, data, features, pool) for pool in manifest.config["pools"]]
     rows = result_rows(cases, config)
     text = f"{printable(rows)}\n\n{MRR_NOTE}"
     with replacing(run.folder / "table.txt") as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
     sheet = run.folder / "contact_sheet.png"
     first = cases[0]
     draw_sheet(sheet, sheet_rows(first, config.examples), title=f"{config.name}: {config.system}, pool {first.pool}")

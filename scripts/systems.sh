@@ -53,6 +53,7 @@ TRAINED_BY= PSEUDO=() START=()
 while read -r name script folder start pseudo; do
     if [ "$name" != "$SYSTEM" ]; then continue; fi
     TRAINED_BY="$script" OWN="$RETRIEVER/$folder" START_FROM="$RETRIEVER/$start"
+    TRAINED="${TRAINED:-${TRAINED_IN:-$RETRIEVER}/$folder}"
     if [ "$start" != - ]; then START=(--start "$START_FROM"); fi
     if [ "$pseudo" = pseudo ]; then PSEUDO=(--pseudo-queries "$PSEUDO_FOLDER"); fi
 done <<<"$SYSTEMS"
@@ -60,7 +61,6 @@ if [ -z "$TRAINED_BY" ]; then
     names="$(awk 'NF { print $1 }' <<<"$SYSTEMS")"
     refuse "SYSTEM=$SYSTEM: write ${names//$'\n'/, } or best$(nearest "$SYSTEM" $names best)"
 fi
-TRAINED="${TRAINED:-$OWN}"
 case "$SCRIPT:${ABLATION:-}" in
 "$TRAINED_BY":*) ;;
 09_* | 10_* | 11_*) refuse "SYSTEM=$SYSTEM is trained by scripts/$TRAINED_BY.sh: $RUN_SCRIPTS/$TRAINED_BY.sh" ;;

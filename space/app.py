@@ -10,7 +10,7 @@ import sys
 
 import gradio as gr
 from avg import BadInput, Found, Retriever
-from PIL import Image, ImageOps
+from PIL import Image
 
 SIDE = 384  # pixels of a picture as it is shown
 MOST = 50
@@ -40,20 +40,19 @@ def by_picture(
 
 
 def shown(found: list[Found], notes: list[str]) -> tuple[list[tuple[Image.Image, str]], str]:
-    """Pictures as the page shows them; those without a file are named below."""
-    there = [one for one in found if not one.gone]
+    """Pictures as the page shows them; those without a file, or with a damaged one, are named below."""
+    pictures: list[tuple[Image.Image, str]] = []
     gone = [one.image for one in found if one.gone]
     if gone:
         notes = [*notes, f"found, but without a file here: {', '.join(gone)}"]
-    return [(thumbnail(one), f"{one.score:.2f}  {one.image}") for one in there], "\n\n".join(notes)
-
-
-def thumbnail(one: Found) -> Image.Image:
-    """A small copy, upright: the file itself may lie where Gradio may not read."""
-    with Image.open(one.file) as opened:
-        upright = ImageOps.exif_transpose(opened).convert("RGB")
-    upright.thumbnail((SIDE, SIDE))
-    return upright
+    for one in found:
+        if one.gone:
+            continue
+        try:  # a small copy, as the file itself may lie where Gradio may not read
+            pictures.append((one.thumbnail(SIDE), f"{one.score:.2f}  {one.image}"))
+        except BadInput as error:
+            notes = [*notes, f"found, but not shown: {error}"]
+    return pictures, "\n\n".join(notes)
 
 
 def make_page(retriever: Retriever) -> gr.Blocks:

@@ -87,6 +87,14 @@ def test_tools_find_the_script_of_a_command_and_name_none() -> None:
             assert not re.findall(r"scripts/\d\d_", path.read_text()), path.name
 
 
+def test_texts_are_read_and_written_in_one_encoding() -> None:
+    """And not in that of the machine's locale."""
+    for path in (path for room in ROOMS for path in (ROOT / room).glob("**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".read_text", ".write_text")):
+                assert "encoding" in {each.arg for each in node.keywords}, f"{path.relative_to(ROOT)}: {node.lineno}"
+
+
 def test_rq_vae_is_a_folder_of_commands() -> None:
     assert not (ROOT / "RQ-VAE" / "__init__.py").exists()
 

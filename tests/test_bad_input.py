@@ -59,7 +59,7 @@ from tools.command_line.commands import run_command
 from tools.contact_sheet import SheetRow, draw_sheet
 from tools.errors import BadInput
 from tools.files import read_array, read_json
-from tools.pictures import find_unreadable, open_picture
+from tools.pictures import find_unreadable, open_picture, read_again
 from tools.vokens import VokenSpace
 
 ROOT = Path(__file__).parent.parent
@@ -239,10 +239,23 @@ def test_every_reader_turns_pictures_upright(tmp_path: Path) -> None:
     turned(6)(tmp_path / "camera.png")
     (seen,) = [Pictures(["camera.png"], np.asarray, folder=tmp_path)[0]]  # type: ignore[arg-type]
     assert np.asarray(seen).shape == (3, 2, 3)
-    assert generate_pseudo_query.decode(tmp_path / "camera.png").size == (2, 3)
+    assert read_again(tmp_path / "camera.png", "mend it").size == (2, 3)
+    assert Found("camera.png", tmp_path / "camera.png", 0.0, ()).thumbnail(9).size == (2, 3)
     sent = data_url(tmp_path / "camera.png").partition(",")[2]
     assert Image.open(io.BytesIO(base64.b64decode(sent))).size == (2, 3)
     draw_sheet(tmp_path / "sheet.png", [SheetRow("x\ny", [tmp_path / "camera.png"], None)], title="t")
+
+
+def test_a_picture_that_has_been_damaged_says_what_to_do(tmp_path: Path) -> None:
+    """Pillow refuses this one with another error than those of files."""
+    bomb(tmp_path / "a.png")
+    with pytest.raises(BadInput, match=r"a\.png cannot be read any more \(picture of more than .*\): mend it, then"):
+        Pictures(["a.png"], np.asarray, folder=tmp_path)[0]  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"mend it, or run scripts/01_prepare_captions\.sh --overwrite --skip-bad"):
+        data_url(tmp_path / "a.png")
+    with pytest.raises(BadInput, match=r"^a\.png: picture of more than [\d,]* pixels$"):
+        Found("a.png", tmp_path / "a.png", 0.0, ()).thumbnail(9)
+    draw_sheet(tmp_path / "sheet.png", [SheetRow("x", [tmp_path / "a.png"], None)], title="t")
 
 
 # Captions

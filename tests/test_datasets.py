@@ -222,6 +222,11 @@ def test_a_system_names_its_folders_and_its_setting() -> None:
         assert variables(system, "OWN", "TRAINED", "START", "PSEUDO") == [folder, folder, started, flags]
     assert variables("retriever+pseudo", "START", DATASET="flickr30k") == [""]  # it begins anew there
     assert variables("best", "TRAINED") == [f"{output}/10_stage2/retriever+stage2"]
+    own = {"DATASET": "folder", "PICTURES": "photos"}
+    for system, trained in (("best", "10_stage2/retriever+stage2"), ("retriever", "09_train/retriever")):
+        assert variables(system, "TRAINED", **own) == [f"{output}/{trained}"]
+    named = {"TRAINED": "my/retriever", "RQVAE": "my/rqvae"}
+    assert variables("best", "TRAINED", "RQVAE", **own, **named) == list(named.values())
     ablation = variables("retriever", "RQVAE", "CODES", "OWN", "SUMMARY", ABLATION="x")
     folder = f"{output}/ablations/x"
     assert ablation == [

@@ -18,14 +18,14 @@ def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("sys.argv", ["x", *arguments])
     run = runs.begin("RQ-VAE.train", Config(tmp_path / "run", source), inputs={"source": source})
     assert run is not None
-    (run.folder / "table.txt").write_text("the table\n")
+    (run.folder / "table.txt").write_bytes(b"the table \xe9\n")  # as an earlier version wrote it
     run.finish()
     return arguments
 
 
 def test_same_arguments_and_inputs(done: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert finished.main(["-m", "RQ-VAE.train", *done]) == 0
-    assert capsys.readouterr().out.endswith("is finished; nothing to do.\nthe table\n")
+    assert capsys.readouterr().out.endswith("is finished; nothing to do.\nthe table \\xe9\n")
 
 
 @pytest.mark.parametrize(

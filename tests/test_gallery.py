@@ -572,6 +572,8 @@ def test_links_out_of_the_folder_are_added_when_asked_for(
     assert images(folder)[48:] == ["no ending", "trip/1.png"]
     said = f"{tmp_path / 'p'}: 1 other file: 1 link to a picture listed under another name"
     assert said in capsys.readouterr().out.splitlines()
+    remove(folder, str(tmp_path / "p" / "trip" / "1.png"))  # as a search names it
+    assert images(folder)[48:] == ["no ending"]
 
 
 def test_a_damaged_picture_stops_all_or_is_left_out(

@@ -321,6 +321,13 @@ def test_text_files_beside_pictures_have_endings_of_any_letters(
     assert "text files that belong to no picture and are not read: 2 (b.TXT, c.Txt)" in capsys.readouterr().out
 
 
+def test_a_name_to_which_no_ending_can_be_put_has_no_text_beside_it(tmp_path: Path) -> None:
+    """File systems take names of 255 bytes."""
+    name = f"{'x' * 251}.jpg"
+    drawn(tmp_path / "pictures" / name)
+    assert files(prepare(tmp_path / "out", images=tmp_path / "pictures")) == [name]
+
+
 def test_sources_without_shards_or_with_one_twice(tmp_path: Path) -> None:
     drawn(tmp_path / "pictures" / "a.jpg")
     with pytest.raises(BadInput, match="has no shard, no parquet file, and no picture with a text file beside it"):

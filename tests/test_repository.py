@@ -31,7 +31,7 @@ def test_a_workflow_may_only_read_and_pins_major_versions(path: Path) -> None:
 
 def test_the_scripts_that_they_run_are_there() -> None:
     files = [*WORKFLOWS, *(ROOT / name for name in ("Dockerfile", "CONTRIBUTING.md", ".pre-commit-config.yaml"))]
-    found = set().union(*(scripts_in(path.read_text()) for path in files))
+    found = set[Path]().union(*(scripts_in(path.read_text()) for path in files))
     found |= scripts_in((ROOT / ".devcontainer" / "devcontainer.json").read_text())
     assert {"scripts/test.sh", "scripts/pythons.sh", "scripts/quickstart.sh", "scripts/dev.sh"} <= found
     assert all((ROOT / script).is_file() for script in found)
@@ -55,9 +55,11 @@ def test_the_pythons_of_ci_are_those_that_are_checked() -> None:
 def test_what_the_image_copies_is_there_and_not_ignored() -> None:
     ignored = (ROOT / ".dockerignore").read_text().split()
     copied = [line.split()[1:-1] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY")]
-    for name in (name for names in copied for name in names):
-        assert (ROOT / name).exists()
-        assert name not in ignored
+    places = {name: set(ROOT.glob(name)) for names in copied for name in names if name != "."}
+    assert all(places.values())
+    found = set[Path]().union(*places.values())
+    assert not {path.relative_to(ROOT).as_posix() for path in found} & set(ignored)
+    assert set(ROOT.glob("requirements*.txt")) <= found  # venv.sh would else find other pins than those of the image
     assert json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())["build"]["dockerfile"]
 
 

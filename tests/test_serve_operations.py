@@ -261,6 +261,21 @@ def test_processes_do_not_take_the_same_file_for_two_uploads(tmp_path: Path) -> 
     assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"%d" % number for number in range(64)}
 
 
+def test_a_name_has_a_file_when_that_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a kill leaves no empty one."""
+    names: list[str] = []
+    write = Path.write_bytes
+
+    def noted(path: Path, content: bytes) -> int:
+        names.extend(each.name for each in tmp_path.iterdir())
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", noted)
+    assert store(tmp_path, Upload("x.png", b"x"), ".png").read_bytes() == b"x"
+    assert all(name.startswith(".") for name in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
 def test_an_upload_that_cannot_be_written_leaves_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")

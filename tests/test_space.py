@@ -76,6 +76,14 @@ def test_what_cannot_be_shown_is_said(app: ModuleType, exported: Path) -> None:
     finally:
         hidden.rename(found[0].file)
     assert (pictures, notes) == ([], f"found, but without a file here: {found[0].image}")
+    content = found[0].file.read_bytes()
+    found[0].file.write_bytes(content[: len(content) // 2])
+    try:
+        pictures, notes = app.by_words(retriever, "a red circle", 2)
+    finally:
+        found[0].file.write_bytes(content)
+    assert len(pictures) == 1
+    assert notes.startswith(f"found, but not shown: {found[0].image}: picture unreadable")
     calls: list[Callable[[], object]] = [
         lambda: app.by_words(retriever, "  ", 3),
         lambda: app.by_picture(retriever, None, 3),

@@ -17,14 +17,16 @@ from retriever.gallery import add as add_pictures
 from retriever.gallery import build as build_index
 from retriever.gallery import contents, sync
 from retriever.gallery import remove as remove_pictures
+from retriever.gallery.answers import Found
 from retriever.gallery.gallery import FOLDERS, read_gallery
 from tests.chain import Chain, encode_config
 from tests.folders import as_earlier
+from tests.test_bad_input import without_privileges
+from tests.test_picture_files import reachable
 from tests.tiny import draw_picture, generate_codes, prepare_emb
 from tools import prepare_captions, runs
 from tools.errors import BadInput
 from tools.files import hash_file, read_json
-from tools.pictures import list_pictures
 
 ROOT = Path(__file__).parent.parent
 COLOURS, SHAPES = ("red", "green", "blue", "black", "orange"), ("circle", "square", "ring", "cross", "line")
@@ -265,6 +267,15 @@ def test_folders_are_followed_one_by_one(life: Life, tmp_path: Path) -> None:
         life.sync(tmp_path)
 
 
+def test_a_link_that_was_followed_is_a_folder_below(life: Life, tmp_path: Path) -> None:
+    draw(tmp_path / "trip" / "1.png", 14)
+    (life.photos / "trip").symlink_to(tmp_path / "trip")
+    assert life.sync(follow_links=True).came == 1
+    draw(tmp_path / "trip" / "2.png", 15)
+    assert life.sync(life.photos / "trip") == (1, 0, 0, 0, 1, 6)
+    assert life.ids()[-2:] == ["trip/1.png", "trip/2.png"]
+
+
 @pytest.mark.parametrize("state", ["empty", "gone"])
 def test_a_folder_that_is_not_mounted_does_not_empty_the_index(life: Life, tmp_path: Path, state: str) -> None:
     other = tmp_path / "other"
@@ -282,16 +293,22 @@ def test_a_folder_that_is_not_mounted_does_not_empty_the_index(life: Life, tmp_p
         life.sync(allow_empty=True)
 
 
-def test_a_folder_that_cannot_be_read_keeps_its_pictures(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
-    listing = list_pictures(life.photos)
-    listing.pictures.remove("c/d.png")
-    listing.pictures.remove("c/é ü.png")
-    listing.problems["c"] = "no permission to read the folder"
-    monkeypatch.setattr(sync, "list_pictures", lambda folder, **options: listing)
-    monkeypatch.setattr(contents, "times_of", lambda path: None)
-    monkeypatch.setattr("retriever.gallery.changes.times_of", lambda path: None)
-    (life.photos / "c").rename(life.photos / "hidden")
-    assert life.sync().went == 0
+@pytest.mark.parametrize(("place", "mode", "named"), [("photos/c", 0, "c"), ("photos/c", 0o644, "c"), (".", 0, ".")])
+def test_a_folder_that_cannot_be_read_keeps_its_pictures(
+    life: Life, tmp_path: Path, place: str, mode: int, named: str
+) -> None:
+    """One that may not be listed, or listed and not entered, or that lies in such a one."""
+    reachable(life.photos)
+    gallery = read_gallery(life.index_folder)
+    (tmp_path / place).chmod(mode)
+    with without_privileges():
+        changes = sync.look(gallery, gallery.folders[0], sync.Config(index=life.index_folder, device="cpu", workers=0))
+        found = Found("c/d.png", life.photos / "c" / "d.png", 0.0, (0, 0, 0))
+        assert found.gone
+    (tmp_path / place).chmod(0o755)
+    assert (len(changes.targets), changes.any()) == (4, False)
+    assert changes.left_out == {named: "no permission to read the folder"}
+    assert not found.gone
 
 
 def test_what_cannot_be_used_is_named(life: Life, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

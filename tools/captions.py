@@ -73,6 +73,11 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
+def mend_picture() -> str:
+    """What to do about a picture that could be read when the captions were prepared, and cannot be read any more."""
+    return f"mend it, or {again(COMMAND)} --skip-bad, which leaves it out"
+
+
 def leaves_folder(file: str) -> bool:
     """Whether a file name leads out of the folder that it is relative to, links aside.
 

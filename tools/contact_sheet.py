@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tools.files import replacing
-from tools.pictures import open_picture
+from tools.files import is_file, replacing
+from tools.pictures import small_copy
 from tools.texts import printable
 
 THUMBNAIL = 96
@@ -61,13 +61,12 @@ def paste(sheet: Image.Image, file: Path, left: int, top: int, *, frame: str | N
     """Put a thumbnail of a picture file onto a sheet, with a frame of that colour; where the file has gone or cannot be
     read any more, words that say so."""
     try:
-        thumbnail = open_picture(file)
-    except OSError:
+        thumbnail = small_copy(file, THUMBNAIL)
+    except Exception:  # Pillow raises many kinds for damaged files
         thumbnail = Image.new("RGB", (THUMBNAIL, THUMBNAIL), FAINT)
-        words = "file cannot\nbe read" if file.is_file() else "file is gone"
+        words = "file cannot\nbe read" if is_file(file) else "file is gone"
         centre = (THUMBNAIL // 2, THUMBNAIL // 2)
         ImageDraw.Draw(thumbnail).text(centre, words, fill=BACKGROUND, anchor="mm", font=ImageFont.load_default(13))
-    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
     box = (left - FRAME, top - FRAME, left + THUMBNAIL + FRAME - 1, top + THUMBNAIL + FRAME - 1)
     if frame is not None:
         ImageDraw.Draw(sheet).rectangle(box, outline=frame, width=FRAME)

@@ -331,7 +331,8 @@ def main(config: Config) -> None:
     write_json_lines(run.folder / "captions.jsonl", records(drawings, config))
     licences = [f"* `{package.name}` {package.version}: {package.licence}\n" for package in packages.values()]
     with replacing(run.folder / "LICENSES.md") as path:
-        path.write_text("The pictures and words of this folder come from these npm packages:\n\n" + "".join(licences))
+        text = "The pictures and words of this folder come from these npm packages:\n\n" + "".join(licences)
+        path.write_text(text, encoding="utf-8")
     run.finish(facts={"pictures": len(drawings), "emojis": len(emojis)})
     print(f"{len(drawings):,} pictures of {len(emojis):,} emojis in {run.folder / 'images'}")
 

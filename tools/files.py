@@ -86,6 +86,12 @@ def force_to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file. In folders that cannot be entered, and for names that are too long, there is none, where
+    `Path.is_file` raises an error."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def remove_torn(folder: Path) -> None:
     """Remove, below a folder that nobody writes to, the temporary files that a killed `replacing` left."""
     for part in folder.rglob(".*.part"):

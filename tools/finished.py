@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         return 1
     print(f"{arguments[1]}: {folder} is finished; nothing to do.")
     if (folder / SHOWN).is_file():
-        print((folder / SHOWN).read_text(encoding="utf-8"), end="")
+        print((folder / SHOWN).read_text(encoding="utf-8", errors="backslashreplace"), end="")
     return 0
 
 

@@ -100,7 +100,8 @@ class Tracker:
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
         id_file = folder / "resume" / "wandb_id"
         trial = sweeps.trial()
-        run_id = trial[1] if trial else id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
+        own = id_file.read_text(encoding="utf-8") if id_file.is_file() else secrets.token_hex(4)
+        run_id = trial[1] if trial else own
         options: dict[str, Any] = {
             "group": os.environ.get("WANDB_RUN_GROUP") or chain_of(folder),
             "job_type": job,
@@ -118,7 +119,7 @@ class Tracker:
             print("wandb: no answer from the server, logging offline", file=sys.stderr)
             run = wandb.init(mode="offline", settings=settings, **options)
         id_file.parent.mkdir(exist_ok=True)
-        id_file.write_text(run_id)
+        id_file.write_text(run_id, encoding="utf-8")
         return run
 
     def log(self, values: dict[str, Any], *, step: int | None = None) -> None:

@@ -174,6 +174,7 @@ class _Walk:
             below, real = waiting.pop()
             self.below[real] = below
             try:
+                os.stat(f"{real}/.")  # noqa: PTH116  (a folder may be listed and yet not be entered)
                 with os.scandir(real) as entries:
                     for entry in entries:
                         path = f"{below}/{entry.name}" if below else entry.name

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from .errors import BadInput
 from .logs import progress
 from .picture_formats import identify, unidentified
 from .picture_listing import Listing, list_pictures
@@ -28,6 +29,8 @@ __all__ = [
     "list_pictures",
     "open_picture",
     "picture_in",
+    "read_again",
+    "small_copy",
     "why_unreadable",
 ]
 
@@ -54,10 +57,35 @@ def open_picture(path: Path) -> Image.Image:
     white; of an animation the first frame.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read. Damaged pictures raise many other kinds.
     """
     with identify(path) as picture:
         return as_seen(picture)
+
+
+def small_copy(path: Path, side: int) -> Image.Image:
+    """What `open_picture` gives, drawn small: the longer side has at most `side` pixels.
+
+    Raises:
+        OSError: as `open_picture`.
+    """
+    with identify(path) as picture:
+        picture.draft("RGB", (2 * side, 2 * side))  # a JPEG is decoded at about that size
+        small = as_seen(picture)
+    small.thumbnail((side, side))
+    return small
+
+
+def read_again(path: Path, advice: str) -> Image.Image:
+    """`open_picture`, of a picture that could be read before.
+
+    Raises:
+        BadInput: now it cannot; `advice` says what to do.
+    """
+    try:
+        return open_picture(path)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise BadInput(f"{path} cannot be read any more ({why_unreadable(error)}): {advice}") from None
 
 
 def as_seen(picture: Image.Image) -> Image.Image:
@@ -159,6 +187,8 @@ def why_unreadable(error: Exception) -> str:
         return "picture missing"
     if isinstance(error, Image.DecompressionBombError):
         return f"picture of more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+    if isinstance(error, UnidentifiedImageError):  # which names the whole path
+        return "picture damaged, or of a kind that is not read"
     if isinstance(error, MemoryError):
         return "not enough memory to decode the picture"
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

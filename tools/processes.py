@@ -113,7 +113,8 @@ def _said(line: str) -> Path:
     """The file that tells whether a process of this launch has said a line; a launcher is its processes' parent."""
     parent = os.getppid()
     try:
-        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        state = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace")
+        began = state.rpartition(")")[2].split()[19]
     except OSError:
         began = ""
     launch = (parent, began, *(os.environ.get(name) for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")), line)

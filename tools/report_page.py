@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from .files import replacing
-from .picture_formats import identify
-from .pictures import as_seen, why_unreadable
+from .pictures import small_copy, why_unreadable
 from .plots import DPI, Images
 from .texts import as_html
 
@@ -227,14 +226,10 @@ class Thumbnails:
 
 def _thumbnail(file: Path) -> tuple[bytes, str]:
     """A picture drawn small; with the reason where it is a grey square."""
-    wrong = ""
     try:
-        with identify(file) as picture:
-            picture.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # a JPEG is decoded at about that size
-            small = as_seen(picture)
+        small, wrong = small_copy(file, THUMBNAIL), ""
     except Exception as error:  # Pillow raises many kinds for damaged files
         small, wrong = Image.new("RGB", (THUMBNAIL, THUMBNAIL), GONE), why_unreadable(error)
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
     written = io.BytesIO()
     small.save(written, format="JPEG", quality=80)
     return written.getvalue(), wrong

@@ -18,6 +18,7 @@ from fsspec.core import url_to_fs
 from pyarrow import parquet
 
 from .captions import leaves_folder
+from .data.parquet import holds_pictures
 from .errors import BadInput
 from .picture_formats import PICTURE_ENDINGS, UNREAD_ENDINGS, called
 from .picture_listing import ending_of
@@ -213,18 +214,12 @@ def _columns(schema: Any, wanted: Columns) -> tuple[str, str | None]:
     """The columns of a parquet file that hold pictures and keys; no column for keys that are the rows' numbers."""
     for name in (name for name in wanted if name is not None and name not in schema.names):
         raise TornShardError(f"parquet shard without a column {name}{did_you_mean(name, schema.names)}")
-    holding = [field.name for field in schema if _holds_pictures(field.type)]
+    holding = [field.name for field in schema if holds_pictures(field.type)]
     if wanted.image is None and len(holding) != 1:
         found = ", ".join(holding) or "none"
         raise TornShardError(f"parquet shard: name its column of pictures with --image-column (of bytes: {found})")
     key = wanted.key or next((name for name in KEY_COLUMNS if name in schema.names), None)
     return wanted.image or holding[0], key
-
-
-def _holds_pictures(kind: Any) -> bool:
-    if pyarrow.types.is_struct(kind):
-        return any(kind.field(number).name == "bytes" for number in range(kind.num_fields))
-    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
 
 def _row(value: Any, key: Any, number: str) -> StoredPicture:

@@ -5,10 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from tools.errors import BadInput
 from tools.features import Floats, Rows, normalized
+from tools.files import is_file
 from tools.interpolation import COSINE_SCALE, interpolated
+from tools.pictures import small_copy, why_unreadable
 
 from ..beam import RankedPictures
 from .advice import rebuild
@@ -40,8 +43,19 @@ class Found(NamedTuple):
 
     @property
     def gone(self) -> bool:
-        """Whether its file is not there any more."""
-        return not self.file.is_file()
+        """Whether its file is not there any more, or in a folder that cannot be entered."""
+        return not is_file(self.file)
+
+    def thumbnail(self, side: int) -> Image.Image:
+        """The picture as a person sees it, drawn small: its longer side has at most `side` pixels.
+
+        Raises:
+            BadInput: its file is gone or damaged.
+        """
+        try:
+            return small_copy(self.file, side)
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            raise BadInput(f"{self.image}: {why_unreadable(error)}") from None
 
 
 class Voken(NamedTuple):

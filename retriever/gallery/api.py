@@ -40,7 +40,7 @@ from ..index import DeviceLevel, to_device
 from ..retrieve import needs_features, with_features
 from . import remove
 from .advice import rebuild
-from .answers import WIDEST, Found, Ranked, Selection, Step, compared, need_features, reordered
+from .answers import FEATURES, WIDEST, Found, Ranked, Selection, Step, compared, need_features, reordered
 from .by_picture import Likeness, PictureEncoder, by_codes, by_feature, codes_of, read_picture
 from .exported import (
     CONFIG,
@@ -67,7 +67,6 @@ if TYPE_CHECKING:
 
 BEAMS, RERANKED_BEAMS = 10, 50  # by default: of the order by the retriever alone, of one that looks at features too
 SHARE = 0.3  # of the features, where none was chosen on val
-FEATURES = "features"  # what the reranker's test calls their score
 BATCH = 64  # queries that are encoded at once
 HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
@@ -474,7 +473,7 @@ class Retriever(ModelHubMixin):
             workers=0,
         )
         with self._changing() as index:
-            source = remove.shortened([str(file) for file in files])
+            source = remove.first_names([str(file) for file in files])
             return add.add(index, [Path(file) for file in files], options, source=source).images
 
     def remove(self, images: Sequence[str]) -> int:

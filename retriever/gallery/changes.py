@@ -15,6 +15,7 @@ import numpy as np
 
 from tools.command_line.place import users_variables
 from tools.errors import BadInput
+from tools.files import is_file
 from tools.pictures import Listing
 
 from .contents import NOT_NOTED, TIMES, Contents, known, read_contents, times_of, unknown
@@ -83,7 +84,8 @@ def folder_of(gallery: Gallery, place: Path) -> Folder:
     Raises:
         BadInput: no picture of the gallery came from there.
     """
-    path = gallery.recorded(place)
+    spellings = [*gallery.spellings(place), gallery.recorded(place)]
+    path = next((each for each in spellings if gallery.below(each)), spellings[-1])
     for known_folder in gallery.folders:
         if path == known_folder.path:
             return known_folder
@@ -127,7 +129,7 @@ def compare(gallery: Gallery, folder: Folder, listing: Listing, *, before: int) 
     noted = dict(zip(pictures, gallery.read_contents(np.array(list(pictures), dtype=np.int64)), strict=True))
     listed = set(listing.pictures)
     closed = {path for path in old.keys() - listed if _is_closed(path, listing)}
-    kept = closed | {path for path in old.keys() - listed if (root / path).is_file()}
+    kept = closed | {path for path in old.keys() - listed - closed if is_file(root / path)}
     paths = sorted(listed | kept, key=lambda path: path.split("/"))
     contents, unchanged = _contents_now(root, paths, old, noted, before, closed=closed)
     free = _free_contents(old, noted, unchanged)
@@ -143,19 +145,16 @@ def compare(gallery: Gallery, folder: Folder, listing: Listing, *, before: int) 
         each.row is not None and noted[each.row] != record for each, record in zip(targets, contents, strict=True)
     )
     changes = Changes(folder, targets, gone, contents, left_out, touched)
-    return _without(changes, _same_ids(gallery, changes, pictures))
+    return leave_out(changes, _same_ids(gallery, changes, pictures))
 
 
 def leave_out(changes: Changes, reasons: dict[str, str]) -> Changes:
     """The changes without files that cannot be used.
 
     Args:
-        reasons: file of a picture -> why.
+        reasons: file of a picture -> why; empty for one that can be used.
     """
-    return _without(changes, {file: why for file, why in reasons.items() if why})
-
-
-def _without(changes: Changes, reasons: dict[str, str]) -> Changes:
+    reasons = {file: why for file, why in reasons.items() if why}
     if not reasons:
         return changes
     stay = [place for place, each in enumerate(changes.targets) if each.picture.file not in reasons]

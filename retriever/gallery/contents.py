@@ -4,7 +4,6 @@ A file whose size and times are as they were is taken for unchanged. Else its ha
 touched, moved or renamed is not encoded again.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.files import hash_file
+from tools.files import hash_file, is_file
 
 Contents = NDArray[np.void]
 """(pictures,) records of `CONTENT`"""
@@ -59,7 +58,7 @@ def times_of(file: Path) -> tuple[int, int, int] | None:
 def _record(file: Path, before: int | None) -> tuple[Any, ...]:
     times = times_of(file)
     nothing = (NOT_NOTED, 0, 0, b"")
-    if times is None or not os.path.isfile(file):  # noqa: PTH113
+    if times is None or not is_file(file):
         return nothing
     if before is not None and max(times[1:]) >= before:
         return (CHANGED, 0, 0, b"")

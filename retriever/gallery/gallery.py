@@ -151,6 +151,12 @@ class Gallery:
         absolute, below = path.resolve(), self.files_below.resolve()
         return str(absolute.relative_to(below)) if absolute.is_relative_to(below) else str(absolute)
 
+    def spellings(self, path: Path) -> list[str]:
+        """Paths by which its pictures may have a file or folder, the one as written first. What was found behind a link
+        that was followed lies below that link, so links are followed in none, some or all folders on the way."""
+        found = (Path(self.recorded(folder)) / path.relative_to(folder) for folder in reversed(path.parents))
+        return list(dict.fromkeys(map(str, found)))
+
     @property
     def keeps_features(self) -> bool:
         """Whether the pictures' features lie in the gallery: of the model that `facts["clip"]` names."""

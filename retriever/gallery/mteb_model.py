@@ -274,7 +274,7 @@ def read_pictures(corpus: Any, images: list[str], start: int, count: int) -> Ite
     """Some pictures of a task, as a person sees them."""
     try:
         pictures = corpus[start : start + count]["image"]
-    except OSError as error:  # Pillow's, where the data set decodes its pictures
+    except Exception as error:  # the data set decodes its pictures, and Pillow raises many kinds
         raise BadInput(f"one of the pictures {images[start]} and following cannot be read ({error})") from None
     for image, picture in zip(images[start : start + count], pictures, strict=True):
         if picture is None:

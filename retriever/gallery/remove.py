@@ -18,6 +18,7 @@ from tools.command_line.commands import run_command
 from tools.command_line.place import user_folder
 from tools.errors import BadInput
 from tools.features import Rows
+from tools.files import is_file
 from tools.texts import plural
 
 from .gallery import Gallery
@@ -47,12 +48,6 @@ class Removed(NamedTuple):
     """Pictures that are left."""
 
 
-def as_recorded(gallery: Gallery, name: str, seen_from: Path) -> str:
-    """A path as the index has it; links in the name of the file itself are left alone."""
-    path = seen_from / name
-    return str(Path(gallery.recorded(path.parent)) / path.name)
-
-
 def is_path(name: str) -> bool:
     """Whether a name can only be a file's.
 
@@ -71,13 +66,14 @@ def find(gallery: Gallery, names: Sequence[str], *, seen_from: Path) -> Rows:
     Raises:
         BadInput: a name is no picture's, or the id of one picture and the file of another.
     """
-    recorded = {name: as_recorded(gallery, name, seen_from) for name in names}
-    images, files = {name for name in names if not is_path(name)}, set(recorded.values())
+    spellings = {name: gallery.spellings(seen_from / name) for name in names}
+    images = {name for name in names if not is_path(name)}
     with_id = {picture.image: row for row, picture in gallery.with_images(sorted(images)).items()}
-    with_file: dict[str, list[int]] = {}
-    for row, picture in gallery.with_files(sorted(files)).items():
-        with_file.setdefault(picture.file, []).append(row)
-    unknown = [name for name in names if name not in with_id and recorded[name] not in with_file]
+    rows_of: dict[str, list[int]] = {}
+    for row, picture in gallery.with_files(sorted({file for each in spellings.values() for file in each})).items():
+        rows_of.setdefault(picture.file, []).append(row)
+    with_file = {name: next((rows_of[file] for file in spellings[name] if file in rows_of), []) for name in names}
+    unknown = [name for name in names if name not in with_id and not with_file[name]]
     if unknown:
         count = f"{len(unknown)} of {plural(len(names), 'name')} {'is' if len(unknown) == 1 else 'are'}"
         raise BadInput(
@@ -85,17 +81,17 @@ def find(gallery: Gallery, names: Sequence[str], *, seen_from: Path) -> Rows:
             f"{gallery.folder}, the first: {unknown[0]!r}; nothing was removed"
         )
     for name, row in with_id.items():
-        _refuse_two_meanings(gallery, name, row, with_file.get(recorded[name], []), seen_from)
-    by_file = [row for name in names for row in with_file.get(recorded[name], [])]
+        _refuse_two_meanings(gallery, name, row, with_file[name], seen_from)
+    by_file = [row for name in names for row in with_file[name]]
     return np.unique(np.array([*with_id.values(), *by_file], dtype=np.int64))
 
 
 def _refuse_two_meanings(gallery: Gallery, name: str, row: int, others: list[int], seen_from: Path) -> None:
     """Refuse a name that is the id of the picture in `row`, where it is also another file seen from a folder."""
-    if row in others or not (others or (seen_from / name).is_file()):
+    if row in others or not (others or is_file(seen_from / name)):
         return
     own, here = gallery.files_below / gallery.picture(row).file, seen_from / name
-    if not others and own.exists() and own.samefile(here):
+    if not others and is_file(own) and own.samefile(here):
         return
     raise BadInput(
         f"{name!r} is the id of {own.absolute()}, and also a file in {seen_from.resolve()}: write "
@@ -104,7 +100,7 @@ def _refuse_two_meanings(gallery: Gallery, name: str, row: int, others: list[int
     )
 
 
-def shortened(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
     """The first names, as the manifest's history has them."""
     return ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
 
@@ -123,7 +119,7 @@ def remove(index: Path, names: Sequence[str], *, seen_from: Path | None = None) 
         rows = find(gallery, names, seen_from=seen_from or Path.cwd())
         if len(rows) == len(gallery):
             raise BadInput(f"these are all pictures of {index}: an index holds at least one; nothing was removed")
-        total = replace_pictures(gallery, removed=rows, added=None, source=shortened(names))
+        total = replace_pictures(gallery, removed=rows, added=None, source=first_names(names))
     return Removed(len(rows), total)
 
 

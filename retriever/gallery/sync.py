@@ -84,7 +84,7 @@ def look(gallery: Gallery, folder: Folder, config: Config) -> Changes:
         BadInput: the folder is empty or not there, and nothing says that this is meant.
     """
     place = gallery.files_below / folder.path
-    listing = list_pictures(place, follow_links=config.follow_links) if place.is_dir() else Listing()
+    listing = list_pictures(place, follow_links=config.follow_links) if _may_be_there(place) else Listing()
     if summary := listing.summary():
         print(f"{printable(str(place))}: {summary}")
     changes = compare(gallery, folder, listing, before=_made_at(gallery))
@@ -94,6 +94,14 @@ def look(gallery: Gallery, folder: Folder, config: Config) -> Changes:
     if not changes.targets and changes.gone:
         _refuse_loss(gallery, place, changes, allowed=config.allow_empty)
     return changes
+
+
+def _may_be_there(folder: Path) -> bool:
+    """Whether there is a folder, or something keeps one from asking: its listing then says what."""
+    try:
+        return folder.is_dir()
+    except OSError:
+        return True
 
 
 def _refuse_loss(gallery: Gallery, place: Path, changes: Changes, *, allowed: bool) -> None:

@@ -20,11 +20,12 @@ from PIL import Image
 
 from tools import processes
 from tools.blocks import Blocks
+from tools.captions import mend_picture
 from tools.errors import BadInput
 from tools.files import write_json
 from tools.logs import progress
 from tools.picture_formats import format_of, identify
-from tools.pictures import as_seen, is_turned
+from tools.pictures import as_seen, is_turned, why_unreadable
 
 STYLE_CAPTIONS = 5  # shown as an example, at most
 ANSWER_SECONDS = 120.0  # to wait for an answer, before it counts as failed
@@ -135,8 +136,8 @@ def data_url(file: Path) -> str:
             else:
                 kind = "PNG"
                 as_seen(picture).save(content, kind)
-    except OSError as error:
-        raise BadInput(f"{file} cannot be read any more ({error}): run the same script again") from None
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise BadInput(f"{file} cannot be read any more ({why_unreadable(error)}): {mend_picture()}") from None
     return f"data:{Image.MIME[kind]};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 

@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from models.compute import pick_device, pick_dtype
 from models.lengths import tell_overlong
 from tools import processes, runs
 from tools.blocks import Blocks
-from tools.captions import Split, read_captions
+from tools.captions import Split, mend_picture, read_captions
 from tools.command_line.commands import run_command
 from tools.command_line.options import RunOptions
 from tools.errors import BadInput
 from tools.features import IMAGES, TEXTS, Floats, Rows, normalized, read_features
 from tools.files import read_array, read_json, write_json, write_json_lines
 from tools.logs import progress
-from tools.pictures import open_picture
+from tools.pictures import read_again
 
 from ..data import GENERATED_BY, PSEUDO_QUERIES, Queries, read_data
 from .candidates import Candidates, Pool, TrainCaptions, with_features
@@ -185,18 +184,10 @@ def ask_model(run: runs.Run, pool: Pool, config: Config) -> list[list[str]]:
         files = pool.files
         for number in progress(work.left, "captioning"):
             batch = slice(number * config.batch_size, (number + 1) * config.batch_size)
-            pictures = [decode(file) for file in files[batch]]
+            pictures = [read_again(file, mend_picture()) for file in files[batch]]
             seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
             write_json(work.path(number), write_captions(captioner, pictures, sampling, seed=seed))
     return [texts for path in work.gather() for texts in read_json(path)]
-
-
-def decode(file: Path) -> Image.Image:
-    """One picture, as `open_picture` gives it."""
-    try:
-        return open_picture(file)
-    except OSError as error:
-        raise BadInput(f"{file} cannot be read any more ({error}): run the same script again") from None
 
 
 def find_candidates(run: runs.Run, pool: Pool, config: Config) -> Callable[[slice], Iterator[Candidates]]:

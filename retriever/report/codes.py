@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tools.contact_sheet import BACKGROUND, FAINT, GAP, INK, TEXT_HEIGHT, THUMBNAIL, paste
 from tools.files import replacing
 from tools.plots import Line, Panel
+from tools.texts import plural
 from tools.tokenizer_report import CodeUse, code_use
 from tools.vokens import VokenSpace
 
@@ -147,15 +148,11 @@ def draw_paths(path: Path, found: list[list[LevelOfPath]], files: list[Path], sp
         for level in levels:
             pen.text((GAP, top), names(level.codes, space), fill=INK, font=ImageFont.load_default(14))
             told = pen.textlength(names(level.codes, space), font=ImageFont.load_default(14))
-            pen.text((2 * GAP + told, top), pictures(level.pictures), fill=FAINT, font=ImageFont.load_default(14))
+            behind = plural(level.pictures, "picture")
+            pen.text((2 * GAP + told, top), behind, fill=FAINT, font=ImageFont.load_default(14))
             for column, row in enumerate(level.rows):
                 paste(sheet, files[row], GAP + column * (THUMBNAIL + GAP), top + TEXT_HEIGHT, frame=None)
             top += row_height
         top += 2 * GAP
     with replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
-
-
-def pictures(count: int) -> str:
-    """A number of pictures in words."""
-    return f"{count:,} picture{'' if count == 1 else 's'}"

@@ -397,7 +397,7 @@ def main(config: Config) -> None:
     rows = [row for row in summary if row["level"] == "image"]
     text = (printable(rows) + "\n\n" if rows else "") + f"report: {page_file}\n"
     with replacing(run.folder / "table.txt") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     track(config, run, parts, page_file)
     sections = [part.section.name for part in parts if part.section is not None]
     run.finish(facts={"dataset": str(config.dataset), "sections": sections, "absent": absent})

@@ -28,6 +28,7 @@ from tools.report_page import (
 )
 from tools.results import GUIDED, MRR_NOTE, ordered
 from tools.runs import Manifest
+from tools.texts import plural
 
 from ..data import RetrieverData
 from . import codes as code_pictures
@@ -207,7 +208,7 @@ def codes_part(data: RetrieverData, folder: Path, thumbnails: Thumbnails, *, cou
         rows = [
             Html(
                 f'<div class="level"><p><code>{escape(code_pictures.names(level.codes, data.space))}</code><br>'
-                f'<span class="faint">{code_pictures.pictures(level.pictures)}</span></p><ul class="pictures">'
+                f'<span class="faint">{plural(level.pictures, "picture")}</span></p><ul class="pictures">'
                 + "".join(f"<li>{thumbnails.image(files[row], data.images[row])}</li>" for row in level.rows)
                 + "</ul></div>"
             )

@@ -14,7 +14,7 @@ from tools.command_line.failures import why_not_written
 from tools.errors import BadInput
 from tools.files import replacing
 from tools.picture_formats import FORMATS, called, format_of, identify, unidentified
-from tools.pictures import MOST_OBLONG, as_seen, why_unreadable
+from tools.pictures import MOST_OBLONG, small_copy, why_unreadable
 
 MOST_BYTES = 20 << 20  # of one picture
 MOST_PIXELS = 64_000_000  # of one picture: some 200 MB while it is decoded
@@ -79,37 +79,41 @@ def safe_name(name: str, ending: str) -> str:
 
 
 def store(folder: Path, upload: Upload, ending: str) -> Path:
-    """Write a picture to a new file of the folder, named after what it was called."""
+    """Write a picture to a new file of the folder, named after what it was called. No reader sees half of
+    it, and a kill leaves none."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = folder / safe_name(upload.name, ending)
     path, number = wanted, 1
-    while not take(path):
+    while (claim := take(path)) is None:
         number += 1
         path = wanted.with_stem(f"{wanted.stem} ({number})")
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(upload.content)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    finally:
+        claim.unlink(missing_ok=True)
     return path
 
 
-def take(path: Path) -> bool:
-    """Make an empty file of a name, so that no other server process uses it; False where the name is in use.
+def take(path: Path) -> Path | None:
+    """Make a hidden file beside a name, which keeps other server processes from it; None where the name is in use.
 
     Raises:
         BadInput: the disk is full, read-only, or otherwise refuses the file.
     """
+    claim = path.with_name(f".{path.name}.part")
     try:
-        path.touch(exist_ok=False)
+        claim.touch(exist_ok=False)
     except FileExistsError:
-        return False
+        return None
     except OSError as error:
         if reason := why_not_written(error):
             raise BadInput(f"{path} cannot be written: {reason}") from error
         raise
-    return True
+    if path.exists():
+        claim.unlink()
+        return None
+    return claim
 
 
 @lru_cache(maxsize=CACHED)
@@ -120,12 +124,8 @@ def thumbnail(file: Path, changed: int) -> bytes:
         changed: time of the file's last change: another time, another picture.
 
     Raises:
-        OSError: the file is gone, or no picture any more.
+        OSError: the file is gone, or no picture any more. Damaged pictures raise many other kinds.
     """
-    with identify(file) as picture:
-        picture.draft("RGB", (THUMBNAIL, THUMBNAIL))
-        seen = as_seen(picture)
-    seen.thumbnail((THUMBNAIL, THUMBNAIL))
     with io.BytesIO() as buffer:
-        seen.save(buffer, "WEBP", quality=85)
+        small_copy(file, THUMBNAIL).save(buffer, "WEBP", quality=85)
         return buffer.getvalue()

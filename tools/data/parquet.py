@@ -1,6 +1,5 @@
 """Captions in parquet files, as `datasets` and img2dataset write them; pictures in them are unpacked as shards are."""
 
-import errno
 import hashlib
 import io
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from ..captions import leaves_folder
 from ..errors import BadInput
 from ..files import replacing
 from ..picture_formats import FORMATS, PICTURE_ENDINGS, format_of, identify
+from ..shards import UNUSABLE_NAME
 from ..texts import is_unicode
 from .columns import CAPTION_NAME, IMAGE_NAME, Columns, Wanted, choose, found_in_row, plain, tell_unread
 from .found import Found, bad, note
@@ -22,7 +22,6 @@ from .splits import split_in_path
 
 ENDING = ".parquet"
 ROWS = 256  # read at once
-UNUSABLE_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 BYTES_ELSEWHERE = "picture whose bytes are not in the file (name the folder of the pictures with --images)"
 SUCCESS = "success"  # what img2dataset's column `status` says of a picture that it has fetched
 
@@ -107,7 +106,7 @@ def _has_content(file: Any, name: str) -> bool:
 
 def _columns(names: list[str], types: list[Any], wanted: Wanted, path: Path) -> tuple[Columns, bool]:
     """The columns that are read, and whether the pictures are in the file."""
-    inside = [place for place, kind in enumerate(types) if _holds_pictures(kind)]
+    inside = [place for place, kind in enumerate(types) if holds_pictures(kind)]
     if wanted.image is not None:
         inside = [place for place in inside if plain(names[place]) == plain(wanted.image)]
     else:
@@ -125,7 +124,7 @@ def _columns(names: list[str], types: list[Any], wanted: Wanted, path: Path) -> 
     return choose(names, wanted, str(path)), False
 
 
-def _holds_pictures(kind: Any) -> bool:
+def holds_pictures(kind: Any) -> bool:
     """Whether a column's type is the bytes of pictures, or those with a path, as `datasets` writes them."""
     if pyarrow.types.is_struct(kind):
         return any(kind.field(number).name == "bytes" for number in range(kind.num_fields))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..files import is_file
 from ..texts import plural
 from .foreign import refuse_foreign, tables_in
 from .found import Found, bad, note, picture_of, some
@@ -62,7 +63,7 @@ def count_sidecars(files: list[str], images: Path) -> int:
 def _beside(picture: Path) -> list[Path]:
     """The text files of a picture, their endings in small letters or else in capitals."""
     spellings = ((picture.with_suffix(ending), picture.with_suffix(ending.upper())) for ending in SIDECARS)
-    found = (next((path for path in each if path.is_file()), None) for each in spellings)
+    found = (next((path for path in each if is_file(path)), None) for each in spellings)
     return [path for path in found if path is not None]
 
 

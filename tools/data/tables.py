@@ -15,13 +15,13 @@ from ..errors import BadInput
 from ..picture_formats import PICTURE_ENDINGS
 from ..texts import is_unicode
 from .columns import Columns, Wanted, choose, found_in_row, plain, tell_unread
+from .foreign import UTF16
 from .found import Found, bad, note, picture_of
 from .json_sources import Doubled, once
 
 ENDINGS = frozenset({".csv", ".tsv", ".tab", ".txt", ".psv", ".token", ".jsonl", ".ndjson"})
 JSON_LINES = frozenset({".jsonl", ".ndjson"})
 SEPARATORS = (",", ";", "|", "\t")
-UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what files of UTF-16 begin with
 TOKEN = re.compile(r"([^\t]+)#\d+\t([^\t]*)")  # a.jpg#0<TAB>caption
 KAGGLE = ["imagename", "commentnumber", "comment"]
 LATE_NUMBER = re.compile(r"\s*\d+\s+(\S.*)", re.DOTALL)  # of a line in Kaggle's results.csv that lacks its second |
