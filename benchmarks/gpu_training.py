@@ -218,7 +218,7 @@ def measure_compiled(work: Work, report: Report) -> None:
     """The same step compiled, as `--compile` has it; a CPU compiles with a backend that only traces."""
     with report.attempt("step, compiled"):
         report.need_time()
-        backend = "inductor" if report.device.type == "cuda" else "aot_eager"
+        backend = "inductor" if report.device.type == "cuda" else "eager"
         work.module.compile(backend=backend, dynamic=True)
         step = Step(work)
         report.add("first step, compiled", timed(step), "s", note=f"by {backend}")
