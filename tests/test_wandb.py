@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from retriever import rank_splits, retrieve, train
 from retriever import test as final
 from tests.chain import RQVAE, Chain, encoder_decoder_config
 from tests.offline_runs import OfflineRun, read_offline_runs
-from tests.test_architecture import ROOT
+from tests.warm import run_python
 from tools import logs, results, runs
 from tools.command_line import sweeps
 from tools.files import read_json
@@ -120,9 +119,7 @@ def test_the_group_can_be_named(tmp_path: Path, offline: Path, monkeypatch: pyte
 def trial(number: str, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """The same command as an agent starts it for one trial."""
     agent = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SWEEP_ID": "sw1", "WANDB_RUN_ID": number}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env={**os.environ, **agent}, capture_output=True, text=True
-    )
+    return run_python("-m", *arguments, variables={**os.environ, **agent})
 
 
 def test_two_trials_of_a_sweep(chain: Chain, tmp_path: Path) -> None:
