@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from models.compute import pick_device
 from models.guide import GUIDE_NAME, guide_of
@@ -26,7 +25,7 @@ from tools.errors import BadInput
 from tools.features import read_features, refuse_other_encoder
 from tools.files import write_array, write_json
 from tools.logs import Tracker
-from tools.tokenizer_report import TokenizerReport, make_report
+from tools.tokenizer_report import make_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +44,6 @@ class Config(RunOptions, DeviceOptions):
     features correct their cosines for it, with the strength that val chooses (models/hubness.py). Published: no."""
 
 
-class FixedCodes(nn.Module):
-    """A tokenizer whose codes are given: the report then speaks of the codes that are written."""
-
-    def __init__(self, model: RqVae, codes: Tensor) -> None:
-        super().__init__()
-        self.model, self.config, self.fixed = model, model.config, codes
-
-    def prepare(self, features: Tensor) -> Tensor:
-        return self.model.prepare(features)
-
-    def codes(self, features: Tensor) -> Tensor:
-        assert len(features) == len(self.fixed), f"{len(features)} features, {len(self.fixed)} codes"
-        return self.fixed
-
-    def reconstruct(self, codes: Tensor) -> Tensor:
-        return self.model.reconstruct(codes)
-
-
 def main(config: Config) -> None:
     features = read_features(config.features)
     rqvae = runs.read_manifest(config.rqvae, "RQ-VAE.train")
@@ -79,15 +60,15 @@ def main(config: Config) -> None:
     before = make_report(model, features, split="val")
     groups = [features.image_rows(split) for split in SPLITS] if config.resolve_collisions else None
     codes, latents = tokenize(model, features.images, groups=groups)
-    fixed = FixedCodes(model.cpu(), torch.from_numpy(codes))
-    report: TokenizerReport = make_report(fixed, features, split="val", raw=before.raw_recall)
+    given, model = torch.from_numpy(codes), model.cpu()
+    report = make_report(model, features, split="val", codes=given, raw=before.raw_recall)
     write_array(run.folder / "codes.npy", codes)
     write_array(run.folder / "latents.npy", latents)
     write_array(run.folder / "codebooks.npy", model.quantizer.codebooks.detach().numpy())
     train = features.image_rows("train")
-    if (guide := guide_of(model, fixed.fixed[train if len(train) else slice(None)])) is not None:
+    if (guide := guide_of(model, given[train if len(train) else slice(None)])) is not None:
         if config.hubness and (hubness := fit_hubness(features)) is not None:
-            decoded = guide.decode(fixed.fixed).numpy()
+            decoded = guide.decode(given).numpy()
             guide = guide.corrected(hubness, best_strength(hubness, features, pictures=decoded))
         guide.save(run.folder / GUIDE_NAME)
     write_json(run.folder / "report.json", report._asdict())

@@ -3,7 +3,7 @@
 A loss can look fine while all pictures share one code; these figures tell.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +15,6 @@ from .features import Features, Floats
 from .logs import table
 from .recall import CUTOFFS
 from .two_tower import two_tower_recall
-
-
-class Tokenizer(Protocol):
-    """What is reported on: `models.rqvae.RqVae`, or another model of the same interface."""
-
-    def prepare(self, features: Tensor) -> Tensor: ...
-    def codes(self, features: Tensor) -> Tensor: ...
-    def reconstruct(self, codes: Tensor) -> Tensor: ...
 
 
 class CodeUse(NamedTuple):
@@ -109,13 +101,19 @@ def collision_groups(codes: NDArray[np.integer]) -> NDArray[np.int64]:
 
 @torch.no_grad()
 def make_report(
-    model: Any, features: Features, *, split: Split, raw: dict[str, float] | None = None
+    model: Any,
+    features: Features,
+    *,
+    split: Split,
+    codes: Tensor | None = None,
+    raw: dict[str, float] | None = None,
 ) -> TokenizerReport:
     """Tokenize every picture and measure; leaves the model in the mode it was in.
 
     Args:
-        model: a `Tokenizer` that is a torch module with `config.codebook_size`.
+        model: a `models.rqvae.RqVae`.
         split: whose captions and pictures the recall is measured on.
+        codes: (pictures, levels) that the pictures have; by default the nearest ones.
         raw: `raw_recall` of an earlier report on the same features and split. No tokenizer changes it, so that it need
             not be measured again.
     """
@@ -123,7 +121,7 @@ def make_report(
     model.eval()
     device = next(model.parameters()).device
     images = torch.from_numpy(np.array(features.images)).to(device)
-    codes = model.codes(images)
+    codes = model.codes(images) if codes is None else codes.to(device)
     decoded = model.reconstruct(codes)
     error = float(((decoded - model.prepare(images)) ** 2).mean())
     model.train(was_training)
