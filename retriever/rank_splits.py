@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from models.arithmetic import weights_dtype
 from models.compute import pick_device
 from models.decoding import Writer, make_writer
-from models.guide import GUIDE_NAME
+from models.guide import GUIDE_NAME, Guide
 from models.lengths import tell_overlong
 from models.voken_lm import VokenLM
 from tools import processes, runs
@@ -84,13 +84,19 @@ def queries_of(data: RetrieverData, split: Split, config: Config) -> Queries:
 
 
 def rank(
-    writer: Writer, data: RetrieverData, split: Split, pool: Pool, config: Config, blocks_folder: Path
+    writer: Writer,
+    data: RetrieverData,
+    split: Split,
+    pool: Pool,
+    config: Config,
+    *,
+    guide: Guide | None,
+    blocks_folder: Path,
 ) -> tuple[RankedLists, float]:
     """The lists of one split over one pool, and the queries per second, without the encoder of a guide."""
     queries = queries_of(data, split, config)
     tell_overlong(writer.lm, queries.texts, f"{split} captions")
     beams = config.train_beams if split == "train" else config.beams
-    guide = chosen_guide(config, writer.lm.device)
     read = needs_features(writer.lm, guide)
     features = data.text_features(queries.texts, writer.lm.device) if read else None
     began = time.monotonic()
@@ -141,10 +147,12 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     lm = VokenLM.from_pretrained(config.retriever / "model", dtype=weights_dtype(config.precision, device)).to(device)
     writer = make_writer(lm, config.precision)
+    guide = chosen_guide(config, device)
     metrics: dict[str, Any] = {}
     for split, pool in config.searches():
         name = f"{split}-{pool}"
-        lists, speed = rank(writer, data, split, pool, config, run.resume_folder / name)
+        blocks_folder = run.resume_folder / name
+        lists, speed = rank(writer, data, split, pool, config, guide=guide, blocks_folder=blocks_folder)
         if processes.is_main():
             write_lists(run.folder / f"{name}.jsonl", lists)
         found = float((lists.rows == lists.pictures[:, None]).any(axis=1).mean())
@@ -155,7 +163,6 @@ def main(config: Config) -> None:
         shutil.copyfile(guides, run.folder / GUIDE_NAME)
     kept = ("features", "captions_fingerprint")
     facts = {key: data.manifest.facts[key] for key in kept}
-    guide = chosen_guide(config, lm.device)
     facts |= {"dataset": str(config.dataset), "setting": setting_on(trained, data)}
     run.finish(facts={**facts, "guide": guide.weight if guide else None}, metrics=metrics)
 
