@@ -3,8 +3,9 @@
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ __all__ = [
     "open_picture",
     "picture_in",
     "read_again",
+    "reading_again",
     "small_copy",
     "why_unreadable",
 ]
@@ -77,13 +79,20 @@ def small_copy(path: Path, side: int) -> Image.Image:
 
 
 def read_again(path: Path, advice: str) -> Image.Image:
-    """`open_picture`, of a picture that could be read before.
+    """`open_picture`, of a picture that could be read before; as `reading_again`."""
+    with reading_again(path, advice):
+        return open_picture(path)
+
+
+@contextmanager
+def reading_again(path: Path, advice: str) -> Iterator[None]:
+    """Inside it a picture is read that could be read before.
 
     Raises:
         BadInput: now it cannot; `advice` says what to do.
     """
     try:
-        return open_picture(path)
+        yield
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise BadInput(f"{path} cannot be read any more ({why_unreadable(error)}): {advice}") from None
 

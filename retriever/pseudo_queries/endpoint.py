@@ -25,7 +25,7 @@ from tools.errors import BadInput
 from tools.files import write_json
 from tools.logs import progress
 from tools.picture_formats import format_of, identify
-from tools.pictures import as_seen, is_turned, why_unreadable
+from tools.pictures import as_seen, is_turned, reading_again
 
 STYLE_CAPTIONS = 5  # shown as an example, at most
 ANSWER_SECONDS = 120.0  # to wait for an answer, before it counts as failed
@@ -128,16 +128,13 @@ def data_url(file: Path) -> str:
     Raises:
         BadInput: the file cannot be read.
     """
-    try:
-        with identify(file) as picture:
-            kind, content = format_of(picture), BytesIO()
-            if kind in FORMATS_SENT and not is_turned(picture):
-                content.write(file.read_bytes())
-            else:
-                kind = "PNG"
-                as_seen(picture).save(content, kind)
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise BadInput(f"{file} cannot be read any more ({why_unreadable(error)}): {mend_picture()}") from None
+    with reading_again(file, mend_picture()), identify(file) as picture:
+        kind, content = format_of(picture), BytesIO()
+        if kind in FORMATS_SENT and not is_turned(picture):
+            content.write(file.read_bytes())
+        else:
+            kind = "PNG"
+            as_seen(picture).save(content, kind)
     return f"data:{Image.MIME[kind]};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 

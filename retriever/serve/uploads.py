@@ -79,8 +79,8 @@ def safe_name(name: str, ending: str) -> str:
 
 
 def store(folder: Path, upload: Upload, ending: str) -> Path:
-    """Write a picture to a new file of the folder, named after what it was called. No reader sees half of
-    it, and a kill leaves none."""
+    """Write a picture to a new file of the folder, named after what it was called. No reader sees half of it, and a
+    kill leaves no part of it under its name."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = folder / safe_name(upload.name, ending)
     path, number = wanted, 1
