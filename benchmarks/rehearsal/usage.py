@@ -69,8 +69,8 @@ def memory(pid: int) -> int:
 
 
 def end(pid: int) -> None:
-    """End a process and its children."""
-    for one in reversed(descendants(pid)):
+    """End a process, then its children: a parent that outlives a child goes on to its next command."""
+    for one in descendants(pid):
         try:
             os.kill(one, signal.SIGKILL)
         except ProcessLookupError:
