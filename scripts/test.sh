@@ -6,4 +6,4 @@ export WANDB_MODE=disabled HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
+python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 
+LONGEST = (
+    "advice", "sharding", "package", "serve_operations", "rehearsal", "training", "processes", "reranker",
+    "benchmarks_gpu", "faults", "graphs", "repeat", "sync", "gallery", "pipeline", "segments", "docs_python",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest begin first, so that at the end no worker waits long for another."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 def pytest_collection_finish() -> None:
     """The libraries stay until the end: each garbage collection would go through their million objects in vain."""
