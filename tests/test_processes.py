@@ -198,7 +198,7 @@ def test_training_on_two_processes(kind: str, chain: Chain, tmp_path: Path) -> N
         build = partial(t5_config, chain, dropout=0.0, **settings)
     one, two = build(tmp_path / "one"), build(tmp_path / "two")
     module.main(one)
-    started = start(partial(train_anew, module.main, two), tmp_path / "log")
+    started = start(partial(train_anew, module.main, two), tmp_path / "log", anew=True)
     assert started.statuses() == [0, 0], started.log.read_text()
     assert files_of(one.output) == files_of(two.output)
     metrics = [read_json(config.output / "manifest.json")["metrics"] for config in (one, two)]
@@ -224,7 +224,7 @@ def test_the_tokenizer_on_two_processes(options: dict[str, Any], chain: Chain, t
         rqvae_train.Config(features=chain.features, output=tmp_path / name, **settings) for name in ("one", "two")
     )
     rqvae_train.main(one)
-    started = start(partial(train_anew, rqvae_train.main, two), tmp_path / "log")
+    started = start(partial(train_anew, rqvae_train.main, two), tmp_path / "log", anew=True)
     assert started.statuses() == [0, 0], started.log.read_text()
     assert files_of(one.output) == files_of(two.output)
     first, second = (load_file(config.output / "model.safetensors") for config in (one, two))
@@ -250,7 +250,7 @@ def test_every_process_has_the_tokenizers_weights(chain: Chain, tmp_path: Path) 
     settings = {**RQVAE, "codebook_size": 24, "epochs": 7, "revive_every": 2}
     config = rqvae_train.Config(features=chain.features, output=tmp_path / "run", **settings)
     log = tmp_path / "log"
-    started = start(partial(train_anew, partial(tokenizer_hashes, tmp_path), config), log)
+    started = start(partial(train_anew, partial(tokenizer_hashes, tmp_path), config), log, anew=True)
     assert started.statuses() == [0, 0], started.log.read_text()
     assert (tmp_path / "hash-0").read_text() == (tmp_path / "hash-1").read_text()
 
