@@ -70,13 +70,13 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Print nothing."""
 
-    def answer(self, content: bytes, *, status: int = 200, head: bool = False, **headers: str) -> None:
+    def answer(self, content: bytes, *, status: int = 200, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if not head:
+        if self.command != "HEAD":  # what it does not expect a client takes for the next answer
             self.wfile.write(content)
 
     def json(self, value: Any) -> None:
@@ -91,9 +91,9 @@ class Handler(BaseHTTPRequestHandler):
         return path, self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def do_HEAD(self) -> None:
-        self.do_GET(head=True)
+        self.do_GET()
 
-    def do_GET(self, head: bool = False) -> None:
+    def do_GET(self) -> None:
         path, _ = self.begin()
         hub = self.hub
         if found := re.fullmatch(r"/(.+?/.+?)/resolve/[^/]+/(.+)", path):
@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.missing("EntryNotFound" if name in hub.repositories else "RepoNotFound")
             else:
                 tag = f'"{hashlib.sha256(content).hexdigest()}"'
-                self.answer(content, head=head, ETag=tag, X_Repo_Commit=hub.commit_of(name))
+                self.answer(content, ETag=tag, X_Repo_Commit=hub.commit_of(name))
         elif (found := re.match(r"/api/models/(.+?/[^/]+)", path)) and found[1] in hub.repositories:
             if "/tree/" in path:
                 self.json(hub.tree(found[1]))
