@@ -6,6 +6,7 @@ The tiny chain and what is made from it run once; what a test changes, it change
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 
-LONGEST = (
-    "advice", "sharding", "package", "serve_operations", "rehearsal", "training", "processes", "reranker",
-    "benchmarks_gpu", "faults", "graphs", "repeat", "sync", "gallery", "pipeline", "segments", "docs_python",
+LONGEST = (  # two that share work among processes do not come one after the other
+    "sharding", "package", "serve_operations", "training", "rehearsal", "processes", "advice", "faults",
+    "benchmarks_gpu", "reranker", "graphs", "repeat", "gallery", "pipeline", "segments", "docs_python", "sync",
+    "pseudo_queries", "benchmarks", "place",
 )  # fmt: skip
 
 
@@ -62,3 +64,12 @@ def index(chain: Chain) -> Path:
     config = build_index.Config(dataset=chain.dataset, rqvae=chain.rqvae, output=chain.root / "index")
     build_index.main(config)
     return config.output
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for the front of PATH, whose `python` starts at once."""
+    from tests.warm import python_of_scripts
+
+    with python_of_scripts(tmp_path_factory.mktemp("python")) as folder:
+        yield folder

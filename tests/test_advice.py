@@ -52,8 +52,8 @@ def row(*messages: str) -> Callable[[Callable[["User"], None]], Callable[["User"
 class User:
     """A folder with a dataset's file, pictures and captions, in which somebody types commands."""
 
-    def __init__(self, folder: Path, chain: Chain, index: Path) -> None:
-        self.folder, self.chain, self.index = folder, chain, index
+    def __init__(self, folder: Path, chain: Chain, index: Path, python: Path) -> None:
+        self.folder, self.chain, self.index, self.python = folder, chain, index, python
         self.data = folder / "made"
         self.captions = self.data / "01_prepare_captions"
         for number in range(6):
@@ -72,7 +72,7 @@ class User:
     def types(self, line: str, variables: str = "DATASET=mine.sh") -> "subprocess.CompletedProcess[str]":
         """One line of a shell, with variables for this line alone."""
         known = {name: value for name, value in os.environ.items() if name not in ("DATASET", "PICTURES", "SYSTEM")}
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{self.python}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         return subprocess.run(
             ["bash", "-c", f"{variables} {line}"], cwd=self.folder, capture_output=True, text=True,
             env={**known, "PATH": path, "HF_HUB_OFFLINE": "1", "PYTHON_SAID": "yes"},
@@ -98,8 +98,8 @@ class User:
 
 
 @pytest.fixture
-def user(tmp_path: Path, chain: Chain, index: Path) -> User:
-    return User(tmp_path, chain, index)
+def user(tmp_path: Path, chain: Chain, index: Path, warm_python: Path) -> User:
+    return User(tmp_path, chain, index, warm_python)
 
 
 def taken(pattern: str, message: str) -> str:

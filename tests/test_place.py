@@ -151,29 +151,29 @@ def test_scripts_in_messages_can_be_typed_from_where_the_user_stands(
     assert with_commands(said) == wanted.format(f"{ROOT}/", f"{ROOT}/")
 
 
-def script(name: str, *words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+def script(name: str, *words: str, cwd: Path, python: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{python}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
         ["bash", str(ROOT / "scripts" / f"{name}.sh"), *words], cwd=cwd, capture_output=True, text=True,
         env={**os.environ, "PATH": path, "DATASET": "emoji", **variables},
     )  # fmt: skip
 
 
-def test_a_script_and_its_launcher_hand_the_place_on(tmp_path: Path) -> None:
+def test_a_script_and_its_launcher_hand_the_place_on(tmp_path: Path, warm_python: Path) -> None:
     """The folder is missing, and the message says which one: the one beside the user."""
     for launch in ("", f"{sys.executable}"):
-        done = script("add_pictures", "--skip-known", "holiday", cwd=tmp_path, LAUNCH=launch)
+        done = script("add_pictures", "--skip-known", "holiday", cwd=tmp_path, python=warm_python, LAUNCH=launch)
         assert done.returncode == 2
         assert f"{tmp_path}/holiday is not a folder" in done.stderr
     (tmp_path / "holiday").mkdir()
-    done = script("add_pictures", "--index", "holiday", "--skip-known", "holiday", cwd=tmp_path)
+    done = script("add_pictures", "--index", "holiday", "--skip-known", "holiday", cwd=tmp_path, python=warm_python)
     advice = f"DATASET=emoji bash {ROOT}/scripts/14_build_index.sh"
     assert f"error: {tmp_path}/holiday has no manifest.json: run {advice} first" in done.stderr
 
 
-def test_words_of_a_query_stay_words(tmp_path: Path) -> None:
+def test_words_of_a_query_stay_words(tmp_path: Path, warm_python: Path) -> None:
     (tmp_path / "car").mkdir()
-    done = script("search", "car", "--index", "car", cwd=tmp_path)
+    done = script("search", "car", "--index", "car", cwd=tmp_path, python=warm_python)
     assert f"{tmp_path}/car has no manifest.json" in done.stderr
 
 
@@ -202,8 +202,8 @@ def test_a_script_knows_its_name_from_any_folder() -> None:
     assert done.stderr.endswith(f".sh: DATASET=emoji SYSTEM=llama bash {ROOT}/scripts/11_finetune_retriever_llama.sh\n")
 
 
-def test_quickstart_refuses_what_it_does_not_hand_on() -> None:
-    done = script("quickstart", "--lr", "0.1", cwd=ROOT)
+def test_quickstart_refuses_what_it_does_not_hand_on(warm_python: Path) -> None:
+    done = script("quickstart", "--lr", "0.1", cwd=ROOT, python=warm_python)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --lr is not an option of quickstart.sh, which takes --over")
 

@@ -371,7 +371,7 @@ def test_a_change_by_other_commands_is_kept(change: object, life: Life, nothing_
         assert life.sync() == (0, 0, 0, 0, 5, 5)
 
 
-def test_quickstart_follows_its_folder(life: Life, chain: Chain, tmp_path: Path) -> None:
+def test_quickstart_follows_its_folder(life: Life, chain: Chain, tmp_path: Path, warm_python: Path) -> None:
     """Given again after pictures came and went; another folder is named and not mixed in."""
     (tmp_path / "14_index").mkdir()
     life.index_folder.rename(tmp_path / "14_index")
@@ -381,12 +381,12 @@ def test_quickstart_follows_its_folder(life: Life, chain: Chain, tmp_path: Path)
     (tmp_path / "mine.sh").write_text(text + own)
     draw(life.photos / "new.png", 20)
     (life.photos / "a.png").unlink()
-    done = quickstart(tmp_path, "photos")
+    done = quickstart(tmp_path, "photos", warm_python)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("1 came, 0 changed, 0 moved, 1 went, 3 as before; 4 pictures")
     assert life.ids() == ["b.png", "c/d.png", "c/é ü.png", "new.png"]
     draw(tmp_path / "other" / "x.png", 21)
-    done = quickstart(tmp_path, "other")
+    done = quickstart(tmp_path, "other", warm_python)
     assert done.returncode == 2
     variables = f"DATASET={tmp_path}/mine.sh PICTURES={tmp_path}/other"
     advice = f"{variables} bash {ROOT}/scripts/add_pictures.sh {tmp_path}/other"
@@ -394,9 +394,9 @@ def test_quickstart_follows_its_folder(life: Life, chain: Chain, tmp_path: Path)
     assert len(life.ids()) == 4
 
 
-def quickstart(folder: Path, pictures: str) -> "subprocess.CompletedProcess[str]":
+def quickstart(folder: Path, pictures: str, python: Path) -> "subprocess.CompletedProcess[str]":
     """Typed in a folder, with paths as seen from there."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{python}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
         ["bash", str(ROOT / "scripts" / "quickstart.sh")], cwd=folder, capture_output=True, text=True,
         env={**os.environ, "PATH": path, "DATASET": "mine.sh", "PICTURES": pictures},
