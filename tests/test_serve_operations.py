@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -20,11 +21,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
+from uvicorn.supervisors import multiprocess
 
 from retriever.gallery.api import Retriever
-from retriever.serve import serve
+from retriever.serve import serve, several
 from retriever.serve import service as services
 from retriever.serve.batching import Batcher
 from retriever.serve.closing import turn_away
@@ -511,6 +514,34 @@ def test_several_processes_serve_one_index(folder: Path, retriever: Path, tmp_pa
         assert process.wait(300) == 0
         assert set(seen) <= {"200", "503"}
         assert psutil.wait_procs(servers, timeout=300)[1] == []
+
+
+def test_a_process_that_dies_while_it_is_asked_is_replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take minutes to answer, as long as it lives."""
+    monkeypatch.setattr(multiprocess, "SIGNALS", {})
+    monkeypatch.setattr(several, "mark_process_dead", lambda pid: None)
+    config = uvicorn.Config("", timeout_worker_healthcheck=3600)
+
+    class Silent(multiprocess.Process):
+        def __init__(self, *_: Any) -> None:
+            super().__init__(config, [])
+            self.process: Any = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
+
+    monkeypatch.setattr(multiprocess, "Process", Silent)
+    with socket.socket() as taken:
+        shared = several.Shared.among(1)
+        processes = several.Processes(config, taken, shared, ready=lambda count: None, seconds=0)
+        processes.init_processes()
+        (dying,) = processes.processes
+        assert dying.pid is not None
+        killer = threading.Timer(0.3, os.kill, (dying.pid, signal.SIGKILL))
+        killer.start()
+        guard = threading.Thread(target=processes.keep_subprocess_alive, daemon=True)
+        guard.start()
+        guard.join(120)
+        assert not guard.is_alive()
+        assert processes.processes != [dying]
+        processes.join_all()
 
 
 def test_what_several_processes_cannot_load_is_one_line(tmp_path: Path) -> None:
