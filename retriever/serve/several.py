@@ -83,9 +83,7 @@ class Processes(Multiprocess):
         self._is_ready = False
 
     def keep_subprocess_alive(self) -> None:
-        for (
-            process
-        ) in self.processes:  # the child's end: were it open here too, a death would look like a delay
+        for process in self.processes:  # the child's end: were it open here too, a death would look like a delay
             process.child_conn.close()
         before = {process.pid for process in self.processes}
         super().keep_subprocess_alive()
