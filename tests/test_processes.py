@@ -191,7 +191,7 @@ def test_training_on_two_processes(kind: str, chain: Chain, tmp_path: Path) -> N
     if kind == "stage2":
         module, weak = train_stage2, encoder_decoder_config(chain, tmp_path / "weak", epochs=1, lr=1e-5, dropout=0.0)
         train.main(weak)
-        build: Any = partial(stage2_config, chain, weak.output, **{**settings, "epochs": 6, "lr": 1e-2})
+        build: Any = partial(stage2_config, chain, weak.output, **{**settings, "epochs": 3, "lr": 1e-2})
     elif kind == "llama":
         build = partial(llama_config, chain, lora_dropout=0.0, **settings)
     else:

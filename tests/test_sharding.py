@@ -90,7 +90,7 @@ def test_parts_train_the_same_model(kind: str, chain: Chain, tmp_path: Path) -> 
     if kind == "stage2":
         module, weak = train_stage2, encoder_decoder_config(chain, tmp_path / "weak", epochs=1, lr=1e-5, dropout=0.0)
         train.main(weak)
-        build: Any = partial(stage2_config, chain, weak.output, **{**settings, "epochs": 4, "lr": 1e-2})
+        build: Any = partial(stage2_config, chain, weak.output, **{**settings, "lr": 1e-2})
     elif kind == "t5":
         build = partial(t5_config, chain, dropout=0.0, **settings)
     else:
