@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,16 @@ def pytest_collection_finish() -> None:
     """The libraries stay until the end: each garbage collection would go through their million objects in vain."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_vocabulary() -> Iterator[None]:
+    """Tests load hundreds of small models, all with CLIP's vocabulary: it is parsed once."""
+    from open_clip import factory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factory, "SimpleTokenizer", lru_cache(factory.SimpleTokenizer))
+        yield
 
 
 @pytest.fixture(scope="session")

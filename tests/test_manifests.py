@@ -29,6 +29,12 @@ def config(tmp_path: Path) -> Config:
     return Config(tmp_path / "run", tmp_path / "source.txt")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> None:
+    """`refusal` collects: what is there before need not be gone through each time."""
+    gc.freeze()
+
+
 def begun(config: Config) -> runs.Run:
     run = begin(config)
     assert run is not None

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,15 @@ def versions(modules: Iterable[str]) -> dict[str, str]:
     for module in modules:
         for name in DISTRIBUTIONS[module]:
             try:
-                found[module] = metadata.version(name)
+                found[module] = _version(name)
             except metadata.PackageNotFoundError:
                 continue
     return found
+
+
+@lru_cache
+def _version(distribution: str) -> str:
+    return metadata.version(distribution)
 
 
 def machine() -> dict[str, Any]:
