@@ -149,7 +149,7 @@ class Sections:
 
 
 def results(name: str, folder: Path) -> list[Any]:
-    return list(gpu.results_of(name, options(folder), time.monotonic() + 60, "fork"))
+    return list(gpu.results_of(name, options(folder), time.monotonic() + 600, "fork"))
 
 
 def test_a_section_that_breaks_off_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
